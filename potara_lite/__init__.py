@@ -1,0 +1,20 @@
+"""potara_lite: a notebook-first toolkit for personalised federated LoRA.
+
+Each client of a federation gets a model merged from a federated LoRA model (general knowledge) and its own local one
+(personal knowledge), with a closed-form mixing weight: Potara (arXiv 2602.18658). Every file is one idea; read them in
+the order ``data, backbones, adapters, training, federated, fisher, mixing, merging, connectivity, benchmark``.
+"""
+
+from .adapters import AdaptedBackbone, attach, delta, load_adapter, nbytes, repeat_adapter, save_adapter, stack_adapters
+from .backbones import lab_vit, torchvision_vit
+from .benchmark import Setting, compare, prepare, summary, train_pair
+from .connectivity import along_segment, barrier, grid
+from .data import Federation, Split, fashion_mnist, from_tensors, from_torchvision, partition
+from .federated import fedit
+from .fisher import diagonal_fisher, per_sample_gradients
+from .merging import combine, compress, merge_exact, merge_factors
+from .mixing import Estimate, Moments, estimate_curve, estimate_fisher, estimate_uniform
+from .training import DivergedError, evaluate, train, train_sequentially
+
+__version__ = "0.1.0"
+

@@ -1,0 +1,180 @@
+"""Methods × clients × seeds on one federation, as rows of one tidy table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from .adapters import AdaptedBackbone, Adapter, attach, repeat_adapter
+from .backbones import lab_vit
+from .connectivity import along_segment, grid
+from .data import Federation, fashion_mnist
+from .federated import Ledger, fedit
+from .merging import merge_exact
+from .mixing import Estimate, estimate_curve, estimate_fisher, estimate_uniform
+from .training import evaluate, train
+
+__all__ = ["COLUMNS", "ESTIMATORS", "ORACLE", "Outcome", "Pair", "Setting", "compare", "prepare", "summary", "train_pair"]
+
+COLUMNS = ["method", "seed", "client", "accuracy", "loss", "weight", "bytes_up", "bytes_down", "steps", "seconds"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One federation and how its models are trained. The defaults were chosen on calibration data of other seeds
+    (``benchmarks/choose_default.py``)."""
+
+    clients: int = 8
+    train_size: int = 100
+    calibration_size: int = 30
+    test_size: int = 250
+    alpha: float = 0.5
+    shift: bool = False
+    rank: int = 4
+    batch_size: int = 8
+    lr: float = 2e-3
+    rounds: int = 60
+    round_steps: int = 5
+    local_steps: int = 150
+    chunk_size: int | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two models of every client as stacks, trained independently, and what each cost."""
+
+    federated: Adapter
+    local: Adapter
+    ledgers: tuple[Ledger, Ledger]
+    seconds: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method on one federation: a value per client, and the clients' models as a stack."""
+
+    method: str
+    seed: int
+    loss: Tensor
+    accuracy: Tensor
+    weight: Tensor
+    ledger: Ledger
+    seconds: float
+    adapters: Adapter
+    curve: tuple[Tensor, Tensor, Tensor] | None = None  # weights (W,), test loss (C, W), test accuracy (C, W)
+
+    def frame(self) -> pd.DataFrame:
+        """A row per client, in the order of ``COLUMNS``."""
+        columns = {
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+            "weight": self.weight,
+            "bytes_up": self.ledger.up,
+            "bytes_down": self.ledger.down,
+            "steps": self.ledger.steps,
+        }
+        frame = pd.DataFrame({name: tensor.cpu().numpy() for name, tensor in columns.items()})
+        frame.insert(0, "client", range(len(frame)))
+        frame.insert(0, "seed", self.seed)
+        frame.insert(0, "method", self.method)
+        return frame.assign(seconds=round(self.seconds, 3))[COLUMNS]
+
+
+def prepare(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
+    """The lab ViT with an empty adapter and the Fashion-MNIST federation of this setting and seed."""
+    federation = fashion_mnist(
+        clients=setting.clients,
+        train_size=setting.train_size,
+        calibration_size=setting.calibration_size,
+        test_size=setting.test_size,
+        alpha=setting.alpha,
+        shift=setting.shift,
+        seed=seed,
+    )
+    adapted = attach(lab_vit(federation.classes), rank=setting.rank, seed=seed)
+    return adapted.to(setting.device), federation.to(setting.device)
+
+
+def train_pair(
+    adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: int, progress: bool = False
+) -> Pair:
+    """Train the federated and the local models, each from the same initial adapter, with batches of its own."""
+    options = dict(
+        batch_size=setting.batch_size, lr=setting.lr, chunk_size=setting.chunk_size, progress=progress
+    )
+    clients = len(federation)
+    began = time.perf_counter()
+    federated = fedit(
+        adapted, federation.train, rounds=setting.rounds, local_steps=setting.round_steps, seed=seed, **options
+    )
+    middle = time.perf_counter()
+    initial = repeat_adapter(adapted.initial, clients)
+    local = train(adapted, initial, federation.train, steps=setting.local_steps, seed=(seed, 1), **options)
+    seconds = (middle - began, time.perf_counter() - middle)
+    alone = Ledger.zeros(clients).add(torch.arange(clients), steps=setting.local_steps)
+    return Pair(repeat_adapter(federated.adapter, clients), local.adapters, (federated.ledger, alone), seconds)
+
+
+ESTIMATORS: dict[str, Callable[[AdaptedBackbone, Adapter, Adapter, Federation], Estimate]] = {
+    "uniform": lambda m, f, l, data: estimate_uniform(m, f, l, data.calibration),
+    "potara-paper": lambda m, f, l, data: estimate_fisher(m, f, l, data.train),
+    "potara": lambda m, f, l, data: estimate_curve(m, f, l, data.calibration),
+}
+ORACLE = "oracle weight (test data, reference)"
+
+
+def compare(
+    adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: int, progress: bool = False
+) -> Iterator[Outcome]:
+    """Train, merge and test; yields each method's ``Outcome`` as soon as it is there.
+
+    In order: the backbone as it is, federated, local, the merges, and the oracle: each client's best weight of an
+    11-point grid *on its test data*, a reference and never a method; its outcome carries the curves.
+    """
+    clients = len(federation)
+
+    def outcome(method, adapters, ledger, seconds, weight, curve=None) -> Outcome:
+        loss, accuracy = evaluate(adapted, adapters, federation.test, chunk_size=setting.chunk_size)
+        weight = torch.full((clients,), weight) if isinstance(weight, float) else weight
+        return Outcome(method, seed, loss, accuracy, weight, ledger, seconds, adapters, curve)
+
+    yield outcome("backbone", repeat_adapter(adapted.initial, clients), Ledger.zeros(clients), 0.0, torch.nan)
+    pair = train_pair(adapted, federation, setting, seed, progress)
+    yield outcome("federated", pair.federated, pair.ledgers[0], pair.seconds[0], 1.0)
+    yield outcome("local", pair.local, pair.ledgers[1], pair.seconds[1], 0.0)
+    both, trained = pair.ledgers[0] + pair.ledgers[1], sum(pair.seconds)
+    for method, estimator in ESTIMATORS.items():
+        began = time.perf_counter()
+        weight = estimator(adapted, pair.federated, pair.local, federation).weight
+        merged = merge_exact(pair.federated, pair.local, weight)
+        yield outcome(method, merged, both, trained + time.perf_counter() - began, weight)
+    weights = grid(11)
+    loss, accuracy = along_segment(
+        adapted, pair.federated, pair.local, federation.test, weights, chunk_size=setting.chunk_size
+    )
+    best = weights.to(loss.device)[loss.argmin(1)]
+    merged = merge_exact(pair.federated, pair.local, best)
+    yield outcome(ORACLE, merged, both, trained, best, (weights, loss.cpu(), accuracy.cpu()))
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per method: means over clients and seeds, the standard error over seeds, the worst client, the costs.
+
+    ``accuracy`` and ``loss`` (nats) are means over clients, then over seeds, ``±`` their standard errors over seeds
+    (NaN for one seed); ``worst`` is the lowest client accuracy of each seed, averaged; ``bytes`` are up plus down per
+    client.
+    """
+    rows = rows.assign(bytes=rows.bytes_up + rows.bytes_down)
+    seeds = rows.groupby(["method", "seed"], sort=False)
+    each = seeds[["accuracy", "loss", "weight", "bytes", "steps", "seconds"]].mean()
+    each["worst"] = seeds.accuracy.min()
+    methods = each.groupby("method", sort=False)
+    table = methods.mean()
+    table["±"], table["± loss"] = methods.accuracy.sem(), methods.loss.sem()
+    return table[["accuracy", "±", "worst", "loss", "± loss", "weight", "bytes", "steps", "seconds"]]

@@ -1,0 +1,51 @@
+"""Loss along the segment between two models, and the barrier on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .adapters import AdaptedBackbone, Adapter
+from .data import Split
+from .merging import merge_exact
+from .training import evaluate
+
+__all__ = ["along_segment", "barrier", "grid"]
+
+
+def grid(points: int = 11) -> Tensor:
+    """Evenly spaced mixing weights from 0 (local) to 1 (federated), both included."""
+    if points < 2:
+        raise ValueError(f"a grid needs both ends, so at least 2 points, not {points}")
+    return torch.linspace(0, 1, points)
+
+
+def along_segment(
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    weights: Tensor | Sequence[float],
+    merge=merge_exact,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Loss (nats) and accuracy of every client at every mixing weight: two ``(C, W)``.
+
+    ``federated`` and ``local`` are stacks. ``options`` go to ``evaluate``.
+    """
+    points = [evaluate(adapted, merge(federated, local, float(w)), split, **options) for w in weights]
+    loss, accuracy = (torch.stack(column, dim=1) for column in zip(*points))
+    return loss, accuracy
+
+
+def barrier(loss: Tensor, weights: Tensor) -> Tensor:
+    """How far the loss rises above the straight line between its two ends, ``(C,)`` nats, from ``loss`` ``(C, W)``.
+
+    Zero where the segment never rises above the line: linear mode connectivity (Frankle et al., 2020). ``weights``
+    start at 0 and end at 1.
+    """
+    weights = weights.to(loss)
+    line = (1 - weights) * loss[:, :1] + weights * loss[:, -1:]
+    return (loss - line).amax(dim=1)

@@ -1,0 +1,310 @@
+"""A federation: C clients, each with examples to train on, to calibrate on and to be tested on.
+
+Partitioners are pure functions of labels and a generator. Loaders read the Fashion-MNIST subset in ``data/``, the
+full data sets through torchvision, or your own tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+__all__ = [
+    "Federation",
+    "Split",
+    "check_file",
+    "data_path",
+    "dirichlet_proportions",
+    "draw",
+    "fashion_mnist",
+    "from_tensors",
+    "from_torchvision",
+    "partition",
+    "shift_images",
+]
+
+Examples = tuple[Tensor, Tensor]  # inputs (n, ...), labels (n,)
+PADDING = -100  # the label of a padded example, which cross_entropy ignores
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of every client, padded to the largest: ``x`` (C, N, ...), ``y`` (C, N) with label -100 as padding.
+
+    ``sizes``: real examples of each client ``(C,)``. ``ids``: the clients' numbers, which seed their batches, so that
+    a client trains alike in whatever company.
+    """
+
+    x: Tensor
+    y: Tensor
+    sizes: Tensor
+    ids: tuple[int, ...]
+
+    @staticmethod
+    def of(examples: Sequence[Examples], ids: Sequence[int] | None = None) -> Split:
+        """Pad and stack the clients' examples. Raises ``ValueError`` for an empty client or mismatched lengths."""
+        ids = tuple(range(len(examples))) if ids is None else tuple(ids)
+        for client, (x, y) in zip(ids, examples):
+            if len(y) == 0:
+                raise ValueError(f"client {client} has no examples")
+            if len(x) != len(y):
+                raise ValueError(f"client {client} has {len(x)} inputs and {len(y)} labels")
+        sizes = torch.tensor([len(y) for _, y in examples])
+        x = pad_sequence([x for x, _ in examples], batch_first=True)
+        y = pad_sequence([y.long() for _, y in examples], batch_first=True, padding_value=PADDING)
+        return Split(x, y, sizes, ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def client(self, i: int) -> Examples:
+        """Inputs ``(n, ...)`` and labels ``(n,)`` of the client in row ``i``, without the padding."""
+        n = int(self.sizes[i])
+        return self.x[i, :n], self.y[i, :n]
+
+    def rows(self, index: slice | Sequence[int]) -> Split:
+        """The clients in these rows, as a split of their own."""
+        rows = list(range(len(self)))[index] if isinstance(index, slice) else list(index)
+        pick = torch.tensor(rows, device=self.y.device)
+        return Split(self.x[pick], self.y[pick], self.sizes[pick.cpu()], tuple(self.ids[r] for r in rows))
+
+    def to(self, device: str | torch.device) -> Split:
+        """The same split on ``device`` (the sizes stay on the CPU)."""
+        return Split(self.x.to(device), self.y.to(device), self.sizes, self.ids)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """C clients with a ``train``, a ``calibration`` and a ``test`` split each. Calibration examples train nothing."""
+
+    train: Split
+    calibration: Split
+    test: Split
+    classes: int
+    name: str = "federation"
+
+    def __post_init__(self):
+        for part in ("train", "calibration", "test"):
+            split = getattr(self, part)
+            if split.ids != self.train.ids:
+                raise ValueError(f"{part} has clients {split.ids}, train has {self.train.ids}")
+            for client in range(len(split)):
+                labels = split.client(client)[1]
+                if (bad := labels[(labels < 0) | (labels >= self.classes)]).numel():
+                    raise ValueError(
+                        f"client {split.ids[client]}: {part} label {int(bad[0])} is outside 0 … {self.classes - 1}"
+                    )
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def to(self, device: str | torch.device) -> Federation:
+        """The same federation on ``device``."""
+        parts = (split.to(device) for split in (self.train, self.calibration, self.test))
+        return Federation(*parts, self.classes, self.name)
+
+    def rows(self, index: slice | Sequence[int]) -> Federation:
+        """The clients in these rows, as a federation of their own."""
+        parts = (split.rows(index) for split in (self.train, self.calibration, self.test))
+        return Federation(*parts, self.classes, self.name)
+
+
+def dirichlet_proportions(clients: int, classes: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
+    """Class proportions ``(C, K)`` of each client, from a symmetric Dirichlet (Hsu et al., 2019).
+
+    Small ``alpha``: few classes per client; ``alpha=inf``: all classes alike. Raises ``ValueError`` for alpha ≤ 0.
+    """
+    if not alpha > 0:
+        raise ValueError(f"alpha must be positive, not {alpha}")
+    if clients < 1:
+        raise ValueError(f"a federation needs at least 1 client, not {clients}")
+    if np.isinf(alpha):
+        return np.full((clients, classes), 1 / classes)
+    return rng.dirichlet(np.full(classes, alpha), size=clients)
+
+
+def _round(shares: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers in proportion to ``shares`` that add up to ``total`` (largest remainders)."""
+    exact = shares / shares.sum() * total
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
+    return counts
+
+
+def draw(
+    labels: np.ndarray, proportions: np.ndarray, sizes: Sequence[int], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Positions in ``labels`` for each client, in random order; no position is drawn twice.
+
+    ``proportions``: ``(C, K)``, of which client i gets ``sizes[i]`` examples, rounded by largest remainders. Raises
+    ``ValueError`` when a class runs out.
+    """
+    counts = np.stack([_round(share, size) for share, size in zip(proportions, sizes)])  # (C, K)
+    picked: list[list[np.ndarray]] = [[] for _ in sizes]
+    for k in range(proportions.shape[1]):
+        pool = rng.permutation(np.flatnonzero(labels == k))
+        if (wanted := counts[:, k].sum()) > len(pool):
+            raise ValueError(
+                f"class {k} runs out: {wanted} examples are asked for, there are {len(pool)}; take fewer clients, "
+                "smaller sizes or a larger alpha"
+            )
+        for client, part in enumerate(np.split(pool, np.cumsum(counts[:, k]))[:-1]):
+            picked[client].append(part)
+    return [rng.permutation(np.concatenate(parts)) for parts in picked]
+
+
+def shift_images(x: Tensor, client: int, clients: int) -> Tensor:
+    """Images in [0, 1] seen through client ``client``'s own domain: turned by 360° · client / clients, and inverted
+    (1 - x) for odd clients. Client 0 keeps the originals."""
+    from torchvision.transforms.functional import InterpolationMode, rotate
+
+    if client:
+        x = rotate(x, 360 * client / clients, interpolation=InterpolationMode.BILINEAR)
+    return 1 - x if client % 2 else x
+
+
+def partition(
+    pool: Examples,
+    test_pool: Examples,
+    classes: int,
+    *,
+    clients: int = 8,
+    train_size: int | Sequence[int] = 100,
+    calibration_size: int = 30,
+    test_size: int = 250,
+    alpha: float = 0.5,
+    shift: bool = False,
+    seed: int = 0,
+    name: str = "federation",
+) -> Federation:
+    """Deal two pools of examples out to clients: train and calibration from ``pool``, test from ``test_pool``.
+
+    Each client draws its class proportions from a Dirichlet(``alpha``) and keeps them in all three splits;
+    ``shift=True`` gives each an image domain of its own as well (``shift_images``); ``alpha=inf`` with ``shift=True``
+    is feature shift alone. ``train_size`` may differ from client to client. No example is dealt twice.
+
+    Raises ``ValueError`` for alpha ≤ 0, no clients, sizes < 1, or a class that runs out.
+    """
+    rng = np.random.default_rng([seed, 2602_18658])
+    proportions = dirichlet_proportions(clients, classes, alpha, rng)
+    sizes = [train_size] * clients if isinstance(train_size, int) else list(train_size)
+    if len(sizes) != clients:
+        raise ValueError(f"train_size names {len(sizes)} clients, not {clients}")
+    if min(*sizes, calibration_size, test_size) < 1:
+        raise ValueError(f"every client needs examples: train {sizes}, calibration {calibration_size}, test {test_size}")
+    chosen = draw(pool[1].numpy(), proportions, [n + calibration_size for n in sizes], rng)
+    tested = draw(test_pool[1].numpy(), proportions, [test_size] * clients, rng)
+
+    def split(source: Examples, index: Sequence[np.ndarray]) -> Split:
+        examples = []
+        for client, rows in enumerate(index):
+            x, y = source[0][rows], source[1][rows]
+            examples.append((shift_images(x, client, clients) if shift else x, y))
+        return Split.of(examples)
+
+    return Federation(
+        train=split(pool, [rows[:n] for rows, n in zip(chosen, sizes)]),
+        calibration=split(pool, [rows[n:] for rows, n in zip(chosen, sizes)]),
+        test=split(test_pool, tested),
+        classes=classes,
+        name=name,
+    )
+
+
+def data_path(name: str = "") -> Path:
+    """Where the shipped file ``name`` lies: inside an installed wheel, or in ``data/`` of a checkout."""
+    package = Path(__file__).resolve().parent
+    folder = package / "_data"
+    return (folder if folder.is_dir() else package.parent / "data") / name
+
+
+def check_file(path: str | Path) -> Path:
+    """The path itself, once the file's SHA-256 equals the one in the ``.sha256`` file beside it.
+
+    Raises ``ValueError`` when the file is missing or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    expected = path.with_suffix(".sha256").read_text().split()[0]
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
+        raise ValueError(f"{path} is damaged: its SHA-256 is {found[:12]}…, expected {expected[:12]}…")
+    return path
+
+
+def fashion_mnist(**options) -> Federation:
+    """A federation of the Fashion-MNIST subset in ``data/`` (20,000 train and 10,000 test images): no download.
+
+    ``options`` are those of ``partition``. Images are ``(1, 28, 28)`` in [0, 1].
+
+    >>> federation = fashion_mnist(clients=3, train_size=20, test_size=50)
+    >>> federation.train.x.shape
+    torch.Size([3, 20, 1, 28, 28])
+    """
+    with np.load(check_file(data_path("fashion_mnist.npz")), allow_pickle=False) as file:
+        pools = [
+            (torch.from_numpy(file[f"{s}_images"]).unsqueeze(1) / 255, torch.from_numpy(file[f"{s}_labels"]).long())
+            for s in ("train", "test")
+        ]
+    return partition(*pools, classes=10, **{"name": "Fashion-MNIST", **options})
+
+
+def from_torchvision(dataset: str, root: str, *, download: bool = True, **options) -> Federation:
+    """A federation of the full ``"FashionMNIST"``, ``"CIFAR10"`` or ``"CIFAR100"``, downloaded by torchvision.
+
+    ``options`` are those of ``partition``. Images are ``(channels, height, width)`` in [0, 1], kept in memory.
+    """
+    from torchvision import datasets
+
+    kinds = {"FashionMNIST": 10, "CIFAR10": 10, "CIFAR100": 100}
+    if dataset not in kinds:
+        raise ValueError(f"dataset must be one of {sorted(kinds)}, not {dataset!r}")
+    pools = []
+    for train in (True, False):
+        source = getattr(datasets, dataset)(root, train=train, download=download)
+        x = torch.as_tensor(source.data)
+        x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2)
+        pools.append((x / 255, torch.as_tensor(source.targets).long()))
+    return partition(*pools, classes=kinds[dataset], **{"name": dataset, **options})
+
+
+def from_tensors(
+    train: Sequence[Examples],
+    test: Sequence[Examples],
+    *,
+    calibration: Sequence[Examples] | None = None,
+    calibration_size: int = 30,
+    classes: int | None = None,
+    seed: int = 0,
+    name: str = "federation",
+) -> Federation:
+    """A federation of your own: for each client a pair of inputs ``(n, ...)`` and labels ``(n,)``.
+
+    Without ``calibration``, ``calibration_size`` examples of each client are drawn from its ``train`` and withheld
+    from training. ``classes`` defaults to the largest label plus one.
+
+    Raises ``ValueError`` for an empty client, labels outside the classes, or a client too small to withhold from.
+    """
+    train = list(train)
+    for client, (x, y) in enumerate(train):
+        if len(y) == 0:
+            raise ValueError(f"client {client} has no examples")
+    if classes is None:
+        classes = 1 + max(int(y.max()) for _, y in [*train, *test] if len(y))
+    if calibration is None:
+        calibration = []
+        for client, (x, y) in enumerate(train):
+            if len(y) <= calibration_size:
+                raise ValueError(f"client {client} has {len(y)} examples: none is left if {calibration_size} calibrate")
+            order = torch.from_numpy(np.random.default_rng([seed, client]).permutation(len(y)))
+            held, kept = order[:calibration_size], order[calibration_size:]
+            calibration.append((x[held], y[held]))
+            train[client] = (x[kept], y[kept])
+    return Federation(Split.of(train), Split.of(calibration), Split.of(test), classes, name)

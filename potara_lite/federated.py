@@ -1,0 +1,110 @@
+"""Federated LoRA: rounds of local training on top of the engine, what travels, and what it weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .adapters import AdaptedBackbone, Adapter, nbytes, repeat_adapter
+from .data import Split
+from .training import OptimizerState, flatten, train
+
+__all__ = ["Federated", "Ledger", "average", "fedit", "participants"]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What each client paid, ``(C,)`` each: bytes up and down, optimiser steps."""
+
+    up: Tensor
+    down: Tensor
+    steps: Tensor
+
+    @staticmethod
+    def zeros(clients: int) -> Ledger:
+        return Ledger(*(torch.zeros(clients, dtype=torch.int64) for _ in range(3)))
+
+    def add(self, clients: Tensor, *, up: int = 0, down: int = 0, steps: int = 0) -> Ledger:
+        """The ledger after these clients sent ``up`` bytes, received ``down`` bytes and took ``steps`` steps each."""
+        columns = ((self.up, up), (self.down, down), (self.steps, steps))
+        return Ledger(*(column.index_add(0, clients, torch.full_like(clients, n)) for column, n in columns))
+
+    def __add__(self, other: Ledger) -> Ledger:
+        return Ledger(self.up + other.up, self.down + other.down, self.steps + other.steps)
+
+
+@dataclass(frozen=True)
+class Federated:
+    """The federated adapter (no client dimension), the ledger, and each round's mean training loss per client
+    ``(rounds, C)``, NaN where a client sat a round out."""
+
+    adapter: Adapter
+    ledger: Ledger
+    losses: Tensor
+
+
+def average(stack: Adapter, weights: Tensor) -> Adapter:
+    """The weighted mean over the clients, tensor by tensor: FedAvg (McMahan et al., 2017) on the factors and the head.
+
+    The mean of the factors is not the mean of the deltas: ``mean(B) mean(A) != mean(B A)``.
+    """
+    share = (weights / weights.sum()).to(next(iter(stack.values())))
+    return {name: torch.einsum("c,c...->...", share.to(tensor.dtype), tensor) for name, tensor in stack.items()}
+
+
+def participants(clients: int, participation: float, seed: int, number: int) -> Tensor:
+    """The rows of the clients that take part in round ``number``: a fixed share of them, drawn for each round."""
+    if not 0 < participation <= 1:
+        raise ValueError(f"participation must be in (0, 1], not {participation}")
+    count = max(1, round(participation * clients))
+    chosen = np.random.default_rng([seed, 1, number]).choice(clients, count, replace=False)
+    return torch.from_numpy(np.sort(chosen))
+
+
+def fedit(
+    adapted: AdaptedBackbone,
+    split: Split,
+    *,
+    rounds: int,
+    local_steps: int,
+    participation: float = 1.0,
+    keep_optimizer: bool = True,
+    adapter: Adapter | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    **training,
+) -> Federated:
+    """FedIT (Zhang et al., 2024): FedAvg over the LoRA factors and the head, weighted by the clients' sizes.
+
+    Each round the participants download the adapter, take ``local_steps`` steps and upload theirs; at the end every
+    client downloads the result. ``keep_optimizer``: each client goes on with the AdamW state of its own last round
+    (it stays with the client and costs no bytes); otherwise every round starts afresh. ``training`` goes to
+    ``train`` (lr, batch_size, clip, chunk_size, …). With one client and the optimiser kept, this is local training.
+    """
+    adapter, clients = adapted.initial if adapter is None else adapter, len(split)
+    size, ledger, history = nbytes(adapter), Ledger.zeros(clients), []
+    memory = OptimizerState.zeros(flatten(repeat_adapter(adapter, clients)))
+    for number in tqdm(range(rounds), disable=not progress, unit="round", desc="federated"):
+        chosen = participants(clients, participation, seed, number)
+        part = split.rows(chosen.tolist())
+        result = train(
+            adapted,
+            repeat_adapter(adapter, len(chosen)),
+            part,
+            steps=local_steps,
+            start=number * local_steps,
+            state=memory.rows(chosen.to(memory.steps.device)) if keep_optimizer else None,
+            seed=(seed, 0),
+            **training,
+        )
+        adapter = average(result.adapters, part.sizes)
+        if keep_optimizer:
+            memory = memory.put(chosen.to(memory.steps.device), result.state)
+        ledger = ledger.add(chosen, up=size, down=size, steps=local_steps)
+        history.append(torch.full((clients,), torch.nan).index_copy(0, chosen, result.losses.mean(1).float().cpu()))
+    ledger = ledger.add(torch.arange(clients), down=size)
+    return Federated(adapter, ledger, torch.stack(history) if history else torch.zeros(0, clients))

@@ -1,0 +1,79 @@
+"""Curvature: per-sample gradients, the diagonal Fisher, and Gauss–Newton products along a direction.
+
+Everything here takes stacks and works on all clients in one batched pass. Padded examples (label -100) contribute
+nothing, and means are over each client's real examples.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+from torch.nn import functional as F
+
+from .adapters import AdaptedBackbone, Adapter, flatten, unflatten
+from .data import Split
+from .training import losses
+
+__all__ = ["diagonal_fisher", "directional_derivatives", "per_sample_gradients"]
+
+
+def per_sample_gradients(
+    adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, labels: Tensor | None = None, chunk_size: int = 1024
+) -> Tensor:
+    """The gradient of each example's own loss at its client's adapter, ``(C, N, P)``; zero rows for padding.
+
+    A sample's gradient is the gradient of a client that owns this sample alone, so this is one pass of the training
+    engine over ``C * N`` clients of one example, ``chunk_size`` of them at a time. ``P`` runs over the tensors in the
+    adapter's order (see ``flatten``). ``labels`` ``(C, N)`` replace the split's own.
+    """
+    y = split.y if labels is None else labels
+    clients, n = y.shape
+    flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
+    x, y = split.x.flatten(0, 1).unsqueeze(1), y.flatten().unsqueeze(1)  # (C N, 1, ...), (C N, 1)
+    owner = torch.arange(clients, device=flat.device).repeat_interleave(n)
+    rows = []
+    for some in torch.arange(clients * n, device=flat.device).split(chunk_size):
+        each = flat[owner[some]].requires_grad_()
+        value = losses(adapted, unflatten(each, like), x[some], y[some], _total)
+        rows.append(torch.autograd.grad(value.sum(), each)[0])
+    return torch.cat(rows).view(clients, n, -1)
+
+
+def _total(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y, reduction="sum")  # a padded example counts zero, not NaN
+
+
+def diagonal_fisher(gradients: Tensor, sizes: Tensor) -> Tensor:
+    """The mean of the squared per-sample gradients ``(C, N, P)``, coordinate by coordinate: ``(C, P)``.
+
+    With the data's labels this is the empirical Fisher, with labels drawn from the model the Fisher (Kunstner et al.,
+    2019). The square stands inside the mean: the squared gradient of the batch is something else.
+    """
+    return gradients.square().sum(1) / sizes.to(gradients).unsqueeze(1)
+
+
+def directional_derivatives(
+    adapted: AdaptedBackbone, adapters: Adapter, direction: Tensor, split: Split
+) -> tuple[Tensor, Tensor]:
+    """Slope and Gauss–Newton curvature of each example's loss along ``direction`` ``(C, P)``: two ``(C, N)``.
+
+    With logits ``z``, ``u = J v`` (one forward-mode product) and ``p = softmax(z)``: the slope is
+    ``(p - onehot(y)) · u`` and the curvature ``uᵀ (diag(p) - p pᵀ) u``, the variance of ``u`` under ``p``. Padded
+    examples give zeros.
+    """
+    flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
+
+    def one(row: Tensor, tangent: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        def logits(row: Tensor) -> Tensor:
+            return adapted({name: tensor[0] for name, tensor in unflatten(row.unsqueeze(0), like).items()}, x)
+
+        return jvp(logits, (row,), (tangent,))
+
+    with torch.no_grad():
+        z, u = vmap(one)(flat, direction.to(flat), split.x)  # (C, N, classes) each
+        p, real = z.softmax(-1), split.y >= 0
+        mean = (p * u).sum(-1)
+        slope = mean - u.gather(-1, split.y.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        curvature = (p * (u - mean.unsqueeze(-1)).square()).sum(-1)
+    return slope * real, curvature * real
