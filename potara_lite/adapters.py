@@ -118,9 +118,7 @@ def attach(
             if ".lora_" not in name:
                 initial[name].zero_()
     scaling = {
-        name.removesuffix(".lora_A.weight"): model.get_submodule(
-            name.removesuffix(".lora_A.weight")
-        ).scaling["default"]
+        name.removesuffix(".lora_A.weight"): model.get_submodule(name.removesuffix(".lora_A.weight")).scaling["default"]
         for name in initial
         if name.endswith(".lora_A.weight")
     }

@@ -17,6 +17,7 @@ from .data import check_file, data_path
 __all__ = ["LabViT", "CheckpointError", "lab_vit", "torchvision_vit"]
 
 LAB_VIT_FILE = "lab_vit.safetensors"
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of its channels
 
 
 class CheckpointError(ValueError):
@@ -121,10 +122,10 @@ def lab_vit(classes: int = 10, *, checkpoint: str | Path | None = None) -> LabVi
 
 
 def torchvision_vit(name: str = "vit_b_16", classes: int = 10, *, weights: str | None = "DEFAULT") -> nn.Module:
-    """A torchvision vision transformer (224×224 colour images in [0, 1]) with a new zero head.
+    """A torchvision vision transformer with a new zero head; it resizes images in [0, 1] itself.
 
     ``weights`` are downloaded by torchvision; ``None`` gives a random network. LoRA targets of its blocks:
-    ``targets=("out_proj", "mlp.0", "mlp.3")``.
+    ``targets=("mlp.0", "mlp.3")``, head ``"heads.head"``.
     """
     import torchvision
 
@@ -132,4 +133,12 @@ def torchvision_vit(name: str = "vit_b_16", classes: int = 10, *, weights: str |
     model.heads.head = nn.Linear(model.heads.head.in_features, classes)
     nn.init.zeros_(model.heads.head.weight)
     nn.init.zeros_(model.heads.head.bias)
-    return nn.Sequential(Resize224(), model).eval()
+    model.register_forward_pre_hook(_imagenet_input)
+    return model.eval()
+
+
+def _imagenet_input(model: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Images in [0, 1] of any size and one or three channels, as a network trained on ImageNet wants them."""
+    x = nn.functional.interpolate(inputs[0], size=(224, 224), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype).view(3, 1, 1) for values in IMAGENET)
+    return ((x - mean) / std,)

@@ -19,7 +19,18 @@ from .merging import merge_exact
 from .mixing import Estimate, estimate_curve, estimate_fisher, estimate_uniform
 from .training import evaluate, train
 
-__all__ = ["COLUMNS", "ESTIMATORS", "ORACLE", "Outcome", "Pair", "Setting", "compare", "prepare", "summary", "train_pair"]
+__all__ = [
+    "COLUMNS",
+    "ESTIMATORS",
+    "ORACLE",
+    "Outcome",
+    "Pair",
+    "Setting",
+    "compare",
+    "prepare",
+    "summary",
+    "train_pair",
+]
 
 COLUMNS = ["method", "seed", "client", "accuracy", "loss", "weight", "bytes_up", "bytes_down", "steps", "seconds"]
 
@@ -105,9 +116,7 @@ def train_pair(
     adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: int, progress: bool = False
 ) -> Pair:
     """Train the federated and the local models, each from the same initial adapter, with batches of its own."""
-    options = dict(
-        batch_size=setting.batch_size, lr=setting.lr, chunk_size=setting.chunk_size, progress=progress
-    )
+    options = dict(batch_size=setting.batch_size, lr=setting.lr, chunk_size=setting.chunk_size, progress=progress)
     clients = len(federation)
     began = time.perf_counter()
     federated = fedit(
@@ -121,10 +130,10 @@ def train_pair(
     return Pair(repeat_adapter(federated.adapter, clients), local.adapters, (federated.ledger, alone), seconds)
 
 
-ESTIMATORS: dict[str, Callable[[AdaptedBackbone, Adapter, Adapter, Federation], Estimate]] = {
-    "uniform": lambda m, f, l, data: estimate_uniform(m, f, l, data.calibration),
-    "potara-paper": lambda m, f, l, data: estimate_fisher(m, f, l, data.train),
-    "potara": lambda m, f, l, data: estimate_curve(m, f, l, data.calibration),
+ESTIMATORS: dict[str, Callable[..., Estimate]] = {  # (adapted, federated, local, data=federation)
+    "uniform": lambda model, *pair, data: estimate_uniform(model, *pair, data.calibration),
+    "potara-paper": lambda model, *pair, data: estimate_fisher(model, *pair, data.train),
+    "potara": lambda model, *pair, data: estimate_curve(model, *pair, data.calibration),
 }
 ORACLE = "oracle weight (test data, reference)"
 
@@ -151,7 +160,7 @@ def compare(
     both, trained = pair.ledgers[0] + pair.ledgers[1], sum(pair.seconds)
     for method, estimator in ESTIMATORS.items():
         began = time.perf_counter()
-        weight = estimator(adapted, pair.federated, pair.local, federation).weight
+        weight = estimator(adapted, pair.federated, pair.local, data=federation).weight
         merged = merge_exact(pair.federated, pair.local, weight)
         yield outcome(method, merged, both, trained + time.perf_counter() - began, weight)
     weights = grid(11)

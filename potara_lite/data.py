@@ -198,7 +198,9 @@ def partition(
     if len(sizes) != clients:
         raise ValueError(f"train_size names {len(sizes)} clients, not {clients}")
     if min(*sizes, calibration_size, test_size) < 1:
-        raise ValueError(f"every client needs examples: train {sizes}, calibration {calibration_size}, test {test_size}")
+        raise ValueError(
+            f"every client needs examples: train {sizes}, calibration {calibration_size}, test {test_size}"
+        )
     chosen = draw(pool[1].numpy(), proportions, [n + calibration_size for n in sizes], rng)
     tested = draw(test_pool[1].numpy(), proportions, [test_size] * clients, rng)
 
@@ -293,7 +295,7 @@ def from_tensors(
     Raises ``ValueError`` for an empty client, labels outside the classes, or a client too small to withhold from.
     """
     train = list(train)
-    for client, (x, y) in enumerate(train):
+    for client, (_, y) in enumerate(train):
         if len(y) == 0:
             raise ValueError(f"client {client} has no examples")
     if classes is None:

@@ -110,9 +110,7 @@ def adamw_step(
     return flat * (1 - lr * weight_decay) - lr * mean_hat / (root + eps), OptimizerState(mean, square, steps)
 
 
-def losses(
-    adapted: AdaptedBackbone, adapters: Adapter, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy
-) -> Tensor:
+def losses(adapted: AdaptedBackbone, adapters: Adapter, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy) -> Tensor:
     """The loss ``(C,)`` of each client's adapter on its own batch, ``x`` of ``(C, B, ...)`` and ``y`` of ``(C, B)``."""
     return vmap(lambda adapter, a, b: loss(adapted(adapter, a), b))(adapters, x, y)
 
@@ -238,7 +236,7 @@ def evaluate(
     batch_size: int = 128,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy (nats) and accuracy (a fraction) of each client's adapter on its own examples, ``(C,)`` each."""
+    """Mean cross-entropy (nats) and accuracy (a fraction), ``(C,)`` each, of each client's adapter on its own."""
     if len(next(iter(adapters.values()))) != len(split):
         raise ValueError(f"{len(next(iter(adapters.values())))} adapters for {len(split)} clients")
     totals = []

@@ -1,0 +1,98 @@
+"""Matplotlib figures from results: every function takes arrays or a table and returns a ``Figure``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from torch import Tensor
+
+__all__ = ["COLOURS", "along_weight", "frontier", "overview"]
+
+COLOURS = {  # Okabe & Ito's palette, safe for colour-blind readers
+    "federated": "#0072B2",
+    "local": "#D55E00",
+    "uniform": "#999999",
+    "potara-paper": "#CC79A7",
+    "potara": "#009E73",
+    "oracle": "#000000",
+}
+
+
+def colour(method: str) -> str:
+    """A method's colour; grey for methods without one."""
+    return COLOURS.get(method.split()[0], "#BBBBBB")
+
+
+def along_weight(
+    weights: Tensor, values: Tensor, chosen: Mapping[str, Tensor] | None = None, *, label: str = "test loss (nats)"
+) -> Figure:
+    """One small panel per client: ``values`` ``(C, W)`` against the mixing weight, with the ``chosen`` weights
+    ``{method: (C,)}`` marked on the curve."""
+    figure = Figure(figsize=(10, 2.3 * -(-len(values) // 4)), layout="constrained")
+    panels = figure.subplots(-(-len(values) // 4), 4, sharex=True, squeeze=False)
+    _curves(panels.flat, weights, values, chosen or {})
+    figure.supxlabel("mixing weight λ (0 = local, 1 = federated)")
+    figure.supylabel(label)
+    if chosen:
+        handles, labels = panels.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(chosen))
+    return figure
+
+
+def _curves(panels, weights: Tensor, values: Tensor, chosen: Mapping[str, Tensor]) -> None:
+    x = weights.cpu().numpy()
+    for client, panel in enumerate(panels):
+        if client >= len(values):
+            panel.set_visible(False)
+            continue
+        y = values[client].cpu().numpy()
+        panel.plot(x, y, color="#444444", linewidth=1.5)
+        for method, weight in chosen.items():
+            at = float(weight[client])
+            marker = "*" if method.startswith("oracle") else "o"
+            panel.plot(at, np.interp(at, x, y), marker, color=colour(method), label=method, markersize=7, zorder=3)
+        panel.set_title(f"client {client}", fontsize=9, loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+
+
+def frontier(table: pd.DataFrame) -> Figure:
+    """Mean client accuracy against megabytes per client, from ``benchmark.summary``; bars are standard errors."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    _frontier(figure.subplots(), table)
+    return figure
+
+
+def _frontier(panel, table: pd.DataFrame) -> None:
+    for method, row in table.iterrows():
+        error = None if np.isnan(row["±"]) else row["±"]
+        star = "*" if method.startswith("oracle") else "o"
+        megabytes = row["bytes"] / 1e6
+        panel.errorbar(megabytes, row["accuracy"], yerr=error, fmt=star, color=colour(method), label=method)
+    panel.set_xlabel("communication per client, up + down (MB)")
+    panel.set_ylabel("mean client accuracy (test)")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(fontsize=8, frameon=False)
+
+
+def overview(
+    weights: Tensor, loss: Tensor, accuracy: Tensor, chosen: Mapping[str, Tensor], table: pd.DataFrame
+) -> Figure:
+    """The command's figure: loss and accuracy along the mixing weight per client, and accuracy against bytes."""
+    columns = 4
+    rows = -(-len(loss) // columns)
+    figure = Figure(figsize=(12, 3.6 * rows + 4.2), layout="constrained")
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[1.8 * rows, 1.8 * rows, 4.2])
+    for part, values, label in ((top, loss, "test loss (nats)"), (middle, accuracy, "test accuracy")):
+        panels = part.subplots(rows, columns, sharex=True, squeeze=False)
+        _curves(panels.flat, weights, values, chosen)
+        part.supylabel(label)
+        part.supxlabel("mixing weight λ (0 = local, 1 = federated)", fontsize=9)
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    top.legend(handles, labels, loc="outside upper center", ncols=len(chosen))
+    left, right = bottom.subplots(1, 2, width_ratios=[3, 1])
+    right.set_visible(False)
+    _frontier(left, table[table.index != "backbone"])
+    return figure
