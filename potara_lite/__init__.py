@@ -10,10 +10,11 @@ from .backbones import lab_vit, torchvision_vit
 from .benchmark import Setting, compare, prepare, summary, train_pair
 from .connectivity import along_segment, barrier, grid
 from .data import Federation, Split, fashion_mnist, from_tensors, from_torchvision, partition
+from .estimators import Estimate, estimate_curve, estimate_fisher, estimate_pooled, estimate_uniform
 from .federated import fedit
 from .fisher import diagonal_fisher, per_sample_gradients
 from .merging import combine, compress, merge_exact, merge_factors
-from .mixing import Estimate, Moments, estimate_curve, estimate_fisher, estimate_uniform
+from .mixing import Moments, combination_weights
 from .training import DivergedError, evaluate, train, train_sequentially
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "along_segment",
     "attach",
     "barrier",
+    "combination_weights",
     "combine",
     "compare",
     "compress",
@@ -36,6 +38,7 @@ __all__ = [
     "diagonal_fisher",
     "estimate_curve",
     "estimate_fisher",
+    "estimate_pooled",
     "estimate_uniform",
     "evaluate",
     "fashion_mnist",

@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--shift", action="store_true", help="give each client an image domain of its own as well")
     p.add_argument("--train-size", type=int, default=default["train_size"], help="training examples per client")
     p.add_argument("--rounds", type=int, default=default["rounds"], help="federated rounds")
+    p.add_argument("--local-steps", type=int, default=default["local_steps"], help="optimiser steps of a local model")
     seeds = p.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0, help="the one seed to run")
     seeds.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="several seeds, one after the other")

@@ -117,6 +117,12 @@ def attach(
         for name in initial:
             if ".lora_" not in name:
                 initial[name].zero_()
+    for layer in lora_layers(initial):
+        parent = model.get_submodule(layer.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{layer}: nn.MultiheadAttention reads this weight without calling the layer, so LoRA does nothing"
+            )
     scaling = {
         name.removesuffix(".lora_A.weight"): model.get_submodule(name.removesuffix(".lora_A.weight")).scaling["default"]
         for name in initial

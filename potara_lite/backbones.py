@@ -62,7 +62,8 @@ class LabViT(nn.Module):
 
     The patch embedding is a stack of ``stem`` stride-2 convolutions (Xiao et al., "Early convolutions help
     transformers see better", 2021); tokens are averaged before the head. There is no BatchNorm and no dropout, so a
-    sample's logits never depend on the rest of its batch.
+    sample's logits never depend on the rest of its batch. The forward pass takes images, or tokens that ``embed`` made
+    of them: with LoRA in the blocks only, embedding a data set once saves that work in every step.
     """
 
     def __init__(
@@ -83,9 +84,13 @@ class LabViT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, classes)
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Images ``(B, 1, 28, 28)`` to tokens ``(B, T, dim)``: the frozen prefix, which no adapter changes."""
+        return self.stem((x - 0.5) / 0.25).flatten(2).transpose(1, 2) + self.position
+
     def features(self, x: Tensor) -> Tensor:
         """The mean token ``(B, dim)`` that the head reads."""
-        x = self.stem((x - 0.5) / 0.25).flatten(2).transpose(1, 2) + self.position  # (B, T, dim)
+        x = self.embed(x) if x.dim() == 4 else x  # (B, T, dim)
         for block in self.blocks:
             x = block(x)
         return self.norm(x).mean(dim=1)

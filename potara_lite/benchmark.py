@@ -14,9 +14,9 @@ from .adapters import AdaptedBackbone, Adapter, attach, repeat_adapter
 from .backbones import lab_vit
 from .connectivity import along_segment, grid
 from .data import Federation, fashion_mnist
+from .estimators import Estimate, estimate_curve, estimate_fisher, estimate_uniform
 from .federated import Ledger, fedit
 from .merging import merge_exact
-from .mixing import Estimate, estimate_curve, estimate_fisher, estimate_uniform
 from .training import evaluate, train
 
 __all__ = [
@@ -54,6 +54,17 @@ class Setting:
     local_steps: int = 150
     chunk_size: int | None = None
     device: str = "cpu"
+
+    def __post_init__(self):
+        for name in ("clients", "train_size", "calibration_size", "test_size", "rank", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("rounds", "round_steps", "local_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in ("alpha", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,10 @@ class Outcome:
 
 
 def prepare(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
-    """The lab ViT with an empty adapter and the Fashion-MNIST federation of this setting and seed."""
+    """The lab ViT with an empty adapter and the Fashion-MNIST federation of this setting and seed.
+
+    The inputs are the images' tokens: the backbone's frozen prefix is computed once (``LabViT.embed``).
+    """
     federation = fashion_mnist(
         clients=setting.clients,
         train_size=setting.train_size,
@@ -108,8 +122,9 @@ def prepare(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
         shift=setting.shift,
         seed=seed,
     )
-    adapted = attach(lab_vit(federation.classes), rank=setting.rank, seed=seed)
-    return adapted.to(setting.device), federation.to(setting.device)
+    backbone = lab_vit(federation.classes)
+    adapted = attach(backbone, rank=setting.rank, seed=seed).to(setting.device)
+    return adapted, federation.to(setting.device).map(backbone.to(setting.device).embed)
 
 
 def train_pair(

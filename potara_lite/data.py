@@ -7,8 +7,8 @@ full data sets through torchvision, or your own tensors.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 __all__ = [
     "Federation",
     "Split",
+    "SupplyError",
     "check_file",
     "data_path",
     "dirichlet_proportions",
@@ -31,7 +32,12 @@ __all__ = [
 ]
 
 Examples = tuple[Tensor, Tensor]  # inputs (n, ...), labels (n,)
+DRAWS = 100  # how often a federation's class proportions are drawn anew before a class counts as run out
 PADDING = -100  # the label of a padded example, which cross_entropy ignores
+
+
+class SupplyError(ValueError):
+    """The clients ask for more examples of a class than there are."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,12 @@ class Split:
         pick = torch.tensor(rows, device=self.y.device)
         return Split(self.x[pick], self.y[pick], self.sizes[pick.cpu()], tuple(self.ids[r] for r in rows))
 
+    @torch.no_grad()
+    def map(self, function: Callable[[Tensor], Tensor], batch_size: int = 512) -> Split:
+        """The same split with ``function``, from ``(B, ...)`` to ``(B, ...)``, applied to its inputs."""
+        x = torch.cat([function(part) for part in self.x.flatten(0, 1).split(batch_size)])
+        return replace(self, x=x.view(*self.y.shape, *x.shape[1:]))
+
     def to(self, device: str | torch.device) -> Split:
         """The same split on ``device`` (the sizes stay on the CPU)."""
         return Split(self.x.to(device), self.y.to(device), self.sizes, self.ids)
@@ -107,12 +119,18 @@ class Federation:
 
     def to(self, device: str | torch.device) -> Federation:
         """The same federation on ``device``."""
-        parts = (split.to(device) for split in (self.train, self.calibration, self.test))
-        return Federation(*parts, self.classes, self.name)
+        return self._each(lambda split: split.to(device))
 
     def rows(self, index: slice | Sequence[int]) -> Federation:
         """The clients in these rows, as a federation of their own."""
-        parts = (split.rows(index) for split in (self.train, self.calibration, self.test))
+        return self._each(lambda split: split.rows(index))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Federation:
+        """The same federation with ``function`` applied to all inputs, such as a backbone's frozen ``embed``."""
+        return self._each(lambda split: split.map(function))
+
+    def _each(self, function: Callable[[Split], Split]) -> Federation:
+        parts = (function(split) for split in (self.train, self.calibration, self.test))
         return Federation(*parts, self.classes, self.name)
 
 
@@ -144,14 +162,14 @@ def draw(
     """Positions in ``labels`` for each client, in random order; no position is drawn twice.
 
     ``proportions``: ``(C, K)``, of which client i gets ``sizes[i]`` examples, rounded by largest remainders. Raises
-    ``ValueError`` when a class runs out.
+    ``SupplyError`` (a ``ValueError``) when a class runs out.
     """
     counts = np.stack([_round(share, size) for share, size in zip(proportions, sizes)])  # (C, K)
     picked: list[list[np.ndarray]] = [[] for _ in sizes]
     for k in range(proportions.shape[1]):
         pool = rng.permutation(np.flatnonzero(labels == k))
         if (wanted := counts[:, k].sum()) > len(pool):
-            raise ValueError(
+            raise SupplyError(
                 f"class {k} runs out: {wanted} examples are asked for, there are {len(pool)}; take fewer clients, "
                 "smaller sizes or a larger alpha"
             )
@@ -188,12 +206,12 @@ def partition(
 
     Each client draws its class proportions from a Dirichlet(``alpha``) and keeps them in all three splits;
     ``shift=True`` gives each an image domain of its own as well (``shift_images``); ``alpha=inf`` with ``shift=True``
-    is feature shift alone. ``train_size`` may differ from client to client. No example is dealt twice.
+    is feature shift alone. ``train_size`` may differ from client to client. No example is dealt twice; proportions that
+    together ask for more of a class than the pools hold are drawn anew, up to 100 times.
 
-    Raises ``ValueError`` for alpha ≤ 0, no clients, sizes < 1, or a class that runs out.
+    Raises ``ValueError`` for alpha ≤ 0, no clients, sizes < 1, or (``SupplyError``) a class that runs out every time.
     """
     rng = np.random.default_rng([seed, 2602_18658])
-    proportions = dirichlet_proportions(clients, classes, alpha, rng)
     sizes = [train_size] * clients if isinstance(train_size, int) else list(train_size)
     if len(sizes) != clients:
         raise ValueError(f"train_size names {len(sizes)} clients, not {clients}")
@@ -201,8 +219,15 @@ def partition(
         raise ValueError(
             f"every client needs examples: train {sizes}, calibration {calibration_size}, test {test_size}"
         )
-    chosen = draw(pool[1].numpy(), proportions, [n + calibration_size for n in sizes], rng)
-    tested = draw(test_pool[1].numpy(), proportions, [test_size] * clients, rng)
+    for attempt in range(DRAWS):
+        proportions = dirichlet_proportions(clients, classes, alpha, rng)
+        try:
+            chosen = draw(pool[1].numpy(), proportions, [n + calibration_size for n in sizes], rng)
+            tested = draw(test_pool[1].numpy(), proportions, [test_size] * clients, rng)
+            break
+        except SupplyError:
+            if attempt == DRAWS - 1:
+                raise
 
     def split(source: Examples, index: Sequence[np.ndarray]) -> Split:
         examples = []
@@ -295,9 +320,13 @@ def from_tensors(
     Raises ``ValueError`` for an empty client, labels outside the classes, or a client too small to withhold from.
     """
     train = list(train)
-    for client, (_, y) in enumerate(train):
+    if not train:
+        raise ValueError("a federation needs at least 1 client, not 0")
+    for client, (x, y) in enumerate(train):
         if len(y) == 0:
             raise ValueError(f"client {client} has no examples")
+        if len(x) != len(y):
+            raise ValueError(f"client {client} has {len(x)} inputs and {len(y)} labels")
     if classes is None:
         classes = 1 + max(int(y.max()) for _, y in [*train, *test] if len(y))
     if calibration is None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["COLOURS", "along_weight", "frontier", "overview"]
+from .data import Split
+
+__all__ = ["COLOURS", "along_weight", "frontier", "label_counts", "overview"]
 
 COLOURS = {  # Okabe & Ito's palette, safe for colour-blind readers
     "federated": "#0072B2",
@@ -24,6 +26,23 @@ COLOURS = {  # Okabe & Ito's palette, safe for colour-blind readers
 def colour(method: str) -> str:
     """A method's colour; grey for methods without one."""
     return COLOURS.get(method.split()[0], "#BBBBBB")
+
+
+def label_counts(split: Split, names: Sequence[str]) -> Figure:
+    """How many examples of each class every client has: a row per client, a column per class of ``names``."""
+    counts = np.stack([np.bincount(split.client(i)[1].cpu(), minlength=len(names)) for i in range(len(split))])
+    figure = Figure(figsize=(8, 1.2 + 0.32 * len(counts)), layout="constrained")
+    panel = figure.subplots()
+    panel.imshow(counts, cmap="Blues", aspect="auto")
+    for (client, k), count in np.ndenumerate(counts):
+        if count:
+            shade = "white" if count > counts.max() / 2 else "black"
+            panel.text(k, client, str(count), ha="center", va="center", fontsize=9, color=shade)
+    panel.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    panel.set_yticks(range(len(counts)), [f"client {i}" for i in split.ids])
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
+    return figure
 
 
 def along_weight(

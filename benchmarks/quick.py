@@ -1,0 +1,63 @@
+"""The command's own table at its default setting, over five seeds.
+
+    python benchmarks/quick.py
+
+Runs ``python -m potara_lite --seeds 0 1 2 3 4`` and keeps its ``results.csv`` and ``config.json`` as ``quick.csv`` and
+``quick.json``; prints the summary as Markdown, with paired differences between rows over the seeds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from itertools import combinations
+from pathlib import Path
+
+import pandas as pd
+
+from potara_lite.benchmark import summary
+
+HERE = Path(__file__).parent
+
+
+def markdown(table: pd.DataFrame, digits: int = 3) -> str:
+    """A table with an index as GitHub Markdown."""
+    lines = ["| " + " | ".join([table.index.name or "", *map(str, table.columns)]) + " |"]
+    lines.append("|" + " --- |" * (table.shape[1] + 1))
+    for name, row in table.iterrows():
+        cells = [f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in row]
+        lines.append("| " + " | ".join([str(name), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def paired(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each pair of methods, the mean difference of accuracy and loss over seeds with its standard error."""
+    seeds = rows.groupby(["seed", "method"], sort=False)[["accuracy", "loss"]].mean().unstack("method")
+    lines = {}
+    for one, two in combinations(rows.method.unique(), 2):
+        difference = {score: seeds[score][one] - seeds[score][two] for score in ("accuracy", "loss")}
+        lines[f"{one} − {two}"] = {
+            f"{score}{suffix}": value
+            for score, d in difference.items()
+            for suffix, value in (("", d.mean()), (" ±", d.sem()))
+        }
+    return pd.DataFrame(lines).T
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "potara_lite", "--seeds", *"01234", "--out", folder, "--quiet"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        shutil.copy(Path(folder) / "results.csv", HERE / "quick.csv")
+        shutil.copy(Path(folder) / "config.json", HERE / "quick.json")
+    rows = pd.read_csv(HERE / "quick.csv")
+    table = summary(rows).assign(MB=lambda t: t["bytes"] / 1e6).drop(columns=["bytes", "seconds"])
+    print(markdown(table))
+    print()
+    print(markdown(paired(rows[rows.method != "backbone"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Estimators of the mixing weight: (backbone, federated stack, local stack, samples) → ``Estimate``.
+
+One signature for all. The samples are a ``Split``; which one is the caller's choice, and it matters: on the samples
+that trained it an over-fitted local model has hardly any gradient left and looks perfect. ``calibration`` samples
+trained neither model. ``by`` asks for a weight per group of tensors instead of one per client (see ``by_layer``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.nn import functional as F
+
+from .adapters import AdaptedBackbone, Adapter, flatten
+from .connectivity import grid
+from .data import Split
+from .fisher import directional_derivatives, per_sample_gradients
+from .merging import merge_exact
+from .mixing import (
+    Moments,
+    fisher_moments,
+    gradient_moments,
+    laplace_moments,
+    moments_from_slopes,
+    parabola_moments,
+    pooled_weight,
+    shrinkage_moments,
+)
+
+__all__ = [
+    "Estimate",
+    "by_layer",
+    "estimate_curve",
+    "estimate_fisher",
+    "estimate_gauss_newton",
+    "estimate_gradient",
+    "estimate_laplace",
+    "estimate_pooled",
+    "estimate_shrinkage",
+    "estimate_uniform",
+    "segment_losses",
+]
+
+Grouping = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mixing weight per client ``(C,)``, or with groups a dictionary of them that ``merge_exact`` takes as it is.
+
+    ``moments``: what the weight comes from, where the estimator has moments. ``details``: diagnostics. ``floats``: how
+    many numbers each client sends up and gets back for it.
+    """
+
+    weight: Tensor | dict[str, Tensor]
+    moments: Moments | None = None
+    details: dict[str, Tensor] = field(default_factory=dict)
+    floats: tuple[int, int] = (0, 0)
+
+
+def _module(name: str) -> str:
+    for ending in (".lora_A.weight", ".lora_B.weight"):
+        name = name.removesuffix(ending)
+    return name
+
+
+def by_layer(name: str) -> str:
+    """A group for each adapted layer and each directly trained layer (its weight and bias together)."""
+    return _module(name).removesuffix(".weight").removesuffix(".bias")
+
+
+def _groups(adapters: Adapter, by: Grouping | None) -> tuple[list[str], Tensor | None]:
+    """The labels of the groups, and the group of each coordinate of ``flatten(adapters)``, ``(P,)``."""
+    if by is None:
+        return [], None
+    labels = sorted({by(name) for name in adapters})
+    if split := [name for name in adapters if by(name) != by(name.replace(".lora_A.", ".lora_B."))]:
+        raise ValueError(f"both factors of a layer must be in one group: {split[0]!r}")
+    parts = [torch.full((tensor[0].numel(),), labels.index(by(name))) for name, tensor in adapters.items()]
+    return labels, torch.cat(parts).to(next(iter(adapters.values())).device)
+
+
+def _estimate(moments: Moments, adapters: Adapter, by: Grouping | None, **rest) -> Estimate:
+    if by is None:
+        return Estimate(moments.weight, moments, **rest)
+    labels, _ = _groups(adapters, by)
+    weight = {_module(name): moments.weight[:, labels.index(by(name))] for name in adapters}
+    return Estimate(weight, moments, **rest)
+
+
+def estimate_uniform(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split) -> Estimate:
+    """Weight ½ for every client: hard to beat when moments are badly estimated. Costs nothing."""
+    return Estimate(torch.full((len(split),), 0.5, dtype=torch.float64))
+
+
+def _both_gradients(
+    adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split, sample_labels: int | None
+) -> tuple[Tensor, Tensor]:
+    if sample_labels is None:
+        return tuple(per_sample_gradients(adapted, stack, split) for stack in (federated, local))
+    generator = torch.Generator().manual_seed(sample_labels)
+    result = []
+    for stack in (federated, local):
+        with torch.no_grad():
+            p = vmap(adapted)(stack, split.x).softmax(-1).cpu()  # (C, N, classes)
+        drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(split.y.shape).to(split.y.device)
+        result.append(per_sample_gradients(adapted, stack, split, labels=torch.where(split.y < 0, split.y, drawn)))
+    return tuple(result)
+
+
+def estimate_fisher(
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    *,
+    damping: float = 0.1,
+    relative: bool = True,
+    clip: tuple[float, float] = (0.0, 1.0),
+    sample_labels: int | None = None,
+    by: Grouping | None = None,
+) -> Estimate:
+    """Our reading of the paper's estimator: inverse empirical diagonal Fisher, correlated by the gradients.
+
+    Equations and options: ``mixing.fisher_moments``. The coordinates are the adapter's tensors (factors and head).
+    ``sample_labels``: a seed; the labels are then drawn from each model (the Fisher proper) instead of the data's.
+    Assumes that a model's errors are independent over coordinates and about as large as the inverse Fisher says, with
+    no bias. Cost: 2 gradients per sample.
+    """
+    g_f, g_l = _both_gradients(adapted, federated, local, split, sample_labels)
+    groups = _groups(local, by)[1]
+    moments = fisher_moments(g_f, g_l, split.sizes, damping=damping, relative=relative, clip=clip, groups=groups)
+    return _estimate(moments, local, by)
+
+
+def estimate_laplace(
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    *,
+    train_sizes: Tensor,
+    prior: float = 1.0,
+    by: Grouping | None = None,
+) -> Estimate:
+    """Posterior variances in the style of a diagonal Laplace approximation, ``Σ = (n F + δ I)⁻¹``.
+
+    ``train_sizes`` ``(C,)``: what each local model was trained on; the federated one had them all. Equations:
+    ``mixing.laplace_moments``. Assumes what the Fisher estimator does, but lets the prior speak where the data are
+    silent. Cost: 2 gradients per sample.
+    """
+    g_f, g_l = _both_gradients(adapted, federated, local, split, None)
+    examples = train_sizes.sum().expand(len(train_sizes)), train_sizes
+    groups = _groups(local, by)[1]
+    moments = laplace_moments(g_f, g_l, split.sizes, examples=examples, prior=prior, groups=groups)
+    return _estimate(moments, local, by)
+
+
+def estimate_gradient(
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    *,
+    unbiased: bool = True,
+    damping: float | None = 0.1,
+    by: Grouping | None = None,
+) -> Estimate:
+    """Moments from the mean gradients of both models: bias included, in the metric of the inverse Fisher.
+
+    Equations and options: ``mixing.gradient_moments``. Assumes that both models are close enough to the client's
+    optimum for the gradient to be linear in the error. Cost: 2 gradients per sample.
+    """
+    g_f, g_l = _both_gradients(adapted, federated, local, split, None)
+    groups = _groups(local, by)[1]
+    moments = gradient_moments(g_f, g_l, split.sizes, unbiased=unbiased, damping=damping, groups=groups)
+    return _estimate(moments, local, by)
+
+
+def _mean(values: Tensor, split: Split) -> Tensor:
+    return values.double().sum(1) / split.sizes.to(values.device)
+
+
+def estimate_gauss_newton(
+    adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split, *, by: Grouping | None = None
+) -> Estimate:
+    """The closed form in the metric of the loss, along the segment: two directional derivatives, no diagonal.
+
+    With ``Δ = θ_F - θ_L`` over the adapter of the exact merge, the denominator is ``Δᵀ H Δ`` with the softmax
+    Gauss–Newton ``H`` and the numerator ``b - c = -E[∇loss(θ_L) · Δ]``, both at the local model. With ``by`` each
+    group has its own ``Δ`` and the groups' curvature is taken as block-diagonal. Assumes the loss is quadratic from
+    the local model to the federated one. Cost: 1 forward-mode product per sample and group.
+    """
+    labels, groups = _groups(local, by)
+    # θ(w) of the exact merge is linear in w through the factors B and the head of the stacked ranks.
+    origin, end = merge_exact(federated, local, 0.0), merge_exact(federated, local, 1.0)
+    whole = flatten(end) - flatten(origin)
+    if by is None:
+        slope, curvature = directional_derivatives(adapted, origin, whole, split)
+        return _estimate(moments_from_slopes(_mean(slope, split), _mean(curvature, split)), local, by)
+    owner = _groups(origin, by)[1]
+    columns = [directional_derivatives(adapted, origin, whole * (owner == k), split) for k in range(len(labels))]
+    slope, curvature = (torch.stack([_mean(part, split) for part in parts], dim=1) for parts in zip(*columns))
+    return _estimate(moments_from_slopes(slope, curvature), local, by)
+
+
+def estimate_shrinkage(
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    *,
+    train_sizes: Tensor,
+    damping: float = 0.1,
+) -> Estimate:
+    """Positive-part James–Stein shrinkage of the local model towards the federated one, in the metric of the loss.
+
+    The distance is ``Δᵀ H Δ`` by the Gauss–Newton product at the local model. The local model's variance in the same
+    metric is ``(d - 2) / n``, with ``n`` its training examples and ``d = tr F (F + δ)⁻¹`` its effective number of
+    parameters (MacKay, 1992) on the given samples. Assumes a well-specified, converged local model and small ``c``.
+    Cost: 1 gradient and 1 forward-mode product per sample.
+    """
+    gradients = per_sample_gradients(adapted, local, split).double()
+    gram = gradients @ gradients.mT  # (C, N, N)
+    values = torch.linalg.eigvalsh(gram).clamp_min(0)
+    ridge = (damping * gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) / gradients.shape[2]).clamp_min(1e-30)
+    effective = (values / (values + ridge)).sum(1)
+    origin, end = merge_exact(federated, local, 0.0), merge_exact(federated, local, 1.0)
+    _, curvature = directional_derivatives(adapted, origin, flatten(end) - flatten(origin), split)
+    variance = (effective - 2).clamp_min(0) / train_sizes.to(effective)
+    moments = shrinkage_moments(variance, _mean(curvature, split))
+    return Estimate(moments.weight, moments, {"effective": effective.cpu()})
+
+
+@torch.no_grad()
+def segment_losses(
+    adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split, weights: Tensor
+) -> Tensor:
+    """Each example's loss at each mixing weight of the exact merge, ``(C, W, N)``; zeros for padding."""
+    y, rows = split.y, []
+    for weight in weights.tolist():
+        logits = vmap(adapted)(merge_exact(federated, local, weight), split.x)  # (C, N, classes)
+        rows.append(F.cross_entropy(logits.transpose(1, 2), y, reduction="none"))
+    return torch.stack(rows, dim=1)
+
+
+def estimate_curve(
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    *,
+    points: int = 9,
+    parabola: bool = False,
+) -> Estimate:
+    """Each client alone: the weight with the smallest mean loss on its samples, on a grid or by a fitted parabola.
+
+    Nothing is assumed of the models, only that the samples are fresh. Its expected regret is about ``1 / (2 n)`` nats
+    for n samples, that of any one-parameter maximum-likelihood fit. Cost: ``points`` forward passes per sample.
+    """
+    weights = grid(points)
+    loss = segment_losses(adapted, federated, local, split, weights).double().sum(2).cpu() / split.sizes.unsqueeze(1)
+    details = {"weights": weights, "loss": loss}
+    if parabola:
+        moments = parabola_moments(weights, loss)
+        return Estimate(moments.weight, moments, details)
+    return Estimate(weights.double()[loss.argmin(1)], None, details)
+
+
+def estimate_pooled(
+    adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split, *, points: int = 5
+) -> Estimate:
+    """The held-out curve of each client, shrunk towards the clients' pooled curve (``mixing.pooled_weight``).
+
+    Every client sends its mean loss at the ``points`` weights and the spread of its slopes, and gets the federation's
+    centre and spread back. Assumes that the clients' best weights scatter about a common centre. Cost: ``points``
+    forward passes per sample.
+    """
+    weights = grid(points)
+    losses = segment_losses(adapted, federated, local, split, weights)
+    weight, details = pooled_weight(weights, losses, split.sizes)
+    return Estimate(weight, None, {"weights": weights, **details}, floats=(points + 1, 2))

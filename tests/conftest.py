@@ -1,0 +1,101 @@
+"""A tiny backbone, a tiny federation with clients of unequal size, and random adapters, in float32 and float64."""
+
+import copy
+
+import pytest
+import torch
+
+from potara_lite.adapters import attach, delta, repeat_adapter
+from potara_lite.backbones import LabViT
+from potara_lite.data import from_tensors
+
+SIZES = (5, 13, 9)
+
+
+def tiny_vit(dtype=torch.float32, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LabViT(classes=4, dim=16, depth=1, heads=2, stem=3).eval().to(dtype)
+
+
+def tiny_federation(dtype):
+    generator = torch.Generator().manual_seed(1)
+
+    def examples(n):
+        x = torch.rand(n, 1, 28, 28, generator=generator, dtype=torch.float64).to(dtype)
+        return x, torch.randint(4, (n,), generator=generator)
+
+    train, test, held = ([examples(n) for n in sizes] for sizes in (SIZES, (7, 4, 6), (3, 6, 4)))
+    return from_tensors(train, test, calibration=held, classes=4)
+
+
+@pytest.fixture(scope="session")
+def backbone():
+    return tiny_vit()
+
+
+@pytest.fixture(scope="session")
+def backbone64():
+    return tiny_vit(torch.float64)
+
+
+@pytest.fixture(scope="session")
+def adapted(backbone):
+    """Rank 2 and alpha 3, so that a forgotten or doubled scaling of 1.5 shows."""
+    return attach(backbone, rank=2, alpha=3)
+
+
+@pytest.fixture(scope="session")
+def adapted64(backbone64):
+    return attach(backbone64, rank=2, alpha=3)
+
+
+@pytest.fixture(scope="session")
+def federation():
+    return tiny_federation(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def federation64():
+    return tiny_federation(torch.float64)
+
+
+@pytest.fixture(scope="session")
+def random_stack():
+    """A stack with every tensor random, of the shapes of ``adapted.initial``: LoRA ``B`` and head are not zero."""
+
+    def make(adapted, clients, seed, scale=0.2):
+        generator = torch.Generator().manual_seed(seed)
+        stack = repeat_adapter(adapted.initial, clients)
+        return {
+            name: (scale * torch.randn(t.shape, generator=generator, dtype=torch.float64)).to(t)
+            for name, t in stack.items()
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_adapter(random_stack):
+    def make(adapted, seed, scale=0.2):
+        return {name: tensor[0] for name, tensor in random_stack(adapted, 1, seed, scale).items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dense_logits():
+    """Logits of a backbone whose dense weights were moved by a delta: no LoRA, no PEFT, no vmap."""
+
+    def run(backbone, adapter, scaling, x):
+        model, prefix = copy.deepcopy(backbone), "base_model.model."
+        with torch.no_grad():
+            for name, change in delta(adapter, scaling).items():
+                weight = model.get_parameter(name.removeprefix(prefix))
+                if name.removesuffix(".weight") in scaling:
+                    weight += change.reshape(weight.shape)
+                else:
+                    weight.copy_(change)
+            return model(x)
+
+    return run

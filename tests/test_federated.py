@@ -1,0 +1,156 @@
+"""FedIT: rounds, averages, who takes part and what it costs."""
+
+import pytest
+import torch
+from conftest import SIZES
+
+from potara_lite.adapters import flatten, repeat_adapter
+from potara_lite.federated import Ledger, average, fedit, participants
+from potara_lite.training import train, train_sequentially
+
+OPTIONS = dict(batch_size=4, lr=2e-3)
+BYTES = 1808  # of one float32 adapter, see test_nbytes_counted_by_hand
+
+
+def flat(adapter):
+    return flatten(repeat_adapter(adapter, 1))[0]
+
+
+def test_average_weighted_by_sizes_by_hand():
+    stack = {"w": torch.tensor([[1.0, 0.0], [3.0, 0.0], [8.0, 4.0]]), "v": torch.tensor([[[2.0]], [[4.0]], [[6.0]]])}
+    mean = average(stack, torch.tensor([1, 2, 1]))
+    torch.testing.assert_close(mean["w"], torch.tensor([15 / 4, 1.0]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean["v"], torch.tensor([[4.0]]), rtol=1e-6, atol=0)
+
+
+def test_average_of_equal_adapters_is_that_adapter_and_a_client_alone_is_itself(adapted64, random_stack):
+    stack = random_stack(adapted64, 3, seed=0)
+    only = average(stack, torch.tensor([0, 7, 0]))
+    assert all(torch.equal(only[name], tensor[1]) for name, tensor in stack.items())
+    same = average(repeat_adapter(only, 3), torch.tensor([5, 13, 9]))
+    torch.testing.assert_close(flat(same), flat(only), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("planted", ["unweighted", "square roots"])
+def test_other_averages_are_seen(planted):
+    stack, sizes = {"w": torch.tensor([[1.0], [3.0]], dtype=torch.float64)}, torch.tensor([1, 3])
+    weights = {"unweighted": torch.ones(2), "square roots": sizes.sqrt()}[planted]
+    assert average(stack, sizes)["w"].item() == pytest.approx(2.5, rel=1e-9)
+    assert average(stack, weights)["w"].item() != pytest.approx(2.5, rel=1e-2)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_one_client_fedit_equals_local_training(adapted64, federation64, keep):
+    alone = federation64.train.rows([1])
+    federated = fedit(adapted64, alone, rounds=2, local_steps=3, keep_optimizer=keep, seed=6, **OPTIONS)
+    initial = repeat_adapter(adapted64.initial, 1)
+    if keep:
+        local = train(adapted64, initial, alone, steps=6, seed=(6, 0), **OPTIONS)
+    else:  # the same batches with the optimiser forgotten in between
+        half = train(adapted64, initial, alone, steps=3, seed=(6, 0), **OPTIONS)
+        local = train(adapted64, half.adapters, alone, steps=3, start=3, seed=(6, 0), **OPTIONS)
+    torch.testing.assert_close(flat(federated.adapter), flatten(local.adapters)[0], rtol=1e-9, atol=1e-12)
+
+
+def test_keeping_the_optimizer_matters(adapted64, federation64):
+    kept, fresh = (
+        fedit(adapted64, federation64.train, rounds=2, local_steps=3, keep_optimizer=keep, **OPTIONS)
+        for keep in (True, False)
+    )
+    assert (flat(kept.adapter) - flat(fresh.adapter)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("participation", [1.0, 0.67])
+def test_rounds_equal_the_obvious_loop(adapted64, federation64, participation):
+    """Each participant trains PEFT's model alone with a fresh optimiser; the mean is weighted by its size."""
+    result = fedit(
+        adapted64, federation64.train, rounds=4, local_steps=2, participation=participation, keep_optimizer=False,
+        seed=2, **OPTIONS,
+    )  # fmt: skip
+    now, present = flat(adapted64.initial), ~result.losses.isnan()
+    assert present.sum(1).tolist() == [round(3 * participation)] * 4
+    for number in range(4):
+        total, weight = torch.zeros_like(now), 0
+        for client in present[number].nonzero().flatten().tolist():
+            row = federation64.train.rows([client])
+            parts = now.split([t.numel() for t in adapted64.initial.values()])
+            start = {name: p.view(1, *t.shape) for (name, t), p in zip(adapted64.initial.items(), parts)}
+            trained = train_sequentially(adapted64, start, row, steps=2, start=2 * number, seed=(2, 0), **OPTIONS)
+            total += SIZES[client] * flatten(trained.adapters)[0]
+            weight += SIZES[client]
+            assert result.losses[number, client].item() == pytest.approx(trained.losses.mean().item(), rel=1e-6)
+        now = total / weight
+    torch.testing.assert_close(flat(result.adapter), now, rtol=1e-8, atol=1e-10)
+
+
+def test_who_sat_out_keeps_its_optimizer_for_its_next_round(adapted64, federation64):
+    """With one participant a round, a client's AdamW goes on from its own last round, not from another's."""
+    result = fedit(
+        adapted64, federation64.train, rounds=6, local_steps=2, participation=0.3, keep_optimizer=True, **OPTIONS
+    )
+    who = [int(row.nonzero()) for row in ~result.losses.isnan()]
+    assert len(set(who)) > 1 and any(who.count(c) > 1 for c in who)
+    adapter, memory = repeat_adapter(adapted64.initial, 1), {}
+    for number, client in enumerate(who):
+        trained = train(
+            adapted64, adapter, federation64.train.rows([client]), steps=2, start=2 * number, seed=(0, 0),
+            state=memory.get(client), **OPTIONS,
+        )  # fmt: skip
+        adapter, memory[client] = trained.adapters, trained.state
+    torch.testing.assert_close(flat(result.adapter), flatten(adapter)[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [dict(chunk_size=1), dict(chunk_size=2)])
+def test_the_result_does_not_depend_on_chunks_or_on_the_order_of_clients(adapted64, federation64, options):
+    usual = fedit(adapted64, federation64.train, rounds=2, local_steps=2, **OPTIONS)
+    turned = fedit(adapted64, federation64.train.rows([2, 0, 1]), rounds=2, local_steps=2, **options, **OPTIONS)
+    torch.testing.assert_close(flat(turned.adapter), flat(usual.adapter), rtol=1e-9, atol=1e-12)
+
+
+def test_participants_are_a_fixed_share_drawn_anew_each_round():
+    rounds = [participants(10, 0.3, 5, number).tolist() for number in range(200)]
+    assert all(len(set(chosen)) == 3 and min(chosen) >= 0 and max(chosen) < 10 for chosen in rounds)
+    counts = torch.bincount(torch.tensor(rounds).flatten(), minlength=10)
+    assert (counts - 60).abs().max() < 4.5 * (200 * 0.3 * 0.7) ** 0.5  # binomial standard deviations
+    assert participants(10, 0.3, 5, 7).tolist() == rounds[7]
+    assert participants(4, 1.0, 0, 0).tolist() == [0, 1, 2, 3]
+    assert len(participants(4, 0.01, 0, 0)) == 1
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5, float("nan")])
+def test_an_impossible_share_of_participants_is_refused(share):
+    with pytest.raises(ValueError, match="participation must be in"):
+        participants(4, share, 0, 0)
+
+
+def test_the_ledger_counts_every_byte_by_hand(adapted, federation):
+    everyone = fedit(adapted, federation.train, rounds=3, local_steps=2, **OPTIONS).ledger
+    assert everyone.up.tolist() == [3 * BYTES] * 3
+    assert everyone.down.tolist() == [4 * BYTES] * 3  # the last download is the result
+    assert everyone.steps.tolist() == [6] * 3
+
+
+def test_who_sits_out_pays_for_the_final_download_only(adapted, federation):
+    result = fedit(adapted, federation.train, rounds=5, local_steps=2, participation=0.67, **OPTIONS)
+    rounds = (~result.losses.isnan()).sum(0)
+    assert rounds.sum() == 10 and len(set(rounds.tolist())) > 1
+    assert result.ledger.up.tolist() == (rounds * BYTES).tolist()
+    assert result.ledger.down.tolist() == ((rounds + 1) * BYTES).tolist()
+    assert result.ledger.steps.tolist() == (rounds * 2).tolist()
+
+
+def test_bytes_follow_the_dtype(adapted64, federation64):
+    assert fedit(adapted64, federation64.train, rounds=1, local_steps=1).ledger.up.tolist() == [2 * BYTES] * 3
+
+
+def test_ledgers_add_up():
+    one = Ledger.zeros(3).add(torch.tensor([0, 2]), up=5, down=7, steps=1)
+    two = Ledger.zeros(3).add(torch.tensor([2]), up=1)
+    total = one + two
+    assert (total.up.tolist(), total.down.tolist(), total.steps.tolist()) == ([5, 0, 6], [7, 0, 7], [1, 0, 1])
+    assert one.up.dtype == torch.int64  # bytes of a large model do not overflow
+
+
+def test_no_rounds_give_the_initial_adapter(adapted, federation):
+    result = fedit(adapted, federation.train, rounds=0, local_steps=3)
+    assert torch.equal(flat(result.adapter), flat(adapted.initial)) and result.losses.shape == (0, 3)
