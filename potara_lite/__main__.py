@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--alpha", type=float, default=default["alpha"], help="Dirichlet concentration of the labels")
     p.add_argument("--shift", action="store_true", help="give each client an image domain of its own as well")
     p.add_argument("--train-size", type=int, default=default["train_size"], help="training examples per client")
+    p.add_argument("--test-size", type=int, default=default["test_size"], help="test examples per client")
     p.add_argument("--rounds", type=int, default=default["rounds"], help="federated rounds")
     p.add_argument("--local-steps", type=int, default=default["local_steps"], help="optimiser steps of a local model")
     seeds = p.add_mutually_exclusive_group()

@@ -8,12 +8,14 @@ the same dictionary with the clients on dim 0. ``AdaptedBackbone`` runs any of t
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -111,7 +113,7 @@ def attach(
             parameters[name] = parameter
     if missing := sorted(initial.keys() - parameters.keys()):
         raise ValueError(f"these adapter tensors have no parameter of their own: {missing}")
-    if odd := [name for name in initial if "lora_" in name and not (".lora_A." in name or ".lora_B." in name)]:
+    if odd := [name for name in initial if "lora_" in name and not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
         raise ValueError(f"only LoRA factors A and B can be merged exactly, not {odd}")
     if config.modules_to_save:
         for name in initial:
@@ -210,10 +212,9 @@ def save_adapter(adapted: AdaptedBackbone, adapter: Adapter, folder: str | Path)
     config.r = max(ranks)
     root = config.use_rslora
     config.lora_alpha = adapted.scaling[lora_layers(adapter)[0]] * (config.r**0.5 if root else config.r)
-    strip = "base_model.model."
-    config.rank_pattern = {k.removeprefix(strip): r for k, r in pattern.items() if r != config.r}
+    config.rank_pattern = {_pattern(layer): rank for layer, rank in pattern.items() if rank != config.r}
     config.alpha_pattern = {
-        layer.removeprefix(strip): adapted.scaling[layer] * (rank**0.5 if root else rank)
+        _pattern(layer): adapted.scaling[layer] * (rank**0.5 if root else rank)
         for layer, rank in pattern.items()
         if adapted.scaling[layer] * (rank**0.5 if root else rank) != config.lora_alpha
     }
@@ -223,6 +224,11 @@ def save_adapter(adapted: AdaptedBackbone, adapter: Adapter, folder: str | Path)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     return folder
+
+
+def _pattern(layer: str) -> str:
+    """The regular expression by which PEFT's rank and alpha patterns mean this layer and no other."""
+    return "^" + re.escape(layer.removeprefix("base_model.model."))
 
 
 def load_adapter(adapted: AdaptedBackbone, folder: str | Path) -> Adapter:
@@ -236,6 +242,11 @@ def load_adapter(adapted: AdaptedBackbone, folder: str | Path) -> Adapter:
     if tensors.keys() != adapted.initial.keys():
         odd = sorted(tensors.keys() ^ adapted.initial.keys())
         raise ValueError(f"{folder}: an adapter of another base: {len(odd)} tensors differ, such as {odd[0]!r}")
+    for name, like in adapted.initial.items():
+        if ".lora_" not in name and tensors[name].shape != like.shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(tensors[name].shape)}, not of this base: {tuple(like.shape)}"
+            )
     config = LoraConfig.from_pretrained(folder)
     tensors = {name: tensors[name] for name in adapted.initial}
     for layer in lora_layers(tensors):
@@ -243,7 +254,8 @@ def load_adapter(adapted: AdaptedBackbone, folder: str | Path) -> Adapter:
         like_a, like_b = adapted.initial[f"{layer}.lora_A.weight"], adapted.initial[f"{layer}.lora_B.weight"]
         if a.shape[1:] != like_a.shape[1:] or b.shape[0] != like_b.shape[0] or a.shape[0] != b.shape[1]:
             raise ValueError(f"{folder}: {layer} has factors {tuple(a.shape)}, {tuple(b.shape)}: not of this base")
-        alpha = config.alpha_pattern.get(layer.removeprefix("base_model.model."), config.lora_alpha)
+        name = layer.removeprefix("base_model.model.")
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
         scaling = alpha / (a.shape[0] ** 0.5 if config.use_rslora else a.shape[0])
         if abs(scaling - adapted.scaling[layer]) > 1e-9 * scaling:
             raise ValueError(f"{folder}: {layer} has scaling {scaling}, this backbone uses {adapted.scaling[layer]}")

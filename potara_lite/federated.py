@@ -52,7 +52,7 @@ def average(stack: Adapter, weights: Tensor) -> Adapter:
 
     The mean of the factors is not the mean of the deltas: ``mean(B) mean(A) != mean(B A)``.
     """
-    share = (weights / weights.sum()).to(next(iter(stack.values())))
+    share = (weights.double() / weights.sum()).to(next(iter(stack.values())).device)
     return {name: torch.einsum("c,c...->...", share.to(tensor.dtype), tensor) for name, tensor in stack.items()}
 
 

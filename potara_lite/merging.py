@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .adapters import Adapter, check_same_base, lora_layers
 
@@ -109,6 +110,8 @@ def compress(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Tensor]]:
         root = s[..., :rank].sqrt()
         new_a = root.unsqueeze(-1) * (vh[..., :rank, :] @ qa.mT)  # (..., rank, in)
         new_b = qb @ u[..., :rank] * root.unsqueeze(-2)  # (..., out, rank)
+        if (spare := rank - new_a.shape[-2]) > 0:  # the layer is narrower than the rank
+            new_a, new_b = pad(new_a, (0, 0, 0, spare)), pad(new_b, (0, spare))
         result[f"{layer}.lora_A.weight"] = new_a.to(a.dtype).reshape(*a.shape[:lead], rank, *a.shape[lead + 1 :])
         result[f"{layer}.lora_B.weight"] = new_b.to(b.dtype).reshape(*b.shape[: lead + 1], rank, *b.shape[lead + 2 :])
         total = s.square().sum(-1)

@@ -87,6 +87,8 @@ def batch_indices(size: int, start: int, steps: int, batch_size: int, seed: int 
     seed = [seed] if isinstance(seed, int) else list(seed)
     first, last = start * batch_size, (start + steps) * batch_size
     epochs = range(first // size, -(-last // size))
+    if steps == 0:
+        return torch.zeros(0, batch_size, dtype=torch.int64)
     stream = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(size) for epoch in epochs])
     offset = epochs.start * size
     return torch.from_numpy(stream[first - offset : last - offset].reshape(steps, batch_size))
@@ -176,6 +178,8 @@ def train(
         if not (finite := curve.isfinite()).all():
             client = int((~finite.all(dim=1)).nonzero()[0])
             raise DivergedError(part.ids[client], start + int((~finite[client]).nonzero()[0]))
+        if not (finite := now.isfinite().all(dim=1)).all():  # the last update comes after the last loss
+            raise DivergedError(part.ids[int((~finite).nonzero()[0])], start + steps)
         done.append((now, memory, curve))
     bar.close()
     memories = [memory for _, memory, _ in done]

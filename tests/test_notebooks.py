@@ -1,0 +1,191 @@
+"""Every committed notebook keeps to the pattern of ``notebooks/README.md``; nbval, by pytest's options, runs them."""
+
+import re
+import statistics
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from potara_lite.exercises import check_best_single_weight
+from potara_lite.plots import label_counts
+from potara_lite.widgets import weight_slider
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+LESSONS = sorted(FOLDER.glob("*.ipynb"))
+SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def prose(notebook):
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def section(text, title):
+    """What stands between one heading of level 2 and the next."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.M | re.S).group(1)
+
+
+def test_there_are_notebooks_and_each_has_solutions():
+    assert [path.name for path in LESSONS] == [path.name for path in SOLUTIONS] != []
+
+
+@pytest.mark.parametrize("path", LESSONS + SOLUTIONS, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_committed_as_executed_and_small(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert path.stat().st_size <= 1_000_000
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    for cell in code(notebook):
+        for output in cell.outputs:
+            assert output.output_type != "error", cell.source
+            assert output.get("name") != "stderr", cell.source
+
+
+@pytest.mark.parametrize("path", LESSONS + SOLUTIONS, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_cells_are_short_and_badges_lead_to_this_notebook(path):
+    notebook = read(path)
+    assert statistics.median(len(cell.source.splitlines()) for cell in code(notebook)) <= 8
+    here = f"notebooks/{path.relative_to(FOLDER)}"
+    assert f"https://colab.research.google.com/github/potara-lite/potara_lite/blob/main/{here}" in prose(notebook)
+    assert f"https://mybinder.org/v2/gh/potara-lite/potara_lite/HEAD?urlpath=lab/tree/{here}" in prose(notebook)
+    assert len(re.findall(r"^# ", prose(notebook), re.M)) == 1
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
+def test_a_lesson_has_all_its_parts(path):
+    notebook = read(path)
+    text = prose(notebook)
+    for part in ("*In one line:*", "you will be able to", "**Prerequisites:**", "**Run time:**", "Exercise"):
+        assert part in text, part
+    goals = text.split("you will be able to")[1].split("**Prerequisites:**")[0]
+    assert len(re.findall(r"^\d\. ", goals, re.M)) == 3
+    numbers = [int(n) for n in re.findall(r"^## (\d+)\. ", text, re.M)]
+    assert numbers == list(range(1, len(numbers) + 1)) and numbers
+    assert text.count("**Predict") >= 5
+    assert section(text, "Summary").count("\n- ") >= 3
+    assert re.findall(r"^(\d)\. ", section(text, "Questions"), re.M) == list("12345")
+    references = section(text, "References")
+    assert "2602.18658" in references and "**The paper's**" in references and "**Ours:**" in references
+    cited = set(re.findall(r"\[(\d)\](?!\()", text.split("## References")[0]))
+    assert cited <= set(re.findall(r"^(\d)\. ", references, re.M))
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
+def test_claims_are_asserts_that_nbval_checks(path):
+    cells = code(read(path))
+    checked = [cell for cell in cells if "NBVAL_CHECK_OUTPUT" in cell.source]
+    assert len(checked) >= 5
+    assert all(cell.outputs for cell in checked)
+    assert sum("assert" in cell.source for cell in checked) >= 5
+    assert any("rtol=1e-9" in cell.source for cell in checked), "one core function is derived and compared"
+    pictures = ["image/png" in output.get("data", {}) for cell in cells for output in cell.outputs]
+    sliders = ["widget-view+json" in str(output.get("data", {})) for cell in cells for output in cell.outputs]
+    assert sum(sliders) == 1 and pictures.index(True) < sliders.index(True), "a static figure comes first"
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.name)
+def test_solutions_run_strictly(path):
+    for cell in code(read(path)):
+        if cell.outputs:
+            assert "# NBVAL_CHECK_OUTPUT" in cell.source, cell.source
+    outputs = [output.get("text", "") for cell in code(read(path)) for output in cell.outputs]
+    assert "correct\n" in outputs
+
+
+def solved(weights, loss):
+    return weights[loss.mean(0).argmin()]
+
+
+def raising(error):
+    def function(weights, loss):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("stub", [lambda w, loss: ..., lambda w, loss: None, raising(NotImplementedError())])
+def test_checker_knows_an_untouched_stub(stub):
+    assert check_best_single_weight(stub) == "not attempted"
+
+
+@pytest.mark.parametrize("right", [solved, lambda w, loss: float(solved(w, loss)), lambda w, loss: solved(w, 3 * loss)])
+def test_checker_knows_a_solution(right):
+    assert check_best_single_weight(right) == "correct"
+
+
+@pytest.mark.parametrize(
+    "wrong, hint",
+    [
+        (lambda w, loss: w[loss.argmin(1)], "a weight per client"),
+        (lambda w, loss: w[loss.argmin(1)].mean(), "average their losses"),
+        (lambda w, loss: w[loss.argmin(1)].median(), "lowest at 0.3"),
+        (lambda w, loss: w[loss.argmin()], "take the mean over them"),
+        (lambda w, loss: w[loss.mean(0).argmax()], "largest"),
+        (lambda w, loss: 1 - solved(w, loss), "on the local model"),
+        (lambda w, loss: loss.mean(0).argmin(), "a position in the grid"),
+        (lambda w, loss: loss.mean(0).min(), "the smallest mean loss"),
+        (lambda w, loss: loss.mean(0), "yours has 11"),
+        (lambda w, loss: 0.3, "right for one table"),
+        (lambda w, loss: solved(w, loss) if len(loss) == 3 else 1 / 0, "right for 3 clients"),
+        (lambda w, loss: "0.3", "is a str"),
+        (lambda w, loss: float("nan"), "yours says nan"),
+        (raising(KeyError("x")), "KeyError"),
+    ],
+)
+def test_checker_gives_a_hint(wrong, hint):
+    line = check_best_single_weight(wrong)
+    assert line.startswith("hint: ") and hint in line
+
+
+WEIGHTS = torch.linspace(0, 1, 5)
+LOSS = torch.stack([(WEIGHTS - 0.25) ** 2, (WEIGHTS - 1) ** 2 + 0.5])
+
+
+def test_slider_shows_the_precomputed_values():
+    box = weight_slider(WEIGHTS, LOSS, 1 - LOSS, {"oracle": torch.tensor([0.25, 1.0])})
+    client, slider, text, picture = box.children
+    assert text.value == "client 0, λ = 0.50: loss 0.062 nats (0.062 above its lowest), accuracy 0.938"
+    seen = {picture.value}
+    for position in range(len(WEIGHTS)):
+        slider.index = position
+        assert f"λ = {WEIGHTS[position]:.2f}: loss {LOSS[0, position]:.3f}" in text.value
+        seen.add(picture.value)
+    client.value = 1
+    assert text.value.startswith("client 1, λ = 1.00: loss 0.500 nats (0.000 above its lowest)")
+    assert len(seen | {picture.value}) == len(WEIGHTS) + 1
+
+
+def test_the_ring_sits_on_the_curve():
+    """The ring's place is matplotlib's own: the marker of a weight chosen there has the same coordinates."""
+    _, slider, _, picture = weight_slider(WEIGHTS, LOSS, 1 - LOSS, {"potara": torch.tensor([0.75, 0.0])}).children
+    slider.index = 3
+    svg = picture.value.decode()
+    rings = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
+    marks = re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)" style="fill: #009e73', svg)
+    assert len(rings) == 2
+    for ring in rings:
+        assert any(abs(float(a) - float(c)) < 0.1 and abs(float(b) - float(d)) < 0.1 for (a, b) in [ring] for c, d in marks)
+
+
+def test_slider_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="5 weights, but loss"):
+        weight_slider(WEIGHTS, LOSS[:, :4], LOSS[:, :4])
+    with pytest.raises(ValueError, match="'potara' has 3 weights for 2 clients"):
+        weight_slider(WEIGHTS, LOSS, LOSS, {"potara": torch.zeros(3)})
+
+
+def test_label_counts_shows_every_example(federation):
+    figure = label_counts(federation.train, list("abcd"))
+    (panel,) = figure.axes
+    assert sum(int(text.get_text()) for text in panel.texts) == int(federation.train.sizes.sum())
+    assert [tick.get_text() for tick in panel.get_yticklabels()] == ["client 0", "client 1", "client 2"]
