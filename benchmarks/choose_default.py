@@ -34,11 +34,12 @@ def measure(setting: Setting, seed: int) -> list[dict]:
         scores = dict(loss=loss.mean().item(), accuracy=accuracy.mean().item())
         rows.append(dict(lr=setting.lr, seed=seed, kind=kind, length=length, **scores))
 
+    adapter, state, done = adapted.initial, None, 0
     for rounds in ROUNDS:
-        federated = fedit(
-            adapted, federation.train, rounds=rounds, local_steps=setting.round_steps, seed=seed, **options
-        )
-        record("federated", rounds, repeat_adapter(federated.adapter, clients))
+        going_on = dict(adapter=adapter, state=state, start=done, seed=seed, **options)
+        part = fedit(adapted, federation.train, rounds=rounds - done, local_steps=setting.round_steps, **going_on)
+        adapter, state, done = part.adapter, part.state, rounds
+        record("federated", rounds, repeat_adapter(adapter, clients))
     stack, state, done = repeat_adapter(adapted.initial, clients), None, 0
     for steps in STEPS:
         part = train(

@@ -14,7 +14,7 @@ from .adapters import AdaptedBackbone, Adapter, attach, repeat_adapter
 from .backbones import lab_vit
 from .connectivity import along_segment, grid
 from .data import Federation, fashion_mnist
-from .estimators import Estimate, estimate_curve, estimate_fisher, estimate_uniform
+from .estimators import Estimate, estimate_fisher, estimate_pooled, estimate_uniform
 from .federated import Ledger, fedit
 from .merging import merge_exact
 from .training import evaluate, train
@@ -148,7 +148,7 @@ def train_pair(
 ESTIMATORS: dict[str, Callable[..., Estimate]] = {  # (adapted, federated, local, data=federation)
     "uniform": lambda model, *pair, data: estimate_uniform(model, *pair, data.calibration),
     "potara-paper": lambda model, *pair, data: estimate_fisher(model, *pair, data.train),
-    "potara": lambda model, *pair, data: estimate_curve(model, *pair, data.calibration),
+    "potara": lambda model, *pair, data: estimate_pooled(model, *pair, data.calibration),
 }
 ORACLE = "oracle weight (test data, reference)"
 

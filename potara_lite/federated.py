@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,12 +40,13 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Federated:
-    """The federated adapter (no client dimension), the ledger, and each round's mean training loss per client
-    ``(rounds, C)``, NaN where a client sat a round out."""
+    """The federated adapter (no client dimension), the ledger, each round's mean training loss per client
+    ``(rounds, C)``, NaN where a client sat a round out, and the clients' optimiser state to go on from."""
 
     adapter: Adapter
     ledger: Ledger
     losses: Tensor
+    state: OptimizerState
 
 
 def average(stack: Adapter, weights: Tensor) -> Adapter:
@@ -52,17 +54,19 @@ def average(stack: Adapter, weights: Tensor) -> Adapter:
 
     The mean of the factors is not the mean of the deltas: ``mean(B) mean(A) != mean(B A)``.
     """
-    share = (weights.double() / weights.sum()).to(next(iter(stack.values())).device)
+    share = (weights.double() / weights.double().sum()).to(next(iter(stack.values())).device)
     return {name: torch.einsum("c,c...->...", share.to(tensor.dtype), tensor) for name, tensor in stack.items()}
 
 
-def participants(clients: int, participation: float, seed: int, number: int) -> Tensor:
-    """The rows of the clients that take part in round ``number``: a fixed share of them, drawn for each round."""
+def participants(ids: Sequence[int], participation: float, seed: int, number: int) -> Tensor:
+    """The rows of the clients that take part in round ``number``: a fixed share of them, drawn for each round.
+
+    Each client draws a lot of its own, ``(seed, round, id)``, so who takes part does not depend on the clients' order.
+    """
     if not 0 < participation <= 1:
         raise ValueError(f"participation must be in (0, 1], not {participation}")
-    count = max(1, round(participation * clients))
-    chosen = np.random.default_rng([seed, 1, number]).choice(clients, count, replace=False)
-    return torch.from_numpy(np.sort(chosen))
+    lots = [np.random.default_rng([seed, 1, number, i]).random() for i in ids]
+    return torch.from_numpy(np.sort(np.argsort(lots)[: max(1, round(participation * len(ids)))]))
 
 
 def fedit(
@@ -74,6 +78,8 @@ def fedit(
     participation: float = 1.0,
     keep_optimizer: bool = True,
     adapter: Adapter | None = None,
+    start: int = 0,
+    state: OptimizerState | None = None,
     seed: int = 0,
     progress: bool = False,
     **training,
@@ -83,13 +89,14 @@ def fedit(
     Each round the participants download the adapter, take ``local_steps`` steps and upload theirs; at the end every
     client downloads the result. ``keep_optimizer``: each client goes on with the AdamW state of its own last round
     (it stays with the client and costs no bytes); otherwise every round starts afresh. ``training`` goes to
-    ``train`` (lr, batch_size, clip, chunk_size, …). With one client and the optimiser kept, this is local training.
+    ``train`` (lr, batch_size, clip, chunk_size, …). ``adapter``, ``state`` and ``start`` (the rounds already behind) go
+    on with an earlier run. With one client and the optimiser kept, this is local training.
     """
     adapter, clients = adapted.initial if adapter is None else adapter, len(split)
     size, ledger, history = nbytes(adapter), Ledger.zeros(clients), []
-    memory = OptimizerState.zeros(flatten(repeat_adapter(adapter, clients)))
-    for number in tqdm(range(rounds), disable=not progress, unit="round", desc="federated"):
-        chosen = participants(clients, participation, seed, number)
+    memory = OptimizerState.zeros(flatten(repeat_adapter(adapter, clients))) if state is None else state
+    for number in tqdm(range(start, start + rounds), disable=not progress, unit="round", desc="federated"):
+        chosen = participants(split.ids, participation, seed, number)
         part = split.rows(chosen.tolist())
         result = train(
             adapted,
@@ -107,4 +114,4 @@ def fedit(
         ledger = ledger.add(chosen, up=size, down=size, steps=local_steps)
         history.append(torch.full((clients,), torch.nan).index_copy(0, chosen, result.losses.mean(1).float().cpu()))
     ledger = ledger.add(torch.arange(clients), down=size)
-    return Federated(adapter, ledger, torch.stack(history) if history else torch.zeros(0, clients))
+    return Federated(adapter, ledger, torch.stack(history) if history else torch.zeros(0, clients), memory)

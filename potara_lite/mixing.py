@@ -80,7 +80,8 @@ class Moments:
 
     @property
     def optimum(self) -> Tensor:
-        """The bound at ``weight``; ``(ab - c²)/(a + b - 2c)`` inside [0, 1], and never above ``min(a, b)``."""
+        """The bound at ``weight``; ``(ab - c²)/(a + b - 2c)`` inside [0, 1]; never above ``min(a, b)`` for moments
+        that exist (``c² <= ab``)."""
         return self.bound(self.weight)
 
 
