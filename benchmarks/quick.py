@@ -3,11 +3,12 @@
     python benchmarks/quick.py
 
 Runs ``python -m potara_lite --seeds 0 1 2 3 4`` and keeps its ``results.csv`` and ``config.json`` as ``quick.csv`` and
-``quick.json``; prints the summary as Markdown, with paired differences between rows over the seeds.
+``quick.json``; writes the summary into the README and, with the paired differences between rows, into ``quick.md``.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -46,17 +47,26 @@ def paired(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines).T
 
 
+def tables(rows: pd.DataFrame) -> tuple[str, str]:
+    """The README's table and the paired differences, as Markdown."""
+    table = summary(rows).assign(MB=lambda t: t["bytes"] / 1e6).drop(columns=["bytes", "seconds"])
+    return markdown(table), markdown(paired(rows[rows.method != "backbone"]), digits=4)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "potara_lite", "--seeds", *"01234", "--out", folder, "--quiet"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         shutil.copy(Path(folder) / "results.csv", HERE / "quick.csv")
         shutil.copy(Path(folder) / "config.json", HERE / "quick.json")
-    rows = pd.read_csv(HERE / "quick.csv")
-    table = summary(rows).assign(MB=lambda t: t["bytes"] / 1e6).drop(columns=["bytes", "seconds"])
-    print(markdown(table))
-    print()
-    print(markdown(paired(rows[rows.method != "backbone"])))
+    table, differences = tables(pd.read_csv(HERE / "quick.csv"))
+    (HERE / "quick.md").write_text(
+        f"{table}\n\nPaired over the seeds (mean difference, standard error):\n\n{differences}\n"
+    )
+    readme = HERE.parent / "README.md"
+    block = f"<!-- quick -->\n{table}\n<!-- /quick -->"
+    readme.write_text(re.sub(r"<!-- quick -->.*<!-- /quick -->", lambda _: block, readme.read_text(), flags=re.S))
+    print(differences)
 
 
 if __name__ == "__main__":

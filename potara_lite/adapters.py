@@ -57,9 +57,11 @@ class AdaptedBackbone:
     def __call__(self, adapter: Adapter, x: Tensor) -> Tensor:
         """The logits ``(B, classes)`` of one adapter (no client dimension) on a batch ``x`` of ``(B, ...)``.
 
-        The LoRA factors may have any rank: the scaling stays that of the configuration.
+        The LoRA factors may have any rank: the scaling stays that of the configuration. They may be stored in another
+        dtype (bf16, say); the arithmetic is done in that of the backbone.
         """
-        return functional_call(self.model, {self.parameters[name]: tensor for name, tensor in adapter.items()}, (x,))
+        weights = {self.parameters[name]: tensor.to(self.initial[name].dtype) for name, tensor in adapter.items()}
+        return functional_call(self.model, weights, (x,))
 
     @property
     def config(self) -> LoraConfig:

@@ -173,7 +173,8 @@ def estimate_gradient(
     """Moments from the mean gradients of both models: bias included, in the metric of the inverse Fisher.
 
     Equations and options: ``mixing.gradient_moments``. Assumes that both models are close enough to the client's
-    optimum for the gradient to be linear in the error. Cost: 2 gradients per sample.
+    optimum for the gradient to be linear in the error. The metric couples the groups, so ``by`` needs
+    ``damping=None``. Cost: 2 gradients per sample.
     """
     g_f, g_l = _both_gradients(adapted, federated, local, split, None)
     groups = _groups(local, by)[1]

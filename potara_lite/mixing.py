@@ -123,9 +123,8 @@ def _group_sum(values: Tensor, groups: Tensor | None) -> Tensor:
 
 def _diagonals(g_f: Tensor, g_l: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Diagonal Fishers of both models and the correlation of their gradients about zero, ``(C, P)`` float64 each."""
-    n = sizes.to(g_f).unsqueeze(1)
+    g_f, g_l, n = g_f.double(), g_l.double(), sizes.to(g_f.device).double().unsqueeze(1)
     f_f, f_l, cross = ((one * two).sum(1) / n for one, two in ((g_f, g_f), (g_l, g_l), (g_f, g_l)))
-    f_f, f_l, cross = f_f.double(), f_l.double(), cross.double()
     return f_f, f_l, cross / (f_f * f_l).sqrt().clamp_min(TINY)
 
 
@@ -219,7 +218,7 @@ def moments_from_slopes(at_local: Tensor, curvature: Tensor) -> Moments:
     """Moments ``(C,)`` from the loss along the segment: its slope at the local model and its curvature.
 
     The loss is β/2 times the bound, so its slope at ``w = 0`` is ``-(b - c)`` and its curvature ``a + b - 2c`` in
-    units of β. Only these two are observed; ``c`` is chosen as small as ``a, b >= 0`` allows.
+    units of β. Only these two are observed; ``c`` is the smallest ``c >= 0`` that ``a, b >= 0`` allows.
     """
     gain, total = -at_local.double().cpu(), curvature.double().cpu().clamp_min(0)
     c = torch.stack([torch.zeros_like(gain), -gain, gain - total]).amax(0)
@@ -240,13 +239,16 @@ def parabola_moments(weights: Tensor, loss: Tensor) -> Moments:
     """Moments from the least-squares parabola through the loss ``(C, W)`` at the weights ``(W,)``, W ≥ 3."""
     design = torch.stack([weights**0, weights, weights**2], dim=1).double().cpu()
     _, slope, half = torch.linalg.lstsq(design, loss.double().cpu().mT).solution  # three (C,)
-    return moments_from_slopes(slope, 2 * half)
+    slope = torch.where(half > 0, slope, slope + half)  # one that opens downwards: its lower end, by the chord
+    return moments_from_slopes(slope, 2 * half.clamp_min(0))
 
 
 def pooled_weight(
     weights: Tensor, losses: Tensor, sizes: Tensor, *, spread: tuple[float, ...] = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Each client's weight from its held-out losses ``(C, W, N)``, shrunk towards the clients' own pool.
+
+    Padded samples must have loss zero, as ``segment_losses`` gives them.
 
     The held-out log-likelihood of client i along the segment is ``-n_i`` times its mean loss. The clients' best
     weights are taken to scatter about a common centre, ``w_i ~ N(μ, τ²)`` on [0, 1]; ``μ`` is uniform there and ``τ``

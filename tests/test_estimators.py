@@ -1,0 +1,762 @@
+"""The estimators of the mixing weight, and the pure functions of moments behind them."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch.nn import functional as F
+
+from potara_lite.adapters import attach, client_adapter, flatten, repeat_adapter
+from potara_lite.data import Split
+from potara_lite.estimators import (
+    by_layer,
+    estimate_curve,
+    estimate_fisher,
+    estimate_gauss_newton,
+    estimate_gradient,
+    estimate_laplace,
+    estimate_pooled,
+    estimate_shrinkage,
+    estimate_uniform,
+    segment_losses,
+)
+from potara_lite.fisher import per_sample_gradients
+from potara_lite.merging import merge_exact
+from potara_lite.mixing import (
+    Moments,
+    combination_weights,
+    fisher_moments,
+    gradient_moments,
+    laplace_moments,
+    moments_from_slopes,
+    parabola_moments,
+    pooled_weight,
+    shrinkage_moments,
+)
+from potara_lite.training import evaluate
+
+TRAINED = torch.tensor([5, 13, 9])  # the sizes of conftest's train split
+ESTIMATORS = {
+    "uniform": lambda *a: estimate_uniform(*a),
+    "fisher": lambda *a: estimate_fisher(*a),
+    "fisher, labels drawn": lambda *a: estimate_fisher(*a, sample_labels=3),
+    "laplace": lambda *a: estimate_laplace(*a, train_sizes=TRAINED),
+    "gradient": lambda *a: estimate_gradient(*a),
+    "gradient, identity": lambda *a: estimate_gradient(*a, damping=None, unbiased=False),
+    "gauss-newton": lambda *a: estimate_gauss_newton(*a),
+    "shrinkage": lambda *a: estimate_shrinkage(*a, train_sizes=TRAINED),
+    "curve": lambda *a: estimate_curve(*a, points=3),
+    "parabola": lambda *a: estimate_curve(*a, points=3, parabola=True),
+    "pooled": lambda *a: estimate_pooled(*a, points=3),
+}
+each = pytest.mark.parametrize("name", ESTIMATORS)
+with_groups = pytest.mark.parametrize(
+    "run",
+    [
+        lambda *a, **k: estimate_fisher(*a, **k),
+        lambda *a, **k: estimate_laplace(*a, train_sizes=TRAINED, **k),
+        lambda *a, **k: estimate_gradient(*a, damping=None, unbiased=False, **k),
+        lambda *a, **k: estimate_gauss_newton(*a, **k),
+    ],
+    ids=["fisher", "laplace", "gradient", "gauss-newton"],
+)
+
+
+@pytest.fixture(scope="module")
+def pair(adapted64, random_stack):
+    return random_stack(adapted64, 3, seed=1), random_stack(adapted64, 3, seed=2)
+
+
+def normal(*shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+def moment_matrices(count, k, seed=0):
+    root = normal(count, k, k + 1, seed=seed)
+    return root @ root.mT
+
+
+def close(found, expected, rtol=1e-9, atol=0.0):
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), rtol=rtol, atol=atol)
+
+
+# The combination of K models.
+
+
+def test_combination_weights_minimise_the_quadratic_over_all_weights_that_add_up_to_one():
+    matrices = moment_matrices(6, 4)
+    found = combination_weights(matrices)
+    close(found.sum(1), torch.ones(6, dtype=torch.float64))
+    for matrix, weights in zip(matrices.numpy(), found.numpy()):
+        free = minimize(
+            lambda v, m=matrix: np.append(v, 1 - v.sum()) @ m @ np.append(v, 1 - v.sum()), np.zeros(3), tol=1e-12
+        )
+        np.testing.assert_allclose(weights, np.append(free.x, 1 - free.x.sum()), atol=1e-5)
+    assert (found < 0).any()  # nothing was clipped
+
+
+def test_nonnegative_combination_weights_are_the_minimum_of_a_grid_on_the_simplex():
+    steps = 60
+    i, j = np.meshgrid(np.arange(steps + 1), np.arange(steps + 1), indexing="ij")
+    simplex = torch.from_numpy(np.stack([i, j, steps - i - j], -1)[i + j <= steps] / steps)
+    matrices = moment_matrices(20, 3, seed=1)
+    found = combination_weights(matrices, nonnegative=True)
+    assert (found >= 0).all()
+    close(found.sum(1), torch.ones(20, dtype=torch.float64))
+    values = torch.einsum("gi,bij,gj->bg", simplex, matrices, simplex)
+    value = torch.einsum("bi,bij,bj->b", found, matrices, found)
+    assert (value <= values.amin(1) * (1 + 1e-12)).all()
+    near = (simplex[values.argmin(1)] - found).abs().amax(1)
+    flat = torch.linalg.eigvalsh(matrices)[:, 0] < 0.05  # there the grid's minimum may be far from the true one
+    assert (near[~flat] < 0.1).all() and (~flat).sum() > 10
+    assert (found == 0).any() and (found > 0).all(1).any()  # faces and the inside are both visited
+
+
+def test_two_models_have_the_weight_of_the_closed_form():
+    matrices = moment_matrices(40, 2, seed=2)
+    moments = Moments(matrices[:, 0, 0], matrices[:, 1, 1], matrices[:, 0, 1])
+    inside = matrices[:, 0, 1] < torch.minimum(matrices[:, 0, 0], matrices[:, 1, 1])
+    assert 5 < inside.sum() < 36
+    close(combination_weights(matrices)[inside, 0], moments.weight[inside])
+    close(combination_weights(matrices, nonnegative=True)[:, 0], moments.weight)
+    outside = combination_weights(matrices)[~inside, 0]
+    assert ((outside < 0) | (outside > 1)).all()
+
+
+def test_one_model_or_a_singular_or_infinite_matrix_has_a_stated_answer():
+    assert combination_weights(torch.tensor([[3.0]])).tolist() == [1.0]
+    twins = torch.tensor([[2.0, 2.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
+    for nonnegative in (False, True):
+        with pytest.raises(ValueError, match="singular"):
+            combination_weights(twins, nonnegative=nonnegative)
+        for bad in (float("inf"), float("nan")):
+            with pytest.raises(ValueError, match="not finite"):
+                combination_weights(torch.tensor([[1.0, 0.0], [0.0, bad]]), nonnegative=nonnegative)
+
+
+# Moments from gradients.
+
+SIZES = torch.tensor([4, 2])
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """Two clients with four and two samples, correlated models, and zeros in the padded rows."""
+    g_f, noise = normal(2, 2, 4, 6, seed=3)
+    g_l = 0.7 * g_f + noise
+    for g in (g_f, g_l):
+        g[1, 2:] = 0
+    return g_f, g_l
+
+
+def test_laplace_moments_by_hand(gradients):
+    g_f, g_l = gradients
+    examples = torch.tensor([30, 30]), torch.tensor([20, 10])
+    found = laplace_moments(g_f, g_l, SIZES, examples=examples, prior=2.5)
+    for i, n in enumerate((4, 2)):
+        one, two = g_f[i, :n].numpy(), g_l[i, :n].numpy()
+        f_f, f_l = (one**2).mean(0), (two**2).mean(0)
+        var_f, var_l = 1 / (30 * f_f + 2.5), 1 / ((20, 10)[i] * f_l + 2.5)
+        rho = ((one * two).mean(0) / np.sqrt(f_f * f_l)).clip(0, 1)
+        close(found.a[i], var_f.sum())
+        close(found.b[i], var_l.sum())
+        close(found.c[i], (rho * np.sqrt(var_f * var_l)).sum())
+
+
+def test_laplace_variances_are_those_of_the_posterior_of_a_gaussian_mean():
+    """Truth from the prior, n observations of known precision per coordinate: the posterior mean's squared error."""
+    rng, precision, prior, trials = np.random.default_rng(4), np.array([0.5, 2.0, 0.01]), 0.5, 40_000
+    root = torch.from_numpy(np.sqrt(precision) * np.array([[1.0, 1, 1], [-1, -1, -1]])).unsqueeze(0)
+    counts = 40, 6  # federated, local
+    examples = tuple(torch.tensor([n]) for n in counts)
+    found = laplace_moments(root, root, torch.tensor([2]), examples=examples, prior=prior)
+    truth = rng.normal(size=(trials, 3)) / prior**0.5
+    for n, moment in zip(counts, (found.a, found.b)):
+        average = truth + rng.normal(size=truth.shape) / np.sqrt(n * precision)
+        squared = ((n * precision / (n * precision + prior) * average - truth) ** 2).sum(1)
+        error = squared.std() / trials**0.5
+        assert error < 0.02 * squared.mean()
+        assert abs(squared.mean() - moment.item()) < 4 * error
+
+
+def test_diagonal_moments_of_groups_add_up_to_the_whole(gradients):
+    groups = torch.tensor([1, 0, 1, 1, 2, 0])
+    examples = torch.tensor([30, 30]), torch.tensor([20, 10])
+    for run in (
+        lambda **k: fisher_moments(*gradients, SIZES, **k),
+        lambda **k: laplace_moments(*gradients, SIZES, examples=examples, **k),
+        lambda **k: gradient_moments(*gradients, SIZES, **k),
+    ):
+        whole, parts = run(), run(groups=groups)
+        assert parts.weight.shape == (2, 3)
+        for name in "abc":
+            close(getattr(parts, name).sum(1), getattr(whole, name))
+
+
+def test_correlations_survive_gradients_whose_squares_are_too_small_for_float32():
+    """A saturated model has gradients of 1e-30: half correlated with the other model's, they must not look the same."""
+    g_f = 1e-30 * torch.tensor([[[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, 1.0]]])
+    g_l = torch.tensor([[[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]]])  # correlation 0.5 in both coordinates
+    sizes = torch.tensor([4])
+    small, large = fisher_moments(g_f, g_l, sizes), fisher_moments(g_f.double(), g_l.double(), sizes)
+    for name in "abc":
+        close(getattr(small, name), getattr(large, name), rtol=1e-6, atol=1e-12)
+    assert large.c > 0.1
+
+
+def test_gradient_moments_with_the_identity_are_products_of_the_mean_gradients(gradients):
+    found = gradient_moments(*gradients, SIZES)
+    for i, n in enumerate((4, 2)):
+        one, two = (g[i, :n].mean(0) for g in gradients)
+        close(found.a[i], one @ one)
+        close(found.b[i], two @ two)
+        close(found.c[i], one @ two)
+        mixed = [float((w * one + (1 - w) * two).norm()) for w in np.linspace(0, 1, 2001)]
+        assert abs(found.weight[i].item() - np.argmin(mixed) / 2000) < 1e-3  # the min-norm point
+
+
+def test_gradient_moments_of_groups_are_those_of_each_groups_coordinates(gradients):
+    groups = torch.tensor([1, 0, 1, 1, 2, 0])
+    for unbiased in (False, True):
+        found = gradient_moments(*gradients, SIZES, groups=groups, unbiased=unbiased)
+        for k in range(3):
+            alone = gradient_moments(*(g[..., groups == k] for g in gradients), SIZES, unbiased=unbiased)
+            for name in "abc":
+                close(getattr(found, name)[:, k], getattr(alone, name))
+    with pytest.raises(ValueError, match="damping=None"):
+        gradient_moments(*gradients, SIZES, groups=groups, damping=0.1)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("damping", [0.03, 1.0])
+def test_the_metric_is_the_explicit_inverse_of_the_damped_fisher(gradients, damping, unbiased):
+    found = gradient_moments(*gradients, SIZES, damping=damping, unbiased=unbiased)
+    for i, n in enumerate((4, 2)):
+        one, two = (g[i, :n] for g in gradients)
+        fisher = sum(torch.outer(g, g) for g in [*one, *two]) / (2 * n)
+        inverse = torch.linalg.inv(fisher + damping * fisher.diagonal().mean() * torch.eye(6, dtype=torch.float64))
+
+        def moment(x, y, n=n, inverse=inverse):
+            pairs = [x[i] @ inverse @ y[j] for i in range(n) for j in range(n) if i != j or not unbiased]
+            return sum(pairs) / len(pairs)
+
+        close(found.a[i], moment(one, one).clamp_min(0), rtol=1e-9)
+        close(found.b[i], moment(two, two).clamp_min(0), rtol=1e-9)
+        close(found.c[i], moment(one, two), rtol=1e-9)
+        assert found.a[i] + found.b[i] > 0
+
+
+def test_the_u_statistic_has_the_squared_mean_as_its_expectation_and_the_plain_one_is_biased_upwards():
+    """20000 clients of 6 samples; both models see the same sample noise, so the plain ``c`` is biased as well."""
+    clients, n, d = 20_000, 6, 3
+    mean_f, mean_l = torch.tensor([1.0, 0.5, 0.0]).double(), torch.tensor([-0.2, 0.6, 0.8]).double()
+    noise = normal(clients, n, d, seed=5)
+    args = mean_f + noise, mean_l + 0.5 * noise, torch.full((clients,), n)
+    # clamped to zero, a and b are unbiased no more: shift them out of reach by a coordinate without noise
+    args = (*(torch.cat([g, g.new_full((clients, n, 1), 3.0)], 2) for g in args[:2]), args[2])
+    plain, fair = gradient_moments(*args), gradient_moments(*args, unbiased=True)
+    truth = {"a": mean_f @ mean_f, "b": mean_l @ mean_l, "c": mean_f @ mean_l}
+    bias = {"a": d / n, "b": 0.25 * d / n, "c": 0.5 * d / n}
+    for name in "abc":
+        for found, shift in ((fair, 0.0), (plain, bias[name])):
+            values = getattr(found, name) - 9
+            error = values.std() / clients**0.5
+            assert abs(values.mean() - truth[name] - shift) < 4 * error
+            assert bias[name] > 8 * error  # so the two can be told apart
+        assert (getattr(fair, name) > 0).all()
+
+
+def test_on_a_quadratic_the_gradient_moments_recover_the_closed_form_weight():
+    """``g_i = θ - x_i`` with ``x_i ~ N(θ*, I)``, so ``H = I`` and the biases of both models are known."""
+    clients, n = 60, 200
+    e_f, e_l = torch.tensor([0.6, 0.3, 0.1]).double(), torch.tensor([-0.1, 0.7, 0.5]).double()
+    noise = normal(clients, n, 3, seed=6)
+    weight = gradient_moments(e_f - noise, e_l - noise, torch.full((clients,), n), unbiased=True).weight
+    truth = Moments(e_f @ e_f, e_l @ e_l, e_f @ e_l).weight.item()
+    error = weight.std().item() / clients**0.5
+    assert error < 0.02 and abs(truth - 0.5) > 8 * error
+    assert abs(weight.mean().item() - truth) < 4 * error
+
+
+def test_on_a_quadratic_with_inverse_fisher_covariances_the_diagonal_moments_recover_the_weight():
+    """Gradients whose second moments are the known precisions, 40 clients of 4000 samples."""
+    clients, n = 40, 4000
+    f_f, f_l, rho = torch.tensor([[4.0, 1.0, 0.5, 3.0], [1.0, 0.5, 2.0, 0.4], [0.6, 0.0, 0.3, 0.8]]).double()
+    one, two = normal(2, clients, n, 4, seed=7)
+    g_f = one * f_f.sqrt()
+    g_l = (one * rho + two * (1 - rho**2).sqrt()) * f_l.sqrt()
+    sizes = torch.full((clients,), n)
+
+    def check(found, var_f, var_l):
+        truth = Moments(var_f.sum(), var_l.sum(), (rho * (var_f * var_l).sqrt()).sum()).weight.item()
+        error = found.weight.std().item() / clients**0.5
+        assert error < 0.002 and 0.1 < truth < 0.9
+        assert abs(found.weight.mean().item() - truth) < 4 * error
+
+    check(fisher_moments(g_f, g_l, sizes, damping=1e-9), 1 / f_f, 1 / f_l)
+    examples = torch.full((clients,), 9), torch.full((clients,), 4)
+    check(laplace_moments(g_f, g_l, sizes, examples=examples, prior=0.5), 1 / (9 * f_f + 0.5), 1 / (4 * f_l + 0.5))
+
+
+# Moments from curves.
+
+
+@pytest.mark.parametrize(
+    "slope, curvature, moments, weight",
+    [
+        (-1.0, 3.0, (2.0, 1.0, 0.0), 1 / 3),
+        (-3.0, 3.0, (0.0, 3.0, 0.0), 1.0),
+        (-4.0, 3.0, (0.0, 5.0, 1.0), 1.0),  # the minimum lies beyond the federated model
+        (2.0, 3.0, (7.0, 0.0, 2.0), 0.0),  # the loss rises from the local model on
+        (-1.0, 0.0, (0.0, 1.0, 1.0), 1.0),  # a straight line
+        (1.0, 0.0, (2.0, 0.0, 1.0), 0.0),
+        (-1.0, -5.0, (0.0, 1.0, 1.0), 1.0),  # a curvature below zero counts as none
+        (0.0, 0.0, (0.0, 0.0, 0.0), 0.5),
+    ],
+)
+def test_moments_from_slopes_by_hand(slope, curvature, moments, weight):
+    found = moments_from_slopes(torch.tensor([slope]), torch.tensor([curvature]))
+    if curvature > 0:
+        assert (found.a.item(), found.b.item(), found.c.item()) == moments
+        close(
+            found.bound(0.3) - found.bound(0.0), torch.tensor([2 * 0.3 * slope + 0.09 * curvature], dtype=torch.float64)
+        )
+    assert found.weight.item() == pytest.approx(weight, rel=1e-9)
+
+
+def test_the_parabola_through_a_parabola_is_exact():
+    weights = torch.linspace(0, 1, 5, dtype=torch.float64)
+    best = torch.tensor([0.1, 0.35, 0.9, 1.7, -0.4]).double().unsqueeze(1)
+    found = parabola_moments(weights, 2.0 + 1.5 * (weights - best) ** 2)
+    close(found.weight, best[:, 0].clamp(0, 1), rtol=1e-9, atol=1e-12)
+    close(found.a + found.b - 2 * found.c, torch.full((5,), 3.0).double())
+    close(found.b - found.c, 3 * best[:, 0])
+
+
+def test_the_parabola_that_opens_downwards_has_its_minimum_at_the_lower_end():
+    weights = torch.linspace(0, 1, 5, dtype=torch.float64)
+    bump = torch.stack(
+        [weights - 3 * weights**2, weights - 0.5 * weights**2]
+    )  # ends 0 and -2, 0 and ½; both rise first
+    assert parabola_moments(weights, bump).weight.tolist() == [1.0, 0.0]
+
+
+def test_shrinkage_is_variance_over_distance_and_never_more_than_one():
+    found = shrinkage_moments(torch.tensor([1.0, 3.0, 0.0, 0.0]), torch.tensor([4.0, 2.0, 2.0, 0.0])).weight
+    close(found, torch.tensor([0.25, 1.0, 0.0, 0.5]).double())
+
+
+def test_shrinkage_of_a_gaussian_mean_beats_the_mean_itself():
+    """James & Stein: 10 coordinates of variance 1, towards a federated model that is off by 2."""
+    trials, d = 4000, 10
+    local = normal(trials, d, seed=8)  # the truth is zero
+    federated = torch.zeros(d).double()
+    federated[0] = 2.0
+    weight = shrinkage_moments(torch.full((trials,), d - 2.0), (federated - local).square().sum(1)).weight.unsqueeze(1)
+    gain = local.square().sum(1) - (weight * federated + (1 - weight) * local).square().sum(1)
+    assert gain.mean() > 4 * gain.std() / trials**0.5
+    unclipped = (d - 2) ** 2 * (1 / (federated - local).square().sum(1)).mean()  # Stein's formula for the gain
+    assert gain.mean() > 0.95 * unclipped
+
+
+# The pooled curve.
+
+WEIGHTS = torch.linspace(0, 1, 5, dtype=torch.float64)
+
+
+def parabolas(best, n, h=3.0, noise=None):
+    """Losses ``(C, 5, N)`` of the parabola ``h/2 (w - best)²`` plus ``noise`` ``(C, N)`` times w."""
+    best = torch.as_tensor(best, dtype=torch.float64).view(-1, 1, 1)
+    losses = (h / 2 * (WEIGHTS.view(1, -1, 1) - best) ** 2).expand(-1, -1, n)
+    return losses if noise is None else losses + noise.unsqueeze(1) * WEIGHTS.view(1, -1, 1)
+
+
+def bartlett(clients, n, h=3.0, seed=0):
+    """Slope noise with the variance of the curvature, as of a calibrated model, with mean zero in each client."""
+    noise = normal(clients, n, seed=seed) * h**0.5
+    return noise - noise.mean(1, keepdim=True)
+
+
+def test_clients_that_agree_get_the_minimum_of_their_pool():
+    losses = parabolas([0.3] * 6, 50, noise=bartlett(6, 50))
+    weight, details = pooled_weight(WEIGHTS, losses, torch.full((6,), 50))
+    assert (weight - 0.3).abs().max() < 0.02
+    close(weight, weight[:1].expand(6), atol=1e-12)
+    close(details["centre"], 0.3, rtol=0, atol=0.02)
+    close(details["loss"], losses.mean(2))
+    assert details["spread"] < 0.12 and 0.9 < details["temper"] <= 1
+
+
+def test_a_client_with_many_samples_keeps_its_own_minimum_and_one_with_few_gets_the_pools():
+    sizes = torch.tensor([40, 40, 40, 40, 5000, 2])
+    best = [0.3, 0.3, 0.3, 0.3, 0.8, 0.8]
+    noise = torch.zeros(6, 5000).double()
+    for i, n in enumerate(sizes.tolist()):
+        noise[i, :n] = bartlett(1, n, seed=i)[0]
+    real = (torch.arange(5000) < sizes.view(-1, 1)).unsqueeze(1)
+    weight, _ = pooled_weight(WEIGHTS, parabolas(best, 5000, noise=noise) * real, sizes)
+    assert abs(weight[4] - 0.8) < 0.01
+    assert weight[5] < 0.65  # pulled at least this far towards the centre
+    assert (weight[:4] < 0.5).all()
+
+
+def test_pooling_knows_no_order_of_clients():
+    losses, sizes = (
+        parabolas(torch.rand(5, generator=torch.Generator().manual_seed(0)), 12, noise=normal(5, 12)),
+        [12] * 5,
+    )
+    order = [3, 0, 4, 1, 2]
+    usual, _ = pooled_weight(WEIGHTS, losses, torch.tensor(sizes))
+    turned, _ = pooled_weight(WEIGHTS, losses[order], torch.tensor(sizes))
+    close(turned, usual[order], rtol=1e-9)
+    assert usual.std() > 0.005
+
+
+def test_padding_of_the_losses_does_not_matter_to_the_pool():
+    losses = parabolas([0.2, 0.5, 0.9], 12, noise=4 * normal(3, 12, seed=1)).clone()
+    losses[1, :, 7:] = 0
+    sizes = torch.tensor([12, 7, 12])
+    usual, details = pooled_weight(WEIGHTS, losses, sizes)
+    padded, more = pooled_weight(WEIGHTS, torch.cat([losses, torch.zeros(3, 5, 9)], dim=2), sizes)
+    close(padded, usual, rtol=1e-9)
+    close(more["temper"], details["temper"], rtol=1e-9)
+    assert 0.05 < details["temper"] < 1  # not clipped, so the variance of the slopes counts
+
+
+def test_overconfident_models_are_tempered_by_the_sandwich():
+    noise = 2 * bartlett(4, 500)  # four times the variance that a calibrated model has
+    details = pooled_weight(WEIGHTS, parabolas([0.5] * 4, 500, noise=noise), torch.full((4,), 500))[1]
+    close(details["temper"], 3.0 / float(noise.square().sum() / (4 * 499)), rtol=1e-6)
+    assert details["temper"] == pytest.approx(0.25, abs=0.03)
+
+
+def test_pooling_regrets_less_than_each_client_alone_which_regrets_half_a_parameter():
+    """Bartlett noise: 8 clients, 30 samples, curvature 3, best weights scattered by 0.05; 1/(2n) for each alone."""
+    h, n, clients, runs = 3.0, 30, 8, 80
+    rng = np.random.default_rng(9)
+    alone, pooled = [], []
+    for _ in range(runs):
+        best = 0.5 + 0.05 * rng.normal(size=clients)
+        noise = torch.from_numpy(rng.normal(size=(clients, n)) * h**0.5)
+        own = np.clip(best - noise.mean(1).numpy() / h, 0, 1)
+        found, _ = pooled_weight(WEIGHTS, parabolas(best, n, h, noise), torch.full((clients,), n))
+        alone.append(h / 2 * ((own - best) ** 2).mean())
+        pooled.append(h / 2 * ((found.numpy() - best) ** 2).mean())
+    alone, paired = np.array(alone), np.array(alone) - np.array(pooled)
+    assert abs(alone.mean() - 1 / (2 * n)) < 4 * alone.std() / runs**0.5
+    assert paired.mean() > 4 * paired.std() / runs**0.5
+    assert np.mean(pooled) < 0.5 * alone.mean()
+
+
+# What every estimator survives.
+
+
+def fine(estimate, clients=3):
+    weight = estimate.weight
+    assert weight.shape == (clients,) and weight.dtype == torch.float64 and weight.isfinite().all()
+    assert ((weight >= 0) & (weight <= 1)).all()
+    return weight
+
+
+def relabelled(adapted, stack, split):
+    """The split with the labels that the models of ``stack`` give."""
+    guess = torch.stack([adapted(client_adapter(stack, i), split.x[i]).argmax(-1) for i in range(len(split))])
+    return Split(split.x, torch.where(split.y < 0, split.y, guess), split.sizes, split.ids)
+
+
+def sharpened(stack, factor=1e6):
+    return {name: factor * tensor if ".head." in name else tensor for name, tensor in stack.items()}
+
+
+@each
+def test_every_estimator_survives_adapters_that_are_zero(name, adapted64, federation64, pair):
+    zero = repeat_adapter(adapted64.initial, 3)
+    for models in ((zero, zero), (pair[0], zero), (zero, pair[1])):
+        fine(ESTIMATORS[name](adapted64, *models, federation64.calibration))
+
+
+@each
+def test_every_estimator_survives_models_that_fit_perfectly(name, adapted64, federation64, pair, gradient_free):
+    federated, local, split = gradient_free
+    weight = fine(ESTIMATORS[name](adapted64, federated, local, split))  # the local model has no gradient
+    if name in ("gradient, identity", "curve"):
+        assert (weight == 0).all()  # these see that it is perfect …
+    if name == "fisher":
+        assert (weight > 0.5).all()  # … and this one takes it for one that knows nothing: the degeneracy gap
+    fine(ESTIMATORS[name](adapted64, local, federated, split))
+    fine(ESTIMATORS[name](adapted64, local, local, split))  # neither has
+
+
+@pytest.fixture(scope="module")
+def gradient_free(adapted64, federation64, pair):
+    local = sharpened(pair[1])
+    split = relabelled(adapted64, local, federation64.calibration)
+    assert not per_sample_gradients(adapted64, local, split).any()
+    return pair[0], local, split
+
+
+@each
+def test_every_estimator_survives_a_single_sample(name, adapted64, federation64, pair):
+    split = federation64.calibration
+    one = Split.of([tuple(part[:1] for part in split.client(i)) for i in range(3)])
+    fine(ESTIMATORS[name](adapted64, *pair, one))
+
+
+@each
+def test_models_that_are_the_same_get_a_half_where_moments_decide(name, adapted64, federation64, pair):
+    weight = fine(ESTIMATORS[name](adapted64, pair[1], pair[1], federation64.calibration))
+    if name in ("shrinkage", "laplace"):
+        assert weight.tolist() == [1.0] * 3  # variance and no distance; the same Fisher times more examples
+    elif name == "pooled":
+        close(weight, torch.full((3,), 0.5).double(), rtol=0, atol=0.01)
+    elif name in ("uniform", "fisher", "gradient", "gradient, identity"):
+        close(weight, torch.full((3,), 0.5).double(), rtol=1e-6)
+    else:  # a draw of labels for each; or the segment, which is flat, so that rounding decides and nothing hangs on it
+        assert name in ("fisher, labels drawn", "gauss-newton", "curve", "parabola")
+        merged = merge_exact(pair[1], pair[1], weight)
+        loss, usual = (evaluate(adapted64, m, federation64.calibration)[0] for m in (merged, pair[1]))
+        close(loss, usual)
+
+
+@each
+def test_bfloat16_adapters_on_a_float32_backbone_get_about_the_same_weight(name, adapted, federation, random_stack):
+    small = [{n: t.bfloat16() for n, t in random_stack(adapted, 3, seed=s, scale=0.5).items()} for s in (1, 2)]
+    large = [{n: t.float() for n, t in stack.items()} for stack in small]
+    split = federation.calibration
+    weight = fine(ESTIMATORS[name](adapted, *small, split))
+    if name not in ("curve", "fisher, labels drawn"):  # these jump where rounding tips an argmax or a draw
+        close(weight, ESTIMATORS[name](adapted, *large, split).weight, rtol=0, atol=0.1)
+
+
+@each
+def test_padding_does_not_change_the_weight(name, adapted64, federation64, pair):
+    """More padding with other pixels in it; then each client alone, where an estimator keeps clients apart."""
+    split = federation64.calibration
+    usual = ESTIMATORS[name](adapted64, *pair, split).weight
+    if name != "fisher, labels drawn":  # its draws go by position
+        x = torch.cat([split.x, torch.full_like(split.x[:, :2], 7.0)], dim=1)
+        x[0, 3:] = -5.0  # client 0 has three examples
+        y = torch.cat([split.y, torch.full_like(split.y[:, :2], -100)], dim=1)
+        wide = ESTIMATORS[name](adapted64, *pair, Split(x, y, split.sizes, split.ids)).weight
+        close(wide, usual, rtol=1e-8, atol=1e-12)
+    if name in ("pooled", "laplace", "shrinkage", "fisher, labels drawn"):
+        return  # the first two see the other clients, the third is given three sizes
+    for i in range(3):
+        alone = [{n: t[i : i + 1] for n, t in stack.items()} for stack in pair]
+        close(ESTIMATORS[name](adapted64, *alone, split.rows([i])).weight, usual[i : i + 1], rtol=1e-8, atol=1e-12)
+        bare = Split.of([split.client(i)])
+        assert bare.y.shape == (1, (3, 6, 4)[i])
+        close(ESTIMATORS[name](adapted64, *alone, bare).weight, usual[i : i + 1], rtol=1e-8, atol=1e-12)
+
+
+def test_the_shrinkage_of_a_client_alone_is_that_in_company(adapted64, federation64, pair):
+    split = federation64.calibration
+    usual = estimate_shrinkage(adapted64, *pair, split, train_sizes=TRAINED)
+    assert 0 < usual.weight[0] < 1
+    for i in range(3):
+        alone = [{n: t[i : i + 1] for n, t in stack.items()} for stack in pair]
+        bare = Split.of([split.client(i)])
+        found = estimate_shrinkage(adapted64, *alone, bare, train_sizes=TRAINED[i : i + 1])
+        close(found.weight, usual.weight[i : i + 1], rtol=1e-8)
+        close(found.details["effective"], usual.details["effective"][i : i + 1], rtol=1e-8)
+
+
+# Weights by group.
+
+
+@with_groups
+def test_weights_by_layer_are_a_dictionary_that_the_merge_takes(run, adapted64, federation64, pair):
+    found = run(adapted64, *pair, federation64.calibration, by=by_layer)
+    layers = {by_layer(name) for name in pair[0]}
+    assert len(layers) == 5  # qkv, proj, fc1, fc2 and the head
+    assert found.moments.weight.shape == (3, 5)
+    for weight in found.weight.values():
+        assert weight.shape == (3,) and ((weight >= 0) & (weight <= 1)).all()
+    head = "base_model.model.head."
+    assert torch.equal(found.weight[head + "weight"], found.weight[head + "bias"])
+    merged = merge_exact(*pair, found.weight)
+    for name, tensor in merge_exact(*pair, 0.0).items():
+        assert merged[name].shape == tensor.shape
+    for name in (head + "weight", head + "bias"):
+        share = found.weight[name].view(-1, *[1] * (pair[0][name].dim() - 1))
+        close(merged[name], share * pair[0][name] + (1 - share) * pair[1][name])
+
+
+@with_groups
+def test_equal_weights_by_layer_are_the_scalar_merge(run, adapted64, federation64, pair):
+    found = run(adapted64, *pair, federation64.calibration, by=by_layer)
+    share = torch.tensor([0.2, 0.5, 0.9]).double()
+    equal = merge_exact(*pair, dict.fromkeys(found.weight, share))
+    for name, tensor in merge_exact(*pair, share).items():
+        assert torch.equal(equal[name], tensor)
+
+
+@with_groups
+def test_one_group_of_everything_is_the_weight_of_the_client(run, adapted64, federation64, pair):
+    whole = run(adapted64, *pair, federation64.calibration)
+    grouped = run(adapted64, *pair, federation64.calibration, by=lambda name: "all")
+    for weight in grouped.weight.values():
+        close(weight, whole.weight)
+
+
+@with_groups
+def test_the_groups_gains_add_up_to_the_clients(run, adapted64, federation64, pair):
+    """``b - c``, half the slope of the bound at the local model, is linear in the direction."""
+    whole = run(adapted64, *pair, federation64.calibration).moments
+    parts = run(adapted64, *pair, federation64.calibration, by=by_layer).moments
+    close((parts.b - parts.c).sum(1), whole.b - whole.c, rtol=1e-8)
+
+
+@with_groups
+def test_a_group_that_splits_a_layers_factors_is_refused(run, adapted64, federation64, pair):
+    with pytest.raises(ValueError, match="both factors"):
+        run(adapted64, *pair, federation64.calibration, by=lambda name: name)
+
+
+# Each estimator against its definition, on real models.
+
+
+@pytest.fixture(scope="module")
+def linear(backbone64):
+    """LoRA on the head alone: the logits are linear in the mixing weight."""
+    return attach(backbone64, rank=2, alpha=3, targets=["head"], head=None)
+
+
+def loss_along(adapted, pair, split, client, weight):
+    """The mean loss of a client's merge, by one plain forward pass, differentiable in the weight."""
+    x, y = split.client(client)
+    return F.cross_entropy(adapted(merge_exact(*(client_adapter(s, client) for s in pair), weight), x), y)
+
+
+def test_on_a_linear_model_gauss_newton_has_the_losses_own_slope_and_second_derivative(
+    linear, random_stack, federation64
+):
+    pair = [random_stack(linear, 3, seed=s, scale=0.8) for s in (1, 2)]
+    split = federation64.calibration
+    found = estimate_gauss_newton(linear, *pair, split).moments
+    for i in range(3):
+        weight = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(loss_along(linear, pair, split, i, weight), weight, create_graph=True)
+        (second,) = torch.autograd.grad(slope, weight)
+        close(found.b[i] - found.c[i], -slope.detach())
+        close(found.a[i] + found.b[i] - 2 * found.c[i], second)
+        left, middle, right = (float(loss_along(linear, pair, split, i, w)) for w in (-1e-4, 0.0, 1e-4))
+        assert slope.item() == pytest.approx((right - left) / 2e-4, rel=1e-5)
+        assert second.item() == pytest.approx((right - 2 * middle + left) / 1e-8, rel=1e-5)
+
+
+def test_gauss_newtons_slope_is_exact_for_any_model_and_its_curvature_for_logits_taken_as_linear(
+    adapted64, federation64, pair
+):
+    split = federation64.calibration
+    found = estimate_gauss_newton(adapted64, *pair, split).moments
+    for i in range(3):
+        left, right = (float(loss_along(adapted64, pair, split, i, w)) for w in (-1e-4, 1e-4))
+        assert float(found.b[i] - found.c[i]) == pytest.approx((left - right) / 2e-4, rel=1e-6)
+        x, _ = split.client(i)
+        ends = [adapted64(merge_exact(*(client_adapter(s, i) for s in pair), w), x) for w in (-1e-5, 0.0, 1e-5)]
+        u, p = (ends[2] - ends[0]) / 2e-5, ends[1].softmax(-1)
+        gauss = torch.stack([ui @ (torch.diag(pi) - torch.outer(pi, pi)) @ ui for ui, pi in zip(u, p)]).mean()
+        assert float(found.a[i] + found.b[i] - 2 * found.c[i]) == pytest.approx(float(gauss), rel=1e-6)
+
+
+def test_segment_losses_are_those_that_evaluate_gives_each_merge(adapted64, federation64, pair):
+    split, weights = federation64.train, torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    losses = segment_losses(adapted64, *pair, split, weights)
+    assert losses.shape == (3, 3, 13)
+    for k, w in enumerate(weights.tolist()):
+        close(losses[:, k].sum(1) / split.sizes, evaluate(adapted64, merge_exact(*pair, w), split)[0])
+    for i, n in enumerate(split.sizes.tolist()):
+        assert not losses[i, :, n:].any() and (losses[i, :, :n] > 0).all()
+
+
+def test_shrinkage_counts_the_effective_parameters_of_the_dense_fisher(adapted64, federation64, pair):
+    split, damping = federation64.calibration, 0.05
+    found = estimate_shrinkage(adapted64, *pair, split, train_sizes=TRAINED, damping=damping)
+    distance = estimate_gauss_newton(adapted64, *pair, split).moments
+    distance = distance.a + distance.b - 2 * distance.c
+    for i, n in enumerate((3, 6, 4)):
+        x, y = split.client(i)
+        fisher = 0
+        for k in range(n):
+            leaves = {name: t.clone().requires_grad_() for name, t in client_adapter(pair[1], i).items()}
+            grads = torch.autograd.grad(
+                F.cross_entropy(adapted64(leaves, x[k : k + 1]), y[k : k + 1]), [*leaves.values()]
+            )
+            g = torch.cat([grad.flatten() for grad in grads])
+            fisher = fisher + torch.outer(g, g) / n
+        delta = damping * fisher.diagonal().mean()
+        ridged = fisher + delta * torch.eye(len(fisher), dtype=torch.float64)
+        effective = torch.linalg.solve(ridged, fisher).trace()
+        close(found.details["effective"][i], effective, rtol=1e-8)
+        assert n - 0.5 < effective < n  # no more than the samples show
+        close(found.weight[i], ((effective - 2) / TRAINED[i] / distance[i]).clamp(0, 1), rtol=1e-8)
+
+
+def test_the_real_gradient_estimate_is_that_of_the_mean_loss(adapted64, federation64, pair):
+    split = federation64.calibration
+    found = estimate_gradient(adapted64, *pair, split, damping=None, unbiased=False).moments
+    for i in range(3):
+        x, y = split.client(i)
+        means = []
+        for stack in pair:
+            leaves = {name: t.clone().requires_grad_() for name, t in client_adapter(stack, i).items()}
+            grads = torch.autograd.grad(F.cross_entropy(adapted64(leaves, x), y), [*leaves.values()])
+            means.append(torch.cat([grad.flatten() for grad in grads]))
+        close(found.a[i], means[0] @ means[0])
+        close(found.b[i], means[1] @ means[1])
+        close(found.c[i], means[0] @ means[1])
+
+
+def test_laplace_gives_the_federated_model_everyones_examples(adapted64, federation64, pair, monkeypatch):
+    module, seen = sys.modules[estimate_laplace.__module__], {}
+
+    def spy(*args, examples, **rest):
+        seen["examples"] = [e.tolist() for e in examples]
+        return laplace_moments(*args, examples=examples, **rest)
+
+    monkeypatch.setattr(module, "laplace_moments", spy)
+    estimate_laplace(adapted64, *pair, federation64.calibration, train_sizes=TRAINED)
+    assert seen["examples"] == [[27, 27, 27], [5, 13, 9]]
+
+
+def test_drawn_labels_are_those_of_the_seed_and_leave_the_padding_out(adapted64, federation64, pair):
+    split = federation64.calibration
+    one, same, other = (estimate_fisher(adapted64, *pair, split, sample_labels=s) for s in (3, 3, 4))
+    assert torch.equal(one.weight, same.weight) and not torch.equal(one.weight, other.weight)
+    sure = [sharpened(stack, 1e6) for stack in pair]  # labels drawn from such models are their own answers
+    assert estimate_fisher(adapted64, *sure, split, sample_labels=3).weight.tolist() == [0.5] * 3
+
+
+def test_the_pool_of_real_curves_is_pooled_weight_of_their_losses(adapted64, federation64, pair):
+    split, weights = federation64.calibration, torch.linspace(0, 1, 5)
+    found = estimate_pooled(adapted64, *pair, split)
+    expected, _ = pooled_weight(weights, segment_losses(adapted64, *pair, split, weights), split.sizes)
+    close(found.weight, expected)
+    assert found.floats == (6, 2)  # five losses and the slopes' spread up; centre and spread down
+    curve = estimate_curve(adapted64, *pair, split, points=5)
+    close(found.details["loss"], curve.details["loss"])
+
+
+def test_the_curves_parabola_is_parabola_moments_of_its_losses(adapted64, federation64, pair):
+    found = estimate_curve(adapted64, *pair, federation64.calibration, points=5, parabola=True)
+    fit = np.polyfit(np.linspace(0, 1, 5), found.details["loss"].numpy().T, 2)  # (3, C), highest power first
+    inside = fit[0] > 0
+    assert inside.any()
+    close(found.weight[inside], (-fit[1] / (2 * fit[0]))[inside].clip(0, 1), rtol=1e-7)
+
+
+def test_groups_are_those_of_the_coordinates_of_a_flattened_stack(adapted64, federation64, pair):
+    """Each layer's gradient is planted as a constant of its own; its moment is then the square times its size."""
+    module, labels = sys.modules[estimate_gradient.__module__], sorted({by_layer(name) for name in pair[0]})
+    assert list(dict.fromkeys(map(by_layer, pair[0]))) != labels  # the stack's order is not the alphabet's
+    planted = {name: torch.full_like(t, 1.0 + labels.index(by_layer(name))) for name, t in pair[0].items()}
+    rows = flatten(planted).unsqueeze(1) * (federation64.calibration.y >= 0).unsqueeze(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "per_sample_gradients", lambda *_, **__: rows)
+        found = estimate_gradient(adapted64, *pair, federation64.calibration, damping=None, unbiased=False, by=by_layer)
+    for k, label in enumerate(labels):
+        size = sum(t[0].numel() for name, t in pair[0].items() if by_layer(name) == label)
+        close(found.moments.a[:, k], torch.full((3,), size * (k + 1.0) ** 2).double())
