@@ -48,10 +48,10 @@ class Setting:
     shift: bool = False
     rank: int = 4
     batch_size: int = 8
-    lr: float = 2e-3
-    rounds: int = 60
+    lr: float = 4e-3
+    rounds: int = 40
     round_steps: int = 5
-    local_steps: int = 150
+    local_steps: int = 100
     chunk_size: int | None = None
     device: str = "cpu"
 

@@ -1,0 +1,60 @@
+"""The tables: how rows are summarised, and that what is committed and quoted agrees with its CSV."""
+
+import importlib.util
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from potara_lite.benchmark import COLUMNS, Setting, summary
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(values):
+    return pd.DataFrame(values, columns=COLUMNS)
+
+
+def test_summary_by_hand():
+    table = summary(
+        rows(
+            [
+                ["m", 0, 0, 0.5, 1.0, 0.2, 10, 20, 5, 1.0],
+                ["m", 0, 1, 0.7, 2.0, 0.4, 10, 20, 5, 1.0],
+                ["m", 1, 0, 0.9, 3.0, 0.6, 10, 20, 5, 3.0],
+                ["m", 1, 1, 0.3, 4.0, 0.8, 10, 20, 5, 3.0],
+            ]
+        )
+    ).loc["m"]
+    assert table.accuracy == pytest.approx(0.6) and table["±"] == pytest.approx(0.0, abs=1e-12)
+    assert table.loss == pytest.approx(2.5) and table["± loss"] == pytest.approx(1.0)  # seed means 1.5 and 3.5
+    assert table.worst == pytest.approx(0.4) and table.weight == pytest.approx(0.5)
+    assert table["bytes"] == 30 and table.steps == 5 and table.seconds == 2
+
+
+@pytest.mark.parametrize("change", [dict(clients=0), dict(alpha=0.0), dict(lr=-1.0), dict(rank=0), dict(rounds=-1)])
+def test_impossible_settings_are_refused_by_name(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Setting(**change)
+
+
+def test_the_readme_quotes_the_committed_table():
+    table, differences = script("quick").tables(pd.read_csv(ROOT / "benchmarks" / "quick.csv"))
+    assert f"<!-- quick -->\n{table}\n<!-- /quick -->" in (ROOT / "README.md").read_text()
+    assert table in (ROOT / "benchmarks" / "quick.md").read_text()
+    assert differences in (ROOT / "benchmarks" / "quick.md").read_text()
+
+
+def test_the_default_setting_is_the_one_that_the_calibration_samples_chose():
+    best = script("choose_default").admitted(pd.read_csv(ROOT / "benchmarks" / "choose_default.csv")).iloc[0]
+    default = Setting()
+    assert (best.lr, best.rounds, best.steps) == (default.lr, default.rounds, default.local_steps)
+    quoted = f"federated {best.accuracy_federated:.3f}, local {best.accuracy_local:.3f}"
+    assert quoted in (ROOT / "benchmarks" / "README.md").read_text()
