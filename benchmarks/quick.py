@@ -28,7 +28,7 @@ def markdown(table: pd.DataFrame, digits: int = 3) -> str:
     lines = ["| " + " | ".join([table.index.name or "", *map(str, table.columns)]) + " |"]
     lines.append("|" + " --- |" * (table.shape[1] + 1))
     for name, row in table.iterrows():
-        cells = [f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in row]
+        cells = ["–" if v != v else f"{v:.0f}" if v == round(v) and v >= 2 else f"{v:.{digits}f}" for v in row]
         lines.append("| " + " | ".join([str(name), *cells]) + " |")
     return "\n".join(lines)
 

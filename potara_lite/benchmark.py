@@ -170,8 +170,10 @@ def compare(
 
     yield outcome("backbone", repeat_adapter(adapted.initial, clients), Ledger.zeros(clients), 0.0, torch.nan)
     pair = train_pair(adapted, federation, setting, seed, progress)
-    yield outcome("federated", pair.federated, pair.ledgers[0], pair.seconds[0], 1.0)
-    yield outcome("local", pair.local, pair.ledgers[1], pair.seconds[1], 0.0)
+    general = outcome("federated", pair.federated, pair.ledgers[0], pair.seconds[0], 1.0)
+    yield general
+    personal = outcome("local", pair.local, pair.ledgers[1], pair.seconds[1], 0.0)
+    yield personal
     both, trained = pair.ledgers[0] + pair.ledgers[1], sum(pair.seconds)
     for method, estimator in ESTIMATORS.items():
         began = time.perf_counter()
@@ -179,9 +181,11 @@ def compare(
         merged = merge_exact(pair.federated, pair.local, weight)
         yield outcome(method, merged, both, trained + time.perf_counter() - began, weight)
     weights = grid(11)
-    loss, accuracy = along_segment(
-        adapted, pair.federated, pair.local, federation.test, weights, chunk_size=setting.chunk_size
+    inner = along_segment(
+        adapted, pair.federated, pair.local, federation.test, weights[1:-1], chunk_size=setting.chunk_size
     )
+    ends = (personal.loss, general.loss), (personal.accuracy, general.accuracy)  # measured above
+    loss, accuracy = (torch.cat([a[:, None], part, b[:, None]], dim=1) for part, (a, b) in zip(inner, ends))
     best = weights.to(loss.device)[loss.argmin(1)]
     merged = merge_exact(pair.federated, pair.local, best)
     yield outcome(ORACLE, merged, both, trained, best, (weights, loss.cpu(), accuracy.cpu()))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from potara_lite.benchmark import COLUMNS, Setting, summary
+from potara_lite.benchmark import COLUMNS, ORACLE, Setting, summary
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,3 +58,32 @@ def test_the_default_setting_is_the_one_that_the_calibration_samples_chose():
     assert (best.lr, best.rounds, best.steps) == (default.lr, default.rounds, default.local_steps)
     quoted = f"federated {best.accuracy_federated:.3f}, local {best.accuracy_local:.3f}"
     assert quoted in (ROOT / "benchmarks" / "README.md").read_text()
+
+
+def test_what_the_readme_says_beats_what_is_in_the_committed_rows():
+    rows = pd.read_csv(ROOT / "benchmarks" / "quick.csv")
+    text = " ".join((ROOT / "README.md").read_text().split())
+    loss, accuracy = (rows.pivot_table(index="seed", columns="method", values=v) for v in ("loss", "accuracy"))
+    assert list(loss.index) == [0, 1, 2, 3, 4]
+    for merged in ("uniform", "potara-paper", "potara"):
+        for alone in ("federated", "local"):
+            assert (loss[merged] < loss[alone]).all() and (accuracy[merged] > accuracy[alone]).all()
+
+    def difference(table, one, two):
+        d = table[one] - table[two]
+        return f"{d.mean():.3f} ± {d.sem():.3f}", d.mean() / d.sem()
+
+    for table, one, two, before, after in (
+        (accuracy, "uniform", "federated", "", " more accurate than federated"),
+        (accuracy, "uniform", "local", "", " than local"),
+        (loss, "uniform", "potara", "lower loss than `uniform` by ", " nats"),
+        (loss, "potara-paper", "potara", "than `potara-paper` by ", "."),
+        (accuracy, "potara", "potara-paper", "above the paper's estimator by ", ";"),
+        (accuracy, "potara", "uniform", "told apart (", ")"),
+    ):
+        quoted, size = difference(table, one, two)
+        assert f"{before}{quoted}{after}" in text
+        assert size < 2 if "told apart" in before else size > 2
+    assert (loss["potara-paper"] - loss["uniform"]).mean() > 0
+    for method in ("potara", "uniform", "potara-paper"):
+        assert f"`{method}` {(loss[method] - loss[ORACLE]).mean():.3f}" in text
