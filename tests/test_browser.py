@@ -1,0 +1,169 @@
+"""The first notebook in a real JupyterLab: run all cells, drag the slider, see the picture change."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import potara_lite
+
+ROOT = Path(potara_lite.__file__).resolve().parent.parent
+NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "00_quickstart.ipynb"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --no-proxy-server --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+RUN_LIMIT = 900  # seconds for all cells; the notebook takes a minute or two, but machines are shared
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """The address of a JupyterLab on a copy of the notebook without its outputs, so that all we see was made here."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    notebook.metadata.pop("widgets", None)
+    (tmp_path / "work").mkdir()
+    nbformat.write(notebook, tmp_path / "work" / NOTEBOOK.name)
+    settings = {  # keep cells in the page that are out of sight, and ask no questions in the corner
+        "notebook-extension/tracker": '{"windowingMode": "none"}',
+        "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
+    }
+    for name, content in settings.items():
+        path = tmp_path / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "IPYTHONDIR": "ipython",
+    }
+    environment = os.environ | {name: str(tmp_path / folder) for name, folder in places.items()}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment.pop("POTARA_SCALE", None)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={tmp_path / 'work'}"]
+    command += ["--IdentityProvider.token=", "--LabApp.extension_manager=readonly"]
+    log = (tmp_path / "jupyter.log").open("w")
+    server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for_server(address, server, tmp_path / "jupyter.log")
+        yield address
+    finally:
+        server.terminate()  # JupyterLab ends its kernels before it ends itself
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+        log.close()
+
+
+def wait_for_server(address, server, log):
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for _ in range(120):
+        if server.poll() is not None:
+            break
+        try:
+            direct.open(f"{address}/api", timeout=5).close()
+            return
+        except OSError:
+            time.sleep(1)
+    pytest.fail(f"JupyterLab does not answer:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture
+def page(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1300, "height": 900})
+        yield page
+        page.screenshot(path=tmp_path / "last.png")  # for whoever has to find out what went wrong
+        browser.close()
+
+
+def run_all(page):
+    """Run All Cells through the menu, and wait until the last code cell has its number."""
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
+    last = prompts.nth(prompts.count() - 1)
+    error = page.locator("[data-mime-type='application/vnd.jupyter.error']")
+    deadline = time.monotonic() + RUN_LIMIT
+    while not re.fullmatch(r"\[\d+\]:", last.inner_text()):
+        if error.count():
+            pytest.fail(f"a cell stopped with an error:\n{error.first.inner_text()[-2000:]}")
+        assert time.monotonic() < deadline, f"not finished after {RUN_LIMIT} s: {prompts.all_inner_texts()}"
+        page.wait_for_timeout(500)
+    assert error.count() == 0
+    return prompts
+
+
+def picture(page):
+    """What the browser shows in the slider's picture: the SVG behind the image's address."""
+    image = page.locator(".jupyter-widgets img.widget-image")
+    page.wait_for_function("e => e.complete && e.naturalWidth > 100", arg=image.element_handle())
+    return image.evaluate("async e => await (await fetch(e.src)).text()")
+
+
+def test_run_all_cells_and_drag_the_slider(lab, page, tmp_path):
+    page.goto(f"{lab}/lab/tree/{NOTEBOOK.name}")
+    page.locator(".jp-Notebook h1").first.wait_for(timeout=120_000)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for(timeout=120_000)
+
+    prompts = run_all(page)
+    assert prompts.all_inner_texts() == [f"[{number + 1}]:" for number in range(prompts.count())]
+    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    assert page.locator(".jp-OutputArea-output img[src^='data:image/png']").count() == 4
+
+    handle = page.locator(".jupyter-widgets .noUi-handle")
+    text = page.locator(".jupyter-widgets.widget-label", has_text="λ =")
+    handle.scroll_into_view_if_needed()
+    before, said = picture(page), text.inner_text()
+    assert said.startswith("client 0, λ = 0.50: loss")
+    page.screenshot(path=tmp_path / "before.png")
+
+    knob, track = handle.bounding_box(), page.locator(".jupyter-widgets .noUi-base").bounding_box()
+    x, y, end = knob["x"] + knob["width"] / 2, knob["y"] + knob["height"] / 2, track["x"] + track["width"]
+    seen = [said]
+    page.mouse.move(x, y)
+    page.mouse.down()
+    for step in range(1, 6):  # from the middle to the right end, while the button is held down
+        page.mouse.move(x + (end - x) * step / 5, y, steps=4)
+        page.wait_for_function("([e, old]) => e.innerText != old", arg=[text.element_handle(), seen[-1]])
+        seen.append(text.inner_text())
+    page.mouse.up()
+    text.filter(has_text="λ = 1.00").wait_for()
+    after = picture(page)
+    page.screenshot(path=tmp_path / "after.png")
+
+    assert len(set(seen)) == 6, seen
+    rings = [re.findall(r"<circle [^>]*>", svg) for svg in (before, after)]
+    assert len(rings[0]) == len(rings[1]) == 2 and not set(rings[0]) & set(rings[1]), "both rings have moved"
+    assert re.sub(r"<circle [^>]*>", "", before) == re.sub(r"<circle [^>]*>", "", after), "and nothing else"
+
+    page.locator(".jupyter-widgets select").select_option(index=3)
+    text.filter(has_text="client 3, λ = 1.00").wait_for()
+    page.wait_for_timeout(200)
+    assert picture(page) != after
