@@ -39,7 +39,7 @@ __all__ = [
 Adapter = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdaptedBackbone:
     """A frozen backbone with an empty adapter slot: call it with an adapter and a batch.
 
@@ -53,6 +53,12 @@ class AdaptedBackbone:
     initial: Adapter
     parameters: dict[str, str]
     scaling: dict[str, float]
+
+    def __repr__(self) -> str:  # short and cheap: vmap asks for it at every call
+        name = type(self.model.get_base_model()).__name__
+        return (
+            f"AdaptedBackbone({name}, {len(self.scaling)} layers, rank {self.config.r}, {nbytes(self.initial)} bytes)"
+        )
 
     def __call__(self, adapter: Adapter, x: Tensor) -> Tensor:
         """The logits ``(B, classes)`` of one adapter (no client dimension) on a batch ``x`` of ``(B, ...)``.

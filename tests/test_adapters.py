@@ -252,3 +252,8 @@ def test_adapters_of_different_ranks_or_bases_are_refused(backbone, adapted):
         check_same_base(adapted.initial, rank3)
     with pytest.raises(ValueError, match="different bases: 2 tensors are in one only, such as 'base_model.model.head"):
         stack_adapters([adapted.initial, adapted.initial, bare])
+
+
+def test_the_repr_is_short_and_formats_no_tensor(adapted):
+    """``vmap`` takes the repr of what it maps at every call; printing the tensors cost more than the forward pass."""
+    assert repr(adapted).startswith("AdaptedBackbone(LabViT, 4 layers, rank 2, ") and len(repr(adapted)) < 100
