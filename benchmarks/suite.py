@@ -2,7 +2,7 @@
 
     python benchmarks/suite.py                 # all of it; finished cells are kept and never recomputed
     python benchmarks/suite.py --part 0/2      # every second cell, to share the work between two processes
-    python benchmarks/suite.py --report        # the table and the figure from the cells that are there
+    python benchmarks/suite.py --report        # the table from the cells that are there
 
 A cell is one data set (label skew, feature shift, examples per client, rank) and one seed. In each the federated model
 is stopped early (under-trained) and late (well-trained), the local ones early (early-stopped) and late (over-fitted):

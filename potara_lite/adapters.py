@@ -215,9 +215,8 @@ def save_adapter(adapted: AdaptedBackbone, adapter: Adapter, folder: str | Path)
     from safetensors.torch import save_file
 
     folder, config = Path(folder), copy.deepcopy(adapted.config)
-    ranks = {adapter[f"{layer}.lora_A.weight"].shape[0] for layer in lora_layers(adapter)}
     pattern = {layer: adapter[f"{layer}.lora_A.weight"].shape[0] for layer in lora_layers(adapter)}
-    config.r = max(ranks)
+    config.r = max(pattern.values())
     root = config.use_rslora
     config.lora_alpha = adapted.scaling[lora_layers(adapter)[0]] * (config.r**0.5 if root else config.r)
     config.rank_pattern = {_pattern(layer): rank for layer, rank in pattern.items() if rank != config.r}
