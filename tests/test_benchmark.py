@@ -1,6 +1,7 @@
 """The tables: how rows are summarised, and that what is committed and quoted agrees with its CSV."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -87,3 +88,12 @@ def test_what_the_readme_says_beats_what_is_in_the_committed_rows():
     assert (loss["potara-paper"] - loss["uniform"]).mean() > 0
     for method in ("potara", "uniform", "potara-paper"):
         assert f"`{method}` {(loss[method] - loss[ORACLE]).mean():.3f}" in text
+
+
+def test_the_five_lines_of_the_readme_run():
+    code = re.search(r"## In five lines\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    small = "Setting(clients=2, train_size=8, test_size=8, rounds=1, round_steps=1, local_steps=1)"
+    assert code.count("Setting()") == 1
+    names = {}
+    exec(code.replace("Setting()", small), names)
+    assert names["weight"].shape == (2,) and names["merged"].keys() == names["adapted"].initial.keys()
