@@ -22,16 +22,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.interpolate import CubicSpline
+from torch import Tensor
 
 from potara_lite import Setting, evaluate, fedit, merge_exact, prepare, repeat_adapter, train
 from potara_lite import estimators as E
-from potara_lite.connectivity import grid
+from potara_lite.adapters import Adapter
+from potara_lite.connectivity import along_segment, grid
 
 HERE = Path(__file__).parent
+MODELS = HERE / "models"
 CELLS = HERE / "suite"
 SEEDS = range(5)
+POINTS = 9
 FINE = np.linspace(0, 1, 101)
+Tests = dict[tuple[str, str], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ SUITE = [
     Data(0.5, False, 100, rank=16),
 ]
 ROUNDS = {"under-trained": 15, "well-trained": 60}
-STEPS = {"early-stopped": 60, "over-fitted": 300}
+STEPS = {"early-stopped": (60, 60), "over-fitted": (300, 600)}  # up to 100 examples per client, and above
 
 ESTIMATORS = {
     "local alone": lambda m, f, p, data: E.Estimate(torch.zeros(len(data), dtype=torch.float64)),
@@ -100,24 +106,52 @@ def some(split):
     return replace(split, x=split.x[:, :30], y=split.y[:, :30], sizes=split.sizes.clamp_max(30))
 
 
-def snapshots(adapted, federation, setting: Setting, seed: int):
-    """The federated stacks and the local stacks at each length, every longer one going on from the shorter."""
+def settings(data: Data) -> Setting:
+    return Setting(alpha=data.alpha, shift=data.shift, train_size=data.train_size, rank=data.rank)
+
+
+def snapshots(adapted, federation, setting: Setting, seed: int) -> tuple[dict[str, Adapter], dict[str, Adapter]]:
+    """The federated and the local stacks at each length, every longer one going on from the shorter."""
     clients = len(federation)
     options = dict(lr=setting.lr, batch_size=setting.batch_size)
-    initial = repeat_adapter(adapted.initial, clients)
     federated, adapter, state, done = {}, adapted.initial, None, 0
     for name, rounds in ROUNDS.items():
         going_on = dict(adapter=adapter, state=state, start=done, seed=seed, **options)
         part = fedit(adapted, federation.train, rounds=rounds - done, local_steps=setting.round_steps, **going_on)
         federated[name] = repeat_adapter(part.adapter, clients)
         adapter, state, done = part.adapter, part.state, rounds
-    local, stack, state, done = {}, initial, None, 0
-    for name, steps in STEPS.items():
+    local, stack, state, done = {}, repeat_adapter(adapted.initial, clients), None, 0
+    for name, lengths in STEPS.items():
+        steps = lengths[setting.train_size > 100]
         part = train(
             adapted, stack, federation.train, steps=steps - done, start=done, state=state, seed=(seed, 1), **options
         )
         local[name], stack, state, done = part.adapters, part.adapters, part.state, steps
     return federated, local
+
+
+def trained(data: Data, seed: int) -> tuple[dict[str, Adapter], dict[str, Adapter], Tests]:
+    """The models of a cell and their test losses and accuracies along λ, from disk where they are there already."""
+    path = MODELS / f"{data.name}-seed{seed}.safetensors"
+    if not path.exists():
+        adapted, federation = prepare(settings(data), seed)
+        federated, local = snapshots(adapted, federation, settings(data), seed)
+        tensors = {f"federated/{kind}/{name}": t for kind, stack in federated.items() for name, t in stack.items()}
+        tensors |= {f"local/{kind}/{name}": t for kind, stack in local.items() for name, t in stack.items()}
+        for general, f in federated.items():
+            for personal, p in local.items():
+                pair = along_segment(adapted, f, p, federation.test, grid(POINTS))
+                for name, values in zip(("loss", "accuracy"), pair):
+                    tensors[f"test/{general}/{personal}/{name}"] = values
+        MODELS.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+        partial.replace(path)
+    tree: dict = {"federated": {}, "local": {}, "test": {}}
+    for key, tensor in load_file(path).items():
+        kind, *middle, name = key.split("/")
+        tree[kind].setdefault(middle[0] if kind != "test" else tuple(middle), {})[name] = tensor
+    return tree["federated"], tree["local"], tree["test"]
 
 
 def cell(data: Data, seed: int) -> pd.DataFrame:

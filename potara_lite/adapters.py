@@ -26,6 +26,7 @@ __all__ = [
     "check_same_base",
     "client_adapter",
     "delta",
+    "delta_products",
     "flatten",
     "load_adapter",
     "lora_layers",
@@ -33,6 +34,7 @@ __all__ = [
     "repeat_adapter",
     "save_adapter",
     "stack_adapters",
+    "unfactored",
     "unflatten",
 ]
 
@@ -159,6 +161,43 @@ def delta(adapter: Adapter, scaling: dict[str, float]) -> Adapter:
         a, b = a.flatten(lead + 1), b.flatten(lead + 1)  # (..., r, in), (..., out, r)
         result[f"{layer}.weight"] = scaling[layer] * (b @ a)
     return result | {name: tensor for name, tensor in adapter.items() if ".lora_" not in name}
+
+
+def delta_products(adapters: Sequence[Adapter], scaling: dict[str, float]) -> Tensor:
+    """The inner products of the deltas of K stacks, ``(C, K, K)`` float64, without forming a delta.
+
+    ``<B_i A_i, B_j A_j> = tr (B_iᵀ B_j)(A_j A_iᵀ)`` in every adapted layer, plus the products of the directly trained
+    weights. The stacks may have different ranks.
+    """
+    total = 0.0
+    for layer in lora_layers(adapters[0]):
+        a = [adapter[f"{layer}.lora_A.weight"].double().flatten(2) for adapter in adapters]  # (C, r, in) each
+        b = [adapter[f"{layer}.lora_B.weight"].double().flatten(2) for adapter in adapters]  # (C, out, r) each
+        rows = [[((p.mT @ q) * (x @ y.mT)).sum((1, 2)) for q, y in zip(b, a)] for p, x in zip(b, a)]
+        total = total + scaling[layer] ** 2 * torch.stack([torch.stack(row, -1) for row in rows], -2)
+    for name in adapters[0]:
+        if ".lora_" not in name:
+            flat = torch.stack([adapter[name].double().flatten(1) for adapter in adapters], 1)  # (C, K, n)
+            total = total + flat @ flat.mT
+    return total
+
+
+def unfactored(adapter: Adapter) -> Adapter:
+    """The same model with its product in place of its factors: ``A`` the identity ``(in, in)``, ``B`` the old ``B A``.
+
+    Takes an adapter or a stack. The gradient in the new ``B`` is ``scaling`` times that in the delta, which does not
+    change under ``(B, A) → (B M, M⁻¹ A)`` and is not zero where ``B`` is.
+    """
+    result = dict(adapter)
+    for layer in lora_layers(adapter):
+        a, b = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
+        lead, kernel = a.dim() % 2, a.shape[a.dim() % 2 + 1 :]  # a stack has one dimension more
+        product = b.flatten(lead + 1) @ a.flatten(lead + 1)  # (..., out, in)
+        size = product.shape[-1]
+        eye = torch.eye(size, dtype=a.dtype, device=a.device).reshape(size, *kernel)
+        result[f"{layer}.lora_A.weight"] = eye.expand(*a.shape[:lead], *eye.shape).clone()
+        result[f"{layer}.lora_B.weight"] = product.reshape(*product.shape, *b.shape[lead + 2 :])
+    return result
 
 
 def check_same_base(*adapters: Adapter) -> None:

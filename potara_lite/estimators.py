@@ -7,26 +7,30 @@ trained neither model. ``by`` asks for a weight per group of tensors instead of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from scipy.interpolate import CubicSpline
 from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional as F
 
-from .adapters import AdaptedBackbone, Adapter, flatten
+from .adapters import AdaptedBackbone, Adapter, delta, delta_products, flatten, lora_layers
 from .connectivity import grid
 from .data import Split
-from .fisher import directional_derivatives, per_sample_gradients
-from .merging import merge_exact
+from .fisher import delta_gradients, directional_derivatives, per_sample_gradients
+from .merging import combine, merge_exact
 from .mixing import (
+    TINY,
     Moments,
+    combined_weight,
     fisher_moments,
     gradient_moments,
     laplace_moments,
     moments_from_slopes,
     parabola_moments,
+    pooled_offset,
     pooled_weight,
     shrinkage_moments,
 )
@@ -34,7 +38,9 @@ from .mixing import (
 __all__ = [
     "Estimate",
     "by_layer",
+    "estimate_combined",
     "estimate_curve",
+    "estimate_ensemble",
     "estimate_fisher",
     "estimate_gauss_newton",
     "estimate_gradient",
@@ -42,6 +48,7 @@ __all__ = [
     "estimate_pooled",
     "estimate_shrinkage",
     "estimate_uniform",
+    "head_and_body",
     "segment_losses",
 ]
 
@@ -73,13 +80,20 @@ def by_layer(name: str) -> str:
     return _module(name).removesuffix(".weight").removesuffix(".bias")
 
 
-def _groups(adapters: Adapter, by: Grouping | None) -> tuple[list[str], Tensor | None]:
-    """The labels of the groups, and the group of each coordinate of ``flatten(adapters)``, ``(P,)``."""
+def head_and_body(name: str) -> str:
+    """Two groups: ``body``, the adapted layers, and ``head``, what is trained directly."""
+    return "body" if ".lora_" in name else "head"
+
+
+def _groups(adapters: Adapter, by: Grouping | None, on_delta: bool = False) -> tuple[list[str], Tensor | None]:
+    """The labels of the groups, and the group of each coordinate ``(P,)`` of ``flatten(adapters)`` or of the deltas."""
     if by is None:
         return [], None
     labels = sorted({by(name) for name in adapters})
     if split := [name for name in adapters if by(name) != by(name.replace(".lora_A.", ".lora_B."))]:
         raise ValueError(f"both factors of a layer must be in one group: {split[0]!r}")
+    if on_delta:
+        adapters = delta(adapters, dict.fromkeys(lora_layers(adapters), 1.0))
     parts = [torch.full((tensor[0].numel(),), labels.index(by(name))) for name, tensor in adapters.items()]
     return labels, torch.cat(parts).to(next(iter(adapters.values())).device)
 
@@ -97,19 +111,17 @@ def estimate_uniform(adapted: AdaptedBackbone, federated: Adapter, local: Adapte
     return Estimate(torch.full((len(split),), 0.5, dtype=torch.float64))
 
 
-def _both_gradients(
-    adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split, sample_labels: int | None
-) -> tuple[Tensor, Tensor]:
-    if sample_labels is None:
-        return tuple(per_sample_gradients(adapted, stack, split) for stack in (federated, local))
-    generator = torch.Generator().manual_seed(sample_labels)
-    result = []
-    for stack in (federated, local):
+def _labels(adapted: AdaptedBackbone, stacks: tuple[Adapter, Adapter], split: Split, seed: int | None):
+    """The labels ``(C, N)`` under which each model's gradients are taken: the data's, or drawn from the model."""
+    if seed is None:
+        return [split.y, split.y]
+    generator, result = torch.Generator().manual_seed(seed), []
+    for stack in stacks:
         with torch.no_grad():
             p = vmap(adapted)(stack, split.x).softmax(-1).cpu()  # (C, N, classes)
         drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(split.y.shape).to(split.y.device)
-        result.append(per_sample_gradients(adapted, stack, split, labels=torch.where(split.y < 0, split.y, drawn)))
-    return tuple(result)
+        result.append(torch.where(split.y < 0, split.y, drawn))
+    return result
 
 
 def estimate_fisher(
@@ -122,19 +134,29 @@ def estimate_fisher(
     relative: bool = True,
     clip: tuple[float, float] = (0.0, 1.0),
     sample_labels: int | None = None,
+    on_delta: bool = False,
     by: Grouping | None = None,
 ) -> Estimate:
     """Our reading of the paper's estimator: inverse empirical diagonal Fisher, correlated by the gradients.
 
-    Equations and options: ``mixing.fisher_moments``. The coordinates are the adapter's tensors (factors and head).
-    ``sample_labels``: a seed; the labels are then drawn from each model (the Fisher proper) instead of the data's.
-    Assumes that a model's errors are independent over coordinates and about as large as the inverse Fisher says, with
-    no bias. Cost: 2 gradients per sample.
+    Equations and options: ``mixing.fisher_moments``. The coordinates are the adapter's tensors (factors and head), or
+    with ``on_delta`` the entries of the deltas, whose Fisher stays when (B, A) becomes (B M, M⁻¹ A). Those are many:
+    one client at a time is held in memory. ``sample_labels``: a seed; the labels are then drawn from each model (the
+    Fisher proper) instead of the data's. Assumes that a model's errors are independent over coordinates and about as
+    large as the inverse Fisher says, with no bias. Cost: 2 gradients per sample.
     """
-    g_f, g_l = _both_gradients(adapted, federated, local, split, sample_labels)
-    groups = _groups(local, by)[1]
-    moments = fisher_moments(g_f, g_l, split.sizes, damping=damping, relative=relative, clip=clip, groups=groups)
-    return _estimate(moments, local, by)
+    options = dict(damping=damping, relative=relative, clip=clip, groups=_groups(local, by, on_delta)[1])
+    labels = _labels(adapted, (federated, local), split, sample_labels)
+    if not on_delta:
+        g_f, g_l = (per_sample_gradients(adapted, m, split, labels=y) for m, y in zip((federated, local), labels))
+        return _estimate(fisher_moments(g_f, g_l, split.sizes, **options), local, by)
+    each = []
+    for i in range(len(split)):
+        rows = ({name: tensor[i : i + 1] for name, tensor in stack.items()} for stack in (federated, local))
+        part, drawn = split.rows([i]), [y[i : i + 1] for y in labels]
+        g_f, g_l = (delta_gradients(adapted, stack, part, labels=y) for stack, y in zip(rows, drawn))
+        each.append(fisher_moments(g_f, g_l, part.sizes, **options))
+    return _estimate(Moments(*(torch.cat([getattr(m, name) for m in each]) for name in "abc")), local, by)
 
 
 def estimate_laplace(
@@ -153,7 +175,7 @@ def estimate_laplace(
     ``mixing.laplace_moments``. Assumes what the Fisher estimator does, but lets the prior speak where the data are
     silent. Cost: 2 gradients per sample.
     """
-    g_f, g_l = _both_gradients(adapted, federated, local, split, None)
+    g_f, g_l = (per_sample_gradients(adapted, stack, split) for stack in (federated, local))
     examples = train_sizes.sum().expand(len(train_sizes)), train_sizes
     groups = _groups(local, by)[1]
     moments = laplace_moments(g_f, g_l, split.sizes, examples=examples, prior=prior, groups=groups)
@@ -176,7 +198,7 @@ def estimate_gradient(
     optimum for the gradient to be linear in the error. The metric couples the groups, so ``by`` needs
     ``damping=None``. Cost: 2 gradients per sample.
     """
-    g_f, g_l = _both_gradients(adapted, federated, local, split, None)
+    g_f, g_l = (per_sample_gradients(adapted, stack, split) for stack in (federated, local))
     groups = _groups(local, by)[1]
     moments = gradient_moments(g_f, g_l, split.sizes, unbiased=unbiased, damping=damping, groups=groups)
     return _estimate(moments, local, by)
@@ -237,16 +259,55 @@ def estimate_shrinkage(
     return Estimate(moments.weight, moments, {"effective": effective.cpu()})
 
 
+def estimate_ensemble(
+    adapted: AdaptedBackbone,
+    runs: Sequence[tuple[Adapter, Adapter]],
+    optimum: Adapter,
+    split: Split,
+    *,
+    metric_of_loss: bool = True,
+) -> Estimate:
+    """The true moments from repeated training, about a well-trained ``optimum``: the reference for the others.
+
+    ``runs``: federated and local stack of each repetition, with other samples or seeds; ``optimum``: a stack trained on
+    far more of each client's examples. ``a = E[e_Fᵀ H e_F]``, ``b = E[e_Lᵀ H e_L]``, ``c = E[e_Fᵀ H e_L]`` over the
+    runs, with the softmax Gauss–Newton ``H`` at the optimum, so that the loss is the optimum's plus half the bound, in
+    nats; or, with ``metric_of_loss=False``, ``H = I`` on the deltas, as the paper has it. ``details``: the loss
+    ``slope`` along ``e_F`` and ``e_L`` ``(C, 2)``, zero at a true optimum, and the ``smoothness`` ``(C,)``, the largest
+    curvature along any ``e`` of unit length. Too dear for use. Cost: 3 forward-mode products per sample and run, after
+    the training.
+    """
+    moments, slopes, smoothness = [], [], []
+    for federated, local in runs:
+        three = [federated, local, optimum]
+        origin, f, p = (combine(three, [float(k == j) for k in range(3)]) for j in (2, 0, 1))
+        e_f, e_l = flatten(f) - flatten(origin), flatten(p) - flatten(origin)
+        derivatives = [directional_derivatives(adapted, origin, e, split) for e in (e_f, e_l, e_f - e_l)]
+        a, b, d = (_mean(curvature, split).cpu() for _, curvature in derivatives)
+        gram = delta_products(three, adapted.scaling).cpu()
+        aa, bb = (gram[:, k, k] - 2 * gram[:, k, 2] + gram[:, 2, 2] for k in (0, 1))
+        cc = gram[:, 0, 1] - gram[:, 0, 2] - gram[:, 1, 2] + gram[:, 2, 2]
+        moments.append(torch.stack([a, b, (a + b - d) / 2] if metric_of_loss else [aa, bb, cc]))
+        slopes.append(torch.stack([_mean(slope, split).cpu() for slope, _ in derivatives[:2]], dim=1))
+        smoothness.append(torch.maximum(a / aa.clamp_min(TINY), b / bb.clamp_min(TINY)))
+    mean = Moments(*torch.stack(moments).mean(0))
+    details = {"slope": torch.stack(slopes).mean(0), "smoothness": torch.stack(smoothness).amax(0)}
+    return Estimate(mean.weight, mean, details)
+
+
 @torch.no_grad()
+def _sample_losses(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
+    """Each example's loss ``(C, N)``; zeros for padding."""
+    logits = vmap(adapted)(adapters, split.x)  # (C, N, classes)
+    return F.cross_entropy(logits.transpose(1, 2), split.y, reduction="none")
+
+
 def segment_losses(
     adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split, weights: Tensor
 ) -> Tensor:
     """Each example's loss at each mixing weight of the exact merge, ``(C, W, N)``; zeros for padding."""
-    y, rows = split.y, []
-    for weight in weights.tolist():
-        logits = vmap(adapted)(merge_exact(federated, local, weight), split.x)  # (C, N, classes)
-        rows.append(F.cross_entropy(logits.transpose(1, 2), y, reduction="none"))
-    return torch.stack(rows, dim=1)
+    merges = (merge_exact(federated, local, weight) for weight in weights.tolist())
+    return torch.stack([_sample_losses(adapted, merged, split) for merged in merges], dim=1)
 
 
 def estimate_curve(
@@ -273,15 +334,62 @@ def estimate_curve(
 
 
 def estimate_pooled(
-    adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split, *, points: int = 5
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    *,
+    points: int = 5,
+    probe: float = 0.3,
+    by: Grouping | None = None,
 ) -> Estimate:
     """The held-out curve of each client, shrunk towards the clients' pooled curve (``mixing.pooled_weight``).
 
     Every client sends its mean loss at the ``points`` weights and the spread of its slopes, and gets the federation's
-    centre and spread back. Assumes that the clients' best weights scatter about a common centre. Cost: ``points``
-    forward passes per sample.
+    centre and spread back. Assumes that the clients' best weights scatter about a common centre. With ``by`` naming two
+    groups, such as ``head_and_body``, the clients also learn one offset between them together
+    (``mixing.pooled_offset``), for three more floats up and one down: the second group in the order of names gets half
+    of it more, the first half of it less. Cost: ``points`` forward passes per sample, with ``by`` two more.
     """
     weights = grid(points)
     losses = segment_losses(adapted, federated, local, split, weights)
     weight, details = pooled_weight(weights, losses, split.sizes)
-    return Estimate(weight, None, {"weights": weights, **details}, floats=(points + 1, 2))
+    details = {"weights": weights, **details}
+    if by is None:
+        return Estimate(weight, None, details, floats=(points + 1, 2))
+    labels, _ = _groups(local, by)
+    if len(labels) != 2:
+        raise ValueError(f"the offset is between two groups, but by gives {len(labels)}: {labels}")
+
+    def apart(offset: float | Tensor) -> dict[str, Tensor]:
+        halves = {labels[0]: -offset / 2, labels[1]: offset / 2}
+        return {_module(name): (weight + halves[by(name)]).clamp(0, 1) for name in local}
+
+    middle = CubicSpline(weights, losses.double().cpu(), axis=1)(weight)[range(len(split)), range(len(split))]
+    low, high = (_sample_losses(adapted, merge_exact(federated, local, apart(sign * probe)), split) for sign in (-1, 1))
+    offset, more = pooled_offset(low, torch.from_numpy(middle), high, split.sizes, probe=probe)
+    return Estimate(apart(offset), None, {"weight": weight, **details, **more}, floats=(points + 4, 3))
+
+
+def estimate_combined(
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    *,
+    prior: Tensor | None = None,
+    points: int = 5,
+    spread: float | None = None,
+) -> Estimate:
+    """A prior weight against the held-out curve, weighed by their precisions in closed form (``combined_weight``).
+
+    ``prior`` ``(C,)``: the weight of any other estimator, ½ for every client if none is given (which makes it a pool).
+    Every client sends its mean loss at the ``points`` weights, its prior and its slopes' mean and variance, and gets
+    shift, curvature and spread back. Assumes that the prior is off by a common shift and by Gaussian errors.
+    Cost: ``points`` forward passes per sample, besides the prior's.
+    """
+    weights = grid(points)
+    losses = segment_losses(adapted, federated, local, split, weights)
+    prior = torch.full((len(split),), 0.5) if prior is None else prior
+    weight, details = combined_weight(weights, losses, split.sizes, prior, spread=spread)
+    return Estimate(weight, None, {"weights": weights, **details}, floats=(points + 3, 3))

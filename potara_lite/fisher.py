@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.nn import functional as F
 
-from .adapters import AdaptedBackbone, Adapter, flatten, unflatten
+from .adapters import AdaptedBackbone, Adapter, flatten, lora_layers, unfactored, unflatten
 from .data import Split
 from .training import losses
 
-__all__ = ["diagonal_fisher", "directional_derivatives", "per_sample_gradients"]
+__all__ = ["delta_gradients", "diagonal_fisher", "directional_derivatives", "per_sample_gradients"]
 
 
 def per_sample_gradients(
@@ -38,6 +38,21 @@ def per_sample_gradients(
         value = losses(adapted, unflatten(each, like), x[some], y[some], _total)
         rows.append(torch.autograd.grad(value.sum(), each)[0])
     return torch.cat(rows).view(clients, n, -1)
+
+
+def delta_gradients(
+    adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, labels: Tensor | None = None, chunk_size: int = 1024
+) -> Tensor:
+    """The gradient of each example's loss in the deltas and the directly trained weights, ``(C, N, P)``.
+
+    ``P`` runs over the tensors of ``delta(adapters)`` in their order, the entries of every adapted layer's weight among
+    them: far more than the adapter has.
+    """
+    dense = unfactored(adapters)
+    rows = per_sample_gradients(adapted, dense, split, labels=labels, chunk_size=chunk_size)
+    parts = dict(zip(dense, rows.split([tensor[0].numel() for tensor in dense.values()], dim=2)))
+    layers = [parts[f"{layer}.lora_B.weight"] / adapted.scaling[layer] for layer in lora_layers(dense)]
+    return torch.cat(layers + [part for name, part in parts.items() if ".lora_" not in name], dim=2)
 
 
 def _total(logits: Tensor, y: Tensor) -> Tensor:

@@ -22,11 +22,13 @@ from torch import Tensor
 __all__ = [
     "Moments",
     "combination_weights",
+    "combined_weight",
     "fisher_moments",
     "gradient_moments",
     "laplace_moments",
     "moments_from_slopes",
     "parabola_moments",
+    "pooled_offset",
     "pooled_weight",
     "shrinkage_moments",
 ]
@@ -243,6 +245,53 @@ def parabola_moments(weights: Tensor, loss: Tensor) -> Moments:
     return moments_from_slopes(slope, 2 * half.clamp_min(0))
 
 
+def combined_weight(
+    weights: Tensor, losses: Tensor, sizes: Tensor, prior: Tensor, *, spread: float | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A prior weight of each client ``(C,)`` against its held-out losses ``(C, W, N)``, by their precisions.
+
+    The prior is first moved by one number, the shift that all clients' held-out losses together like best: what the
+    estimator behind it gets wrong for everyone. From there a Newton step, ``own = p - g / h``, with the client's own
+    slope ``g`` and the clients' mean curvature ``h``, has sampling variance ``s² = v / (n h²)``, ``v`` the variance of
+    a sample's slope. The prior is off by ``τ``, ``spread`` or else by moments, ``τ² = mean (own - p)² - mean s²``
+    (DerSimonian & Laird, 1986). Two estimates with known precisions are combined in closed form::
+
+        weight = (own / s² + p / τ²) / (1 / s² + 1 / τ²)
+
+    A constant prior is the pool: each client shrunk towards the federation's best single weight. Where the curve tells
+    nothing (``h <= 0``), it is the prior. Padded samples must have loss zero.
+    """
+    coarse, n = weights.double().cpu().numpy(), sizes.cpu().numpy().astype(float)
+    losses, start = losses.double().cpu().numpy(), np.asarray(prior.double().cpu())
+    each = CubicSpline(coarse, losses, axis=1)
+    curve = CubicSpline(coarse, losses.sum(2) / n[:, None], axis=1)
+    rows = np.arange(len(n))
+
+    def along(spline, at, order=0):  # every client's own spline at its own point
+        return spline(at, order)[rows, rows]
+
+    shifts = np.linspace(-1, 1, 201)
+    total = [n @ along(curve, np.clip(start + shift, 0, 1)) for shift in shifts]
+    centre = np.clip(start + shifts[int(np.argmin(total))], 0, 1)
+    curvature = float(np.average(along(curve, centre, 2), weights=n))
+    slopes = along(each, centre, 1)  # (C, N)
+    slope = slopes.sum(1) / n
+    real = np.arange(losses.shape[2])[None] < n[:, None]
+    variance = float((((slopes - slope[:, None]) * real) ** 2).sum() / max((n - 1).sum(), 1))
+    if curvature <= 0:
+        step, share, tau2 = 0.0 * slope, 0.0 * slope, 0.0
+    else:
+        step, sampling = -slope / curvature, variance / (n * curvature**2)
+        tau2 = max(float((step**2 - sampling).mean()), 0.0) if spread is None else spread**2
+        share = tau2 / np.maximum(tau2 + sampling, TINY)
+    details = {
+        "centre": torch.from_numpy(centre),
+        "spread": torch.tensor(tau2**0.5),
+        "share": torch.from_numpy(share),
+    }
+    return torch.from_numpy(np.clip(centre + share * step, 0, 1)), details
+
+
 def pooled_weight(
     weights: Tensor, losses: Tensor, sizes: Tensor, *, spread: tuple[float, ...] = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -288,3 +337,27 @@ def pooled_weight(
         "temper": torch.tensor(temper),
     }
     return torch.from_numpy(weight), details
+
+
+def pooled_offset(
+    low: Tensor, middle: Tensor, high: Tensor, sizes: Tensor, *, probe: float = 0.3, spread: float = 0.2
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One offset between two groups of tensors for all clients, from three losses per held-out sample ``(C, N)``.
+
+    The losses are those at the offsets ``-probe``, 0 and ``probe``. The minimum of the parabola through their means
+    over all clients' samples has sampling variance ``v / (n h²)`` (slope's variance, curvature, number of samples) and
+    is weighed against a prior ``N(0, spread²)`` by their precisions. Never more than twice the probe; 0 where the
+    parabola opens downwards. Padded samples must have loss zero. Returns the offset ``()``.
+    """
+    low, middle, high = (part.double().cpu() for part in (low, middle, high))
+    n, total = sizes.cpu().double().unsqueeze(1), float(sizes.sum())
+    slopes = (high - low) / (2 * probe)  # (C, N)
+    curvature = float((high + low - 2 * middle).sum()) / probe**2 / total
+    real = torch.arange(slopes.shape[1]) < n
+    excess = (slopes - slopes.sum(1, keepdim=True) / n) * real
+    variance = float(excess.square().sum() / (n - 1).sum().clamp_min(1))
+    sampling = variance / (total * curvature**2) if curvature > 0 else torch.inf
+    share = spread**2 / (spread**2 + sampling)
+    offset = -share * float(slopes.sum()) / total / curvature if share > 0 else 0.0
+    details = {"offset": torch.tensor(min(max(offset, -2 * probe), 2 * probe)), "offset_share": torch.tensor(share)}
+    return details["offset"], details

@@ -13,6 +13,7 @@ from potara_lite.adapters import (
     check_same_base,
     client_adapter,
     delta,
+    delta_products,
     flatten,
     load_adapter,
     lora_layers,
@@ -20,6 +21,7 @@ from potara_lite.adapters import (
     repeat_adapter,
     save_adapter,
     stack_adapters,
+    unfactored,
     unflatten,
 )
 from potara_lite.merging import compress, merge_exact
@@ -89,6 +91,32 @@ def test_delta_of_a_stack_is_the_stack_of_deltas(any_config64, random_stack):
     for client in range(3):
         for name, tensor in delta(client_adapter(stack, client), any_config64.scaling).items():
             torch.testing.assert_close(together[name][client], tensor, rtol=1e-12, atol=0)
+
+
+def test_products_of_deltas_are_those_of_the_dense_matrices(any_config64, random_stack):
+    one, two = (random_stack(any_config64, 3, seed=s) for s in (1, 2))
+    three = merge_exact(one, two, 0.3)  # another rank
+    found = delta_products([one, two, three], any_config64.scaling)
+    dense = [
+        torch.cat([t.flatten(1) for t in delta(each, any_config64.scaling).values()], 1) for each in (one, two, three)
+    ]
+    oracle = torch.stack([torch.stack([(p * q).sum(1) for q in dense], -1) for p in dense], -2)
+    torch.testing.assert_close(found, oracle, rtol=1e-9, atol=1e-12)
+
+
+def test_an_unfactored_adapter_is_the_same_model_with_its_product_in_b(any_config64, random_stack, federation64):
+    stack = random_stack(any_config64, 3, seed=3)
+    bare = unfactored(stack)
+    for name, tensor in delta(bare, any_config64.scaling).items():
+        torch.testing.assert_close(tensor, delta(stack, any_config64.scaling)[name], rtol=1e-9, atol=1e-12)
+    for layer in lora_layers(bare):
+        a = bare[f"{layer}.lora_A.weight"].flatten(2)
+        assert torch.equal(a, torch.eye(a.shape[1], dtype=a.dtype).expand_as(a))
+    x = federation64.train.client(1)[0]
+    logits = any_config64(client_adapter(stack, 1), x)
+    torch.testing.assert_close(any_config64(client_adapter(bare, 1), x), logits, rtol=1e-9, atol=1e-12)
+    for name, tensor in unfactored(client_adapter(stack, 2)).items():  # without the client dimension
+        assert torch.equal(tensor, bare[name][2])
 
 
 def test_the_model_is_a_frozen_copy(backbone):

@@ -5,14 +5,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize
 from torch.nn import functional as F
 
-from potara_lite.adapters import attach, client_adapter, flatten, repeat_adapter
+from potara_lite.adapters import attach, client_adapter, delta, flatten, repeat_adapter
 from potara_lite.data import Split
 from potara_lite.estimators import (
     by_layer,
+    estimate_combined,
     estimate_curve,
+    estimate_ensemble,
     estimate_fisher,
     estimate_gauss_newton,
     estimate_gradient,
@@ -20,18 +23,21 @@ from potara_lite.estimators import (
     estimate_pooled,
     estimate_shrinkage,
     estimate_uniform,
+    head_and_body,
     segment_losses,
 )
-from potara_lite.fisher import per_sample_gradients
+from potara_lite.fisher import delta_gradients, per_sample_gradients
 from potara_lite.merging import merge_exact
 from potara_lite.mixing import (
     Moments,
     combination_weights,
+    combined_weight,
     fisher_moments,
     gradient_moments,
     laplace_moments,
     moments_from_slopes,
     parabola_moments,
+    pooled_offset,
     pooled_weight,
     shrinkage_moments,
 )
@@ -42,6 +48,7 @@ ESTIMATORS = {
     "uniform": lambda *a: estimate_uniform(*a),
     "fisher": lambda *a: estimate_fisher(*a),
     "fisher, labels drawn": lambda *a: estimate_fisher(*a, sample_labels=3),
+    "fisher, on the deltas": lambda *a: estimate_fisher(*a, on_delta=True),
     "laplace": lambda *a: estimate_laplace(*a, train_sizes=TRAINED),
     "gradient": lambda *a: estimate_gradient(*a),
     "gradient, identity": lambda *a: estimate_gradient(*a, damping=None, unbiased=False),
@@ -50,17 +57,20 @@ ESTIMATORS = {
     "curve": lambda *a: estimate_curve(*a, points=3),
     "parabola": lambda *a: estimate_curve(*a, points=3, parabola=True),
     "pooled": lambda *a: estimate_pooled(*a, points=3),
+    "combined": lambda *a: estimate_combined(*a, points=3),
+    "combined, Fisher prior": lambda *a: estimate_combined(*a, points=3, prior=estimate_fisher(*a).weight),
 }
 each = pytest.mark.parametrize("name", ESTIMATORS)
 with_groups = pytest.mark.parametrize(
     "run",
     [
         lambda *a, **k: estimate_fisher(*a, **k),
+        lambda *a, **k: estimate_fisher(*a, on_delta=True, **k),
         lambda *a, **k: estimate_laplace(*a, train_sizes=TRAINED, **k),
         lambda *a, **k: estimate_gradient(*a, damping=None, unbiased=False, **k),
         lambda *a, **k: estimate_gauss_newton(*a, **k),
     ],
-    ids=["fisher", "laplace", "gradient", "gauss-newton"],
+    ids=["fisher", "fisher on the deltas", "laplace", "gradient", "gauss-newton"],
 )
 
 
@@ -450,6 +460,103 @@ def test_pooling_regrets_less_than_each_client_alone_which_regrets_half_a_parame
     assert np.mean(pooled) < 0.5 * alone.mean()
 
 
+# An offset between two groups, common to all clients.
+
+
+def probed(best, h, noise, probe=0.3):
+    """Losses ``(C, N)`` at the offsets -probe, 0 and probe of the parabola ``h/2 (d - best)² + noise d``."""
+    return [h / 2 * (d - best) ** 2 + noise * d for d in (-probe, 0.0, probe)]
+
+
+def test_the_offset_is_weighed_against_nothing_by_its_precision():
+    n, best, h = torch.tensor([12, 30, 20]), -0.25, 2.0
+    noise = normal(3, 30, seed=2) * (torch.arange(30) < n.view(-1, 1))
+    real = (torch.arange(30) < n.view(-1, 1)).double()
+    losses = [part * real for part in probed(best, h, noise)]
+    found, details = pooled_offset(*losses, n, spread=0.2)
+    mean = noise.sum(1) / n
+    variance = ((noise - mean.view(-1, 1)) * real).square().sum() / (n - 1).sum()
+    sampling = variance / (n.sum() * h**2)
+    share = 0.2**2 / (0.2**2 + sampling)
+    close(found, float(share * (best - noise.sum() / n.sum() / h)), rtol=1e-6)
+    close(details["offset_share"], float(share), rtol=1e-6)
+    wide = [torch.cat([part, torch.zeros(3, 5)], 1) for part in losses]
+    close(pooled_offset(*wide, n, spread=0.2)[0], found)
+
+
+def test_the_offset_survives_what_tells_nothing():
+    n, zero = torch.full((3,), 10), torch.zeros(3, 10).double()
+    assert pooled_offset(*probed(0.4, -2.0, zero), n)[0] == 0  # opens downwards
+    assert pooled_offset(zero, zero, zero, n)[0] == 0
+    assert pooled_offset(*probed(3.0, 2.0, zero), n)[0] == pytest.approx(0.6)  # twice the probe at most
+    assert pooled_offset(*(part[:, :1] for part in probed(0.1, 2.0, zero)), torch.ones(3))[0] == pytest.approx(0.1)
+
+
+# A prior against the curve.
+
+
+def test_prior_and_curve_are_weighed_by_their_precisions():
+    """Parabolas: the own minimum of client i is ``best - noise / h``, with sampling variance ``v / (n h²)``."""
+    n, h, prior = torch.tensor([20, 45, 80]), 3.0, torch.tensor([0.4, 0.5, 0.3]).double()
+    best, noise = torch.tensor([0.3, 0.6, 0.5]).double(), 1.5 * normal(3, 80, seed=4)
+    real = torch.arange(80) < n.view(-1, 1)
+    losses = parabolas(best, 80, h, noise) * real.unsqueeze(1)
+    found, details = combined_weight(WEIGHTS, losses, n, prior, spread=0.2)
+    mean = (noise * real).sum(1) / n
+    own = best - mean / h
+    shift = float((n * (own - prior)).sum() / n.sum())
+    centre = prior + round(shift, 2)  # shifts have steps of 0.01
+    close(details["centre"], centre, rtol=1e-6)
+    slopes = h * (centre - best).unsqueeze(1) + noise
+    excess = (slopes - (slopes * real).sum(1, keepdim=True) / n.unsqueeze(1)) * real
+    sampling = excess.square().sum() / (n - 1).sum() / (n * h**2)
+    expected = (own / sampling + centre / 0.2**2) / (1 / sampling + 1 / 0.2**2)
+    close(found, expected, rtol=1e-6)
+    close(details["share"], 0.2**2 / (0.2**2 + sampling), rtol=1e-6)
+    moments = float(combined_weight(WEIGHTS, losses, n, prior)[1]["spread"])
+    assert moments**2 == pytest.approx(max(float(((own - centre) ** 2 - sampling).mean()), 0.0), rel=1e-5)
+
+
+def test_a_common_error_of_the_prior_does_not_matter():
+    losses, prior = (
+        parabolas([0.3, 0.45, 0.5, 0.4], 30, noise=normal(4, 30)),
+        torch.tensor([0.2, 0.4, 0.3, 0.4]).double(),
+    )
+    usual, moved = (combined_weight(WEIGHTS, losses, torch.full((4,), 30), prior + by)[0] for by in (0.0, 0.3))
+    close(moved, usual, rtol=0, atol=1e-9)
+    assert usual.std() > 0.03
+
+
+def test_without_noise_the_curve_decides_and_without_a_curve_the_prior():
+    n, prior = torch.full((3,), 30), torch.tensor([0.5, 0.2, 0.9]).double()
+    best = torch.tensor([0.3, 0.6, 0.5]).double()
+    close(combined_weight(WEIGHTS, parabolas(best, 30), n, prior)[0], best)
+    flat = torch.zeros(3, 5, 30).double()
+    found, details = combined_weight(WEIGHTS, flat, n, torch.full((3,), 0.5))
+    assert found.std() == 0 and not details["share"].any()
+
+
+def test_a_good_prior_and_the_curve_together_beat_either():
+    """Bartlett noise, a prior off by 0.1 and the curve of 30 samples: the precisions add up."""
+    h, n, clients, runs = 3.0, 30, 8, 200
+    rng, regret = np.random.default_rng(3), []
+    for _ in range(runs):
+        best = 0.5 + 0.15 * rng.normal(size=clients)
+        prior = best + 0.1 * rng.normal(size=clients)
+        noise = torch.from_numpy(rng.normal(size=(clients, n)) * h**0.5)
+        own = best - noise.mean(1).numpy() / h
+        losses = parabolas(best, n, h, noise)
+        known = combined_weight(WEIGHTS, losses, torch.full((clients,), n), torch.from_numpy(prior), spread=0.1)[0]
+        learnt = combined_weight(WEIGHTS, losses, torch.full((clients,), n), torch.from_numpy(prior))[0]
+        regret.append([h / 2 * ((w - best) ** 2).mean() for w in (known.numpy(), learnt.numpy(), prior, own)])
+    known, learnt, prior, own = np.array(regret).T
+    expected = h / 2 / (1 / 0.1**2 + n * h)  # half the curvature times the variance of the combination
+    for each in (prior, own):
+        gain = each - learnt
+        assert gain.mean() > 4 * gain.std() / runs**0.5
+    assert 0.9 * expected < known.mean() < 1.2 * expected + 4 * known.std() / runs**0.5
+
+
 # What every estimator survives.
 
 
@@ -511,10 +618,17 @@ def test_models_that_are_the_same_get_a_half_where_moments_decide(name, adapted6
         assert weight.tolist() == [1.0] * 3  # variance and no distance; the same Fisher times more examples
     elif name == "pooled":
         close(weight, torch.full((3,), 0.5).double(), rtol=0, atol=0.01)
-    elif name in ("uniform", "fisher", "gradient", "gradient, identity"):
+    elif name in ("uniform", "fisher", "fisher, on the deltas", "gradient", "gradient, identity"):
         close(weight, torch.full((3,), 0.5).double(), rtol=1e-6)
     else:  # a draw of labels for each; or the segment, which is flat, so that rounding decides and nothing hangs on it
-        assert name in ("fisher, labels drawn", "gauss-newton", "curve", "parabola")
+        assert name in (
+            "fisher, labels drawn",
+            "gauss-newton",
+            "curve",
+            "parabola",
+            "combined",
+            "combined, Fisher prior",
+        )
         merged = merge_exact(pair[1], pair[1], weight)
         loss, usual = (evaluate(adapted64, m, federation64.calibration)[0] for m in (merged, pair[1]))
         close(loss, usual)
@@ -541,8 +655,8 @@ def test_padding_does_not_change_the_weight(name, adapted64, federation64, pair)
         y = torch.cat([split.y, torch.full_like(split.y[:, :2], -100)], dim=1)
         wide = ESTIMATORS[name](adapted64, *pair, Split(x, y, split.sizes, split.ids)).weight
         close(wide, usual, rtol=1e-8, atol=1e-12)
-    if name in ("pooled", "laplace", "shrinkage", "fisher, labels drawn"):
-        return  # the first two see the other clients, the third is given three sizes
+    if name in ("pooled", "combined", "combined, Fisher prior", "laplace", "shrinkage", "fisher, labels drawn"):
+        return  # they see the other clients, or are given three sizes
     for i in range(3):
         alone = [{n: t[i : i + 1] for n, t in stack.items()} for stack in pair]
         close(ESTIMATORS[name](adapted64, *alone, split.rows([i])).weight, usual[i : i + 1], rtol=1e-8, atol=1e-12)
@@ -740,6 +854,44 @@ def test_the_pool_of_real_curves_is_pooled_weight_of_their_losses(adapted64, fed
     close(found.details["loss"], curve.details["loss"])
 
 
+def test_the_offset_moves_head_and_body_apart_and_lowers_the_held_out_loss(adapted64, federation64, pair):
+    split = federation64.calibration
+    usual = estimate_pooled(adapted64, *pair, split)
+    found = estimate_pooled(adapted64, *pair, split, by=head_and_body)
+    offset, weight = found.details["offset"], found.details["weight"]
+    close(weight, usual.weight)
+    assert abs(offset) > 0.003
+    for name, each in found.weight.items():
+        half = offset / 2 if ".head" in name else -offset / 2  # "body" < "head"
+        close(each, (weight + half).clamp(0, 1))
+    low, high = (
+        {name: (weight + sign * (0.15 if ".head" in name else -0.15)).clamp(0, 1) for name in found.weight}
+        for sign in (-1, 1)
+    )
+    losses = [
+        torch.stack([segment_loss(adapted64, client_adapter(merge_exact(*pair, w), i), split, i) for i in range(3)])
+        for w in (low, high)
+    ]
+    middle = segment_losses(adapted64, *pair, split, torch.linspace(0, 1, 41, dtype=torch.float64))
+    at = CubicSpline(np.linspace(0, 1, 41), middle.numpy(), axis=1)(weight.numpy())[range(3), range(3)]
+    expected, _ = pooled_offset(losses[0], torch.from_numpy(at), losses[1], split.sizes)
+    close(offset, expected, rtol=2e-2)  # the estimator's spline has 5 points, this one 41
+    before = evaluate(adapted64, merge_exact(*pair, weight), split)[0] * split.sizes
+    after = evaluate(adapted64, merge_exact(*pair, found.weight), split)[0] * split.sizes
+    assert after.sum() < before.sum()
+    assert found.floats == (9, 3) and usual.floats == (6, 2)
+
+
+def segment_loss(adapted, adapter, split, client):
+    """Each example's loss of one client, zeros for padding."""
+    return F.cross_entropy(adapted(adapter, split.x[client]), split.y[client], reduction="none")
+
+
+def test_the_offset_is_between_two_groups(adapted64, federation64, pair):
+    with pytest.raises(ValueError, match="gives 5"):
+        estimate_pooled(adapted64, *pair, federation64.calibration, by=by_layer)
+
+
 def test_the_curves_parabola_is_parabola_moments_of_its_losses(adapted64, federation64, pair):
     found = estimate_curve(adapted64, *pair, federation64.calibration, points=5, parabola=True)
     fit = np.polyfit(np.linspace(0, 1, 5), found.details["loss"].numpy().T, 2)  # (3, C), highest power first
@@ -760,3 +912,81 @@ def test_groups_are_those_of_the_coordinates_of_a_flattened_stack(adapted64, fed
     for k, label in enumerate(labels):
         size = sum(t[0].numel() for name, t in pair[0].items() if by_layer(name) == label)
         close(found.moments.a[:, k], torch.full((3,), size * (k + 1.0) ** 2).double())
+
+
+def test_the_fisher_on_the_deltas_takes_the_gradients_in_the_deltas(adapted64, federation64, pair):
+    split = federation64.calibration
+    found = estimate_fisher(adapted64, *pair, split, on_delta=True, damping=0.3).moments
+    gradients = (delta_gradients(adapted64, stack, split) for stack in pair)
+    oracle = fisher_moments(*gradients, split.sizes, damping=0.3)
+    for name in "abc":
+        close(getattr(found, name), getattr(oracle, name))
+    factors = estimate_fisher(adapted64, *pair, split, damping=0.3).moments
+    assert (factors.a / found.a - 1).abs().max() > 0.1
+
+
+# The ensemble: true moments.
+
+
+def dense(stack, adapted):
+    return torch.cat([tensor.flatten(1) for tensor in delta(stack, adapted.scaling).values()], dim=1)
+
+
+@pytest.fixture(scope="module")
+def repeated(linear, random_stack):
+    """Five runs whose models scatter about an optimum, the federated ones off it by a bias that all of them share."""
+    optimum = random_stack(linear, 3, seed=1, scale=0.5)
+    names = [name for name in optimum if "lora_B" in name]
+
+    def near(seed, scale, bias=0.0):
+        noise, common = random_stack(linear, 3, seed=seed, scale=scale), random_stack(linear, 3, seed=99, scale=1.0)
+        return optimum | {name: optimum[name] + noise[name] + bias * common[name] for name in names}
+
+    return [(near(10 + r, 0.1, bias=0.3), near(20 + r, 0.4)) for r in range(5)], optimum
+
+
+def test_ensemble_moments_on_the_deltas_are_the_mean_squared_errors(linear, federation64, repeated):
+    runs, optimum = repeated
+    found = estimate_ensemble(linear, runs, optimum, federation64.calibration, metric_of_loss=False).moments
+    e_f, e_l = (torch.stack([dense(run[k], linear) - dense(optimum, linear) for run in runs]) for k in (0, 1))
+    close(found.a, (e_f**2).sum(2).mean(0), rtol=1e-8)
+    close(found.b, (e_l**2).sum(2).mean(0), rtol=1e-8)
+    close(found.c, (e_f * e_l).sum(2).mean(0), rtol=1e-7, atol=1e-12)
+
+
+def test_ensemble_moments_in_the_metric_of_the_loss_are_quadratic_forms_of_its_hessian(linear, federation64, repeated):
+    """The logits are linear here, so the Gauss–Newton matrix is the Hessian in the dense head."""
+    runs, optimum = repeated
+    split = federation64.calibration
+    found = estimate_ensemble(linear, runs, optimum, split)
+    start = dense(optimum, linear)
+    for i in range(3):
+        features = backbone_features(linear, split.client(i)[0])
+        base = linear.model.get_base_model().head.base_layer
+        y = split.client(i)[1]
+
+        def loss(flat, features=features, base=base, y=y):
+            return F.cross_entropy(features @ (base.weight + flat.view_as(base.weight)).mT + base.bias, y)
+
+        hessian = torch.autograd.functional.hessian(loss, start[i])
+        slope = torch.autograd.functional.jacobian(loss, start[i])
+        errors = [[dense(run[k], linear)[i] - start[i] for run in runs] for k in (0, 1)]
+        oracle = [
+            torch.stack([p @ hessian @ q for p, q in zip(errors[j], errors[k])]).mean()
+            for j, k in ((0, 0), (1, 1), (0, 1))
+        ]
+        for name, expected in zip("abc", oracle):
+            close(getattr(found.moments, name)[i], expected, rtol=1e-7)
+        expected = torch.stack([torch.stack([slope @ e for e in each]).mean() for each in errors])
+        close(found.details["slope"][i], expected, rtol=1e-7)
+        steepest = max(float(e @ hessian @ e / (e @ e)) for each in errors for e in each)
+        assert float(found.details["smoothness"][i]) == pytest.approx(steepest, rel=1e-7)
+
+
+def backbone_features(adapted, x):
+    """What the head sees."""
+    seen = []
+    hook = adapted.model.get_base_model().head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    adapted(adapted.initial, x)
+    hook.remove()
+    return seen[0]

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from potara_lite.adapters import client_adapter, flatten, unflatten
+from potara_lite.adapters import client_adapter, delta, flatten, unflatten
 from potara_lite.data import Split
-from potara_lite.fisher import diagonal_fisher, directional_derivatives, per_sample_gradients
+from potara_lite.fisher import delta_gradients, diagonal_fisher, directional_derivatives, per_sample_gradients
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,49 @@ def test_per_sample_gradients_equal_a_loop_of_autograd(adapted64, stack, federat
         for i in range(len(y)):
             oracle = slow_gradients(adapted64, stack, client, x[i : i + 1], y[i : i + 1])
             torch.testing.assert_close(gradients[client, i], oracle, rtol=1e-9, atol=1e-13)
+
+
+def rotated(stack, seed=0):
+    """The same models in another basis of their factors: (B, A) → (B M, M⁻¹ A)."""
+    generator, result = torch.Generator().manual_seed(seed), dict(stack)
+    for name, a in stack.items():
+        if name.endswith(".lora_A.weight"):
+            b = name.replace(".lora_A.", ".lora_B.")
+            m = torch.randn(len(a), a.shape[1], a.shape[1], generator=generator, dtype=a.dtype)
+            result[name], result[b] = torch.linalg.solve(m, a), stack[b] @ m
+    return result
+
+
+def test_gradients_in_the_deltas_are_those_of_a_dense_model(adapted64, backbone64, stack, federation64):
+    found, prefix = delta_gradients(adapted64, stack, federation64.calibration), "base_model.model."
+    for client, n in enumerate((3, 6, 4)):
+        x, y = federation64.calibration.client(client)
+        moved = dict(backbone64.named_parameters())
+        change = delta(client_adapter(stack, client), adapted64.scaling)
+        leaves = {}
+        for name, tensor in change.items():
+            key = name.removeprefix(prefix)
+            start = moved[key].detach() if name.removesuffix(".weight") in adapted64.scaling else 0.0
+            leaves[key] = (start + tensor).detach().requires_grad_()
+        for i in range(n):
+            logits = torch.func.functional_call(backbone64, leaves, (x[i : i + 1],))
+            rows = torch.autograd.grad(F.cross_entropy(logits, y[i : i + 1]), list(leaves.values()))
+            oracle = torch.cat([row.flatten() for row in rows])
+            torch.testing.assert_close(found[client, i], oracle, rtol=1e-9, atol=1e-13)
+        assert not found[client, n:].any()
+
+
+def test_gradients_in_the_deltas_know_no_basis_and_no_zero_factor(adapted64, stack, federation64):
+    split = federation64.calibration
+    found, other = (delta_gradients(adapted64, each, split) for each in (stack, rotated(stack)))
+    torch.testing.assert_close(other, found, rtol=1e-7, atol=1e-12)
+    usual, moved = (per_sample_gradients(adapted64, each, split) for each in (stack, rotated(stack)))
+    assert (usual - moved).norm() > 0.1 * usual.norm()  # those in the factors do
+    fresh = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in stack.items()}
+    layers = sum(
+        t.numel() for name, t in delta(client_adapter(fresh, 0), adapted64.scaling).items() if ".head" not in name
+    )
+    assert (diagonal_fisher(delta_gradients(adapted64, fresh, split), split.sizes)[:, :layers].sum(1) > 0).all()
 
 
 def test_padded_samples_give_zero(federation64, gradients):
