@@ -1,32 +1,41 @@
 """The scenario suite: every estimator of the mixing weight on federations that span who is right.
 
-    python benchmarks/suite.py                 # all of it; finished cells are kept and never recomputed
+    python benchmarks/suite.py                 # all of it; what is finished is kept and never recomputed
     python benchmarks/suite.py --part 0/2      # every second cell, to share the work between two processes
-    python benchmarks/suite.py --report        # the table from the cells that are there
+    python benchmarks/suite.py --report        # suite.csv.gz, suite.md and suite.png from the finished cells
+    python benchmarks/suite.py --timing        # suite_timing.json: seconds of each estimator beside the training's
 
 A cell is one data set (label skew, feature shift, examples per client, rank) and one seed. In each the federated model
 is stopped early (under-trained) and late (well-trained), the local ones early (early-stopped) and late (over-fitted):
 four federations. Weights are estimated from 30 calibration samples per client, or from 30 of its training samples
-where the name says so, and judged by the test loss along the segment: regret is the loss above that of the client's
-own best weight of a grid of 101, read off a cubic spline through the test loss at 9 weights.
+where the name says so, and judged by the test loss: regret is the loss above that of the client's own best weight, a
+reference that no method may use. The loss along the segment is a cubic spline through its values at 9 weights, its
+minimum that of 101 points. Weights by group leave the segment; their merges are tested as they are, and a regret below
+zero means better than the best single weight.
+
+Trained models (``models/``) and finished cells (``suite/``) stay on disk, so a new estimator needs no new training.
+Everything was designed on the seeds 100 and 101; the table is of the seeds 0 to 4.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from quick import markdown
 from safetensors.torch import load_file, save_file
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-from potara_lite import Setting, evaluate, fedit, merge_exact, prepare, repeat_adapter, train
+from potara_lite import Setting, evaluate, fedit, merge_exact, prepare, repeat_adapter, train, train_pair
 from potara_lite import estimators as E
 from potara_lite.adapters import Adapter
 from potara_lite.connectivity import along_segment, grid
@@ -79,6 +88,7 @@ ESTIMATORS = {
     "fisher, held-out, sampled labels": lambda m, f, p, data: E.estimate_fisher(
         m, f, p, data.calibration, sample_labels=0
     ),
+    "fisher on the deltas, held-out": lambda m, f, p, data: E.estimate_fisher(m, f, p, data.calibration, on_delta=True),
     "laplace, held-out": lambda m, f, p, data: E.estimate_laplace(
         m, f, p, data.calibration, train_sizes=data.train.sizes
     ),
@@ -97,8 +107,24 @@ ESTIMATORS = {
     ),
     "curve, parabola": lambda m, f, p, data: E.estimate_curve(m, f, p, data.calibration, points=5, parabola=True),
     "curve, grid": lambda m, f, p, data: E.estimate_curve(m, f, p, data.calibration),
-    "pooled (potara)": lambda m, f, p, data: E.estimate_pooled(m, f, p, data.calibration),
+    "combined, ½ and curve": lambda m, f, p, data: E.estimate_combined(m, f, p, data.calibration),
+    "combined, fisher and curve": lambda m, f, p, data: E.estimate_combined(
+        m, f, p, data.calibration, prior=E.estimate_fisher(m, f, p, data.calibration).weight
+    ),
+    "combined, gauss-newton and curve": lambda m, f, p, data: E.estimate_combined(
+        m, f, p, data.calibration, prior=E.estimate_gauss_newton(m, f, p, data.calibration).weight
+    ),
+    "pooled": lambda m, f, p, data: E.estimate_pooled(m, f, p, data.calibration),
+    "pooled, head and body apart": lambda m, f, p, data: E.estimate_pooled(
+        m, f, p, data.calibration, by=E.head_and_body
+    ),
+    "gauss-newton by layer": lambda m, f, p, data: E.estimate_gauss_newton(m, f, p, data.calibration, by=E.by_layer),
+    "fisher by layer, held-out": lambda m, f, p, data: E.estimate_fisher(m, f, p, data.calibration, by=E.by_layer),
 }
+
+
+DEAR = {"fisher on the deltas, held-out", "gauss-newton by layer"}  # too slow for more than the first seed
+SHOWN = ["fisher, training samples (potara-paper)", "curve, grid", "pooled"]
 
 
 def some(split):
@@ -154,55 +180,104 @@ def trained(data: Data, seed: int) -> tuple[dict[str, Adapter], dict[str, Adapte
     return tree["federated"], tree["local"], tree["test"]
 
 
-def cell(data: Data, seed: int) -> pd.DataFrame:
+def cell(data: Data, seed: int, estimators=ESTIMATORS) -> pd.DataFrame:
     """All four federations of one data set and seed: a row per estimator and client."""
-    setting = Setting(alpha=data.alpha, shift=data.shift, train_size=data.train_size, rank=data.rank)
-    adapted, federation = prepare(setting, seed)
-    began = time.perf_counter()
-    federated, local = snapshots(adapted, federation, setting, seed)
-    training = time.perf_counter() - began
-    weights, rows = grid(9), []
-    for general, f in federated.items():
-        for personal, p in local.items():
-            test = [evaluate(adapted, merge_exact(f, p, w), federation.test) for w in weights.tolist()]
-            loss, accuracy = (torch.stack(column, dim=1).numpy() for column in zip(*test))
-            curve, score = CubicSpline(weights, loss, axis=1)(FINE), CubicSpline(weights, accuracy, axis=1)(FINE)
-            best = curve.argmin(1)
-            for name, estimator in ESTIMATORS.items():
-                began = time.perf_counter()
-                weight = estimator(adapted, f, p, federation).weight.numpy()
-                seconds = time.perf_counter() - began
-                for i, w in enumerate(weight):
-                    at = np.interp(w, FINE, curve[i])
-                    rows.append(
-                        dict(data=data.name, federated=general, local=personal, seed=seed, client=i, estimator=name,
-                             weight=w, oracle=FINE[best[i]], loss=at, regret=at - curve[i, best[i]],
-                             accuracy=np.interp(w, FINE, score[i]), oracle_accuracy=score[i, best[i]],
-                             beats_both=at < min(curve[i, 0], curve[i, -1]),
-                             oracle_beats_both=0 < best[i] < 100, seconds=seconds, training=training)
-                    )  # fmt: skip
-    return pd.DataFrame(rows)
+    adapted, federation = prepare(settings(data), seed)
+    federated, local, tests = trained(data, seed)
+    rows = []
+    for (general, personal), test in tests.items():
+        f, p = federated[general], local[personal]
+        loss, accuracy = (CubicSpline(np.linspace(0, 1, POINTS), test[k], axis=1) for k in ("loss", "accuracy"))
+        curve, score = loss(FINE), accuracy(FINE)  # (C, 101)
+        best, client = curve.argmin(1), np.arange(len(curve))
+        for name, estimator in estimators.items():
+            if name in DEAR and seed != SEEDS[0]:
+                continue
+            began = time.perf_counter()
+            estimate = estimator(adapted, f, p, federation)
+            seconds = time.perf_counter() - began
+            if isinstance(estimate.weight, dict):
+                weight = torch.stack(list(estimate.weight.values())).mean(0).numpy()  # the mean over the tensors
+                found, hit = (t.numpy() for t in evaluate(adapted, merge_exact(f, p, estimate.weight), federation.test))
+            else:
+                weight = estimate.weight.numpy()
+                found, hit = (each(weight)[client, client] for each in (loss, accuracy))
+            least = np.minimum(curve[:, 0], curve[:, -1])
+            columns = dict(
+                client=client, weight=weight, oracle=FINE[best], loss=found, regret=found - curve[client, best],
+                accuracy=hit, oracle_accuracy=score[client, best], beats_both=found < least,
+                oracle_beats_both=curve[client, best] < least, seconds=seconds,
+            )  # fmt: skip
+            index = dict(data=data.name, federated=general, local=personal, seed=seed, estimator=name)
+            rows.append(pd.DataFrame(index | columns))
+    return pd.concat(rows, ignore_index=True)
+
+
+FEDERATION = ["data", "federated", "local"]
 
 
 def report(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per estimator: regret over all federations, its worst federation, how often the merge beats both."""
-    federation = ["data", "federated", "local"]
-    each = rows.groupby(["estimator", *federation], sort=False).regret.mean()
-    merged = rows[rows.oracle_beats_both].groupby("estimator", sort=False).beats_both.mean()
+    """One line per estimator: mean regret, its standard error over seeds, its worst federation, and more."""
+    by = rows.groupby("estimator", sort=False)
     seeds = rows.groupby(["estimator", "seed"], sort=False).regret.mean().groupby("estimator", sort=False)
-    gap = (rows.accuracy - rows.oracle_accuracy).groupby(rows.estimator, sort=False).mean()
-    off = (rows.weight - rows.oracle).abs().groupby(rows.estimator, sort=False).mean()
+    each = rows.groupby(["estimator", *FEDERATION], sort=False).regret.mean().groupby("estimator", sort=False)
+    beaten = rows[rows.oracle_beats_both].groupby("estimator", sort=False).beats_both.mean()
     return pd.DataFrame(
         {
-            "regret (nats)": seeds.mean(),
-            "±": seeds.sem(),
-            "worst federation": each.groupby("estimator", sort=False).max(),
-            "accuracy − oracle's": gap,
-            "|λ − oracle λ|": off,
-            "beats both where the oracle does": merged,
-            "seconds": rows.groupby("estimator", sort=False).seconds.mean(),
+            "regret (nats)": by.regret.mean(),
+            "± over seeds": seeds.sem(),
+            "worst federation": each.max(),
+            "accuracy − oracle's": (rows.accuracy - rows.oracle_accuracy).groupby(rows.estimator, sort=False).mean(),
+            "beats both where the oracle does": beaten,
+            "λ − oracle λ": (rows.weight - rows.oracle).groupby(rows.estimator, sort=False).mean(),
+            "|λ − oracle λ|": (rows.weight - rows.oracle).abs().groupby(rows.estimator, sort=False).mean(),
+            "seeds": by.seed.nunique(),
+            "seconds": by.seconds.median(),
         }
     )
+
+
+def figure(rows: pd.DataFrame):
+    """Left: each estimator's regret in every federation; right: three estimators' λ against the oracle's."""
+    table = report(rows).sort_values("regret (nats)", ascending=False)
+    each = rows.groupby(["estimator", *FEDERATION]).regret.mean().clip(lower=1e-4)
+    picture, (left, *right) = plt.subplots(1, 4, figsize=(15, 6.5), width_ratios=[2.4, 1, 1, 1], layout="constrained")
+    for place, name in enumerate(table.index):
+        values = each[name].to_numpy()
+        left.plot(values, np.full(len(values), place), "o", ms=4, alpha=0.4, color="tab:blue")
+        left.plot(max(table["regret (nats)"][name], 1e-4), place, "D", ms=6, color="black")
+    left.set_yticks(range(len(table)), table.index)
+    left.set(
+        xscale="log", xlabel="regret (nats); a dot per federation, the diamond their mean; at most 1e-4 at the left"
+    )
+    left.axvline(0.01, color="grey", lw=0.8, ls="--")
+    left.grid(axis="x", alpha=0.3)
+    for panel, name in zip(right, SHOWN):
+        some = rows[rows.estimator == name]
+        panel.plot([0, 1], [0, 1], color="grey", lw=0.8)
+        panel.plot(some.oracle, some.weight, ".", ms=3, alpha=0.25)
+        panel.set(title=name.replace(", ", ",\n", 1), xlabel="oracle λ", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        panel.set_aspect("equal")
+    right[0].set_ylabel("λ (1 = federated)")
+    return picture
+
+
+def timing(repeats: int = 3) -> dict:
+    """Median seconds of every estimator beside the training at the default setting, in one process."""
+    setting = Setting()
+    adapted, federation = prepare(setting, 0)
+    pair = train_pair(adapted, federation, setting, 0)
+    trainings, seconds = [], {name: [] for name in ESTIMATORS}
+    for _ in range(repeats):
+        trainings.append(sum(train_pair(adapted, federation, setting, 0).seconds))
+        for name, estimator in ESTIMATORS.items():
+            began = time.perf_counter()
+            estimator(adapted, pair.federated, pair.local, federation)
+            seconds[name].append(time.perf_counter() - began)
+    training = float(np.median(trainings))
+    shares = {name: round(float(np.median(each)) / training, 5) for name, each in seconds.items()}
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine()}
+    return {"training_seconds": trainings, "seconds": seconds, "share_of_training": shares, "machine": machine}
 
 
 def main() -> None:
@@ -210,23 +285,32 @@ def main() -> None:
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--timing", action="store_true")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.timing:
+        (HERE / "suite_timing.json").write_text(json.dumps(timing(), indent=1) + "\n")
+        return
     CELLS.mkdir(exist_ok=True)
     part, parts = map(int, args.part.split("/"))
     work = [(data, seed) for seed in SEEDS for data in SUITE]
-    for number, (data, seed) in enumerate(work):
-        path = CELLS / f"{data.name}-seed{seed}.csv"
+    paths = [CELLS / f"{data.name}-seed{seed}.csv" for data, seed in work]
+    for number, ((data, seed), path) in enumerate(zip(work, paths)):
         if args.report or number % parts != part or path.exists():
             continue
         frame = cell(data, seed)
         partial = path.with_suffix(".part")
-        frame.to_csv(partial, index=False, float_format="%.6g")
+        frame.to_csv(partial, index=False, float_format="%.5g")
         partial.replace(path)
-        regret = frame[frame.estimator == "pooled (potara)"].regret.mean()
-        print(json.dumps({**asdict(data), "seed": seed, "regret": round(regret, 4)}), flush=True)
-    rows = pd.concat([pd.read_csv(path) for path in sorted(CELLS.glob("*.csv"))])
+        print(json.dumps({**asdict(data), "seed": seed, **report(frame)["regret (nats)"].round(4)}), flush=True)
+    if missing := [path.name for path in paths if not path.exists()]:
+        print(f"{len(missing)} of {len(paths)} cells are missing, such as {missing[0]}")
+        return
+    rows = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
+    rows.to_csv(HERE / "suite.csv.gz", index=False)
+    (HERE / "suite.md").write_text(markdown(report(rows), digits=4) + "\n")
+    figure(rows).savefig(HERE / "suite.png", dpi=80)
     print(report(rows).round(4).to_string())
 
 
