@@ -94,9 +94,10 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
             write(args.out / "results.csv", pd.concat(frames).to_csv(index=False))
         save_models(args.out, adapted, outcomes)
         if number == 0:
-            oracle = outcomes.pop(ORACLE)
-            chosen = {name: o.weight for name, o in outcomes.items() if name in ("potara", "potara-paper")}
-            figure = overview(*oracle.curve, chosen | {"oracle": oracle.weight}, summary(pd.concat(frames)))
+            marked = {"potara": "potara", "potara-paper": "potara-paper", "oracle": ORACLE}
+            points = {name: (outcomes[key].weight, outcomes[key].loss, outcomes[key].accuracy)
+                      for name, key in marked.items()}  # fmt: skip
+            figure = overview(*outcomes[ORACLE].curve, points, summary(pd.concat(frames)))
             figure.savefig(args.out / "figure.png", dpi=120)
     return pd.concat(frames)
 

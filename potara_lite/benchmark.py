@@ -14,7 +14,7 @@ from .adapters import AdaptedBackbone, Adapter, attach, repeat_adapter
 from .backbones import lab_vit
 from .connectivity import along_segment, grid
 from .data import Federation, fashion_mnist
-from .estimators import Estimate, estimate_fisher, estimate_pooled, estimate_uniform
+from .estimators import Estimate, estimate_fisher, estimate_pooled, estimate_uniform, head_and_body
 from .federated import Ledger, fedit
 from .merging import merge_exact
 from .training import evaluate, train
@@ -148,7 +148,7 @@ def train_pair(
 ESTIMATORS: dict[str, Callable[..., Estimate]] = {  # (adapted, federated, local, data=federation)
     "uniform": lambda model, *pair, data: estimate_uniform(model, *pair, data.calibration),
     "potara-paper": lambda model, *pair, data: estimate_fisher(model, *pair, data.train),
-    "potara": lambda model, *pair, data: estimate_pooled(model, *pair, data.calibration),
+    "potara": lambda model, *pair, data: estimate_pooled(model, *pair, data.calibration, by=head_and_body),
 }
 ORACLE = "oracle weight (test data, reference)"
 
@@ -174,12 +174,14 @@ def compare(
     yield general
     personal = outcome("local", pair.local, pair.ledgers[1], pair.seconds[1], 0.0)
     yield personal
-    both, trained = pair.ledgers[0] + pair.ledgers[1], sum(pair.seconds)
+    both, trained, everyone = pair.ledgers[0] + pair.ledgers[1], sum(pair.seconds), torch.arange(clients)
     for method, estimator in ESTIMATORS.items():
         began = time.perf_counter()
-        weight = estimator(adapted, pair.federated, pair.local, data=federation).weight
-        merged = merge_exact(pair.federated, pair.local, weight)
-        yield outcome(method, merged, both, trained + time.perf_counter() - began, weight)
+        found = estimator(adapted, pair.federated, pair.local, data=federation)
+        merged = merge_exact(pair.federated, pair.local, found.weight)
+        seconds = trained + time.perf_counter() - began
+        up, down = (4 * floats for floats in found.floats)
+        yield outcome(method, merged, both.add(everyone, up=up, down=down), seconds, found.client_weight)
     weights = grid(11)
     inner = along_segment(
         adapted, pair.federated, pair.local, federation.test, weights[1:-1], chunk_size=setting.chunk_size

@@ -59,14 +59,20 @@ Grouping = Callable[[str], str]
 class Estimate:
     """A mixing weight per client ``(C,)``, or with groups a dictionary of them that ``merge_exact`` takes as it is.
 
-    ``moments``: what the weight comes from, where the estimator has moments. ``details``: diagnostics. ``floats``: how
-    many numbers each client sends up and gets back for it.
+    ``moments``: what the weight comes from, where the estimator has moments. ``details``: diagnostics; with groups,
+    ``client``, one number per client for tables and pictures, is among them. ``floats``: how many numbers each client
+    sends up and gets back for it.
     """
 
     weight: Tensor | dict[str, Tensor]
     moments: Moments | None = None
     details: dict[str, Tensor] = field(default_factory=dict)
     floats: tuple[int, int] = (0, 0)
+
+    @property
+    def client_weight(self) -> Tensor:
+        """One weight per client ``(C,)``: the weight itself, or what stands for its groups' weights."""
+        return self.details["client"] if isinstance(self.weight, dict) else self.weight
 
 
 def _module(name: str) -> str:
@@ -98,12 +104,12 @@ def _groups(adapters: Adapter, by: Grouping | None, on_delta: bool = False) -> t
     return labels, torch.cat(parts).to(next(iter(adapters.values())).device)
 
 
-def _estimate(moments: Moments, adapters: Adapter, by: Grouping | None, **rest) -> Estimate:
+def _estimate(moments: Moments, adapters: Adapter, by: Grouping | None) -> Estimate:
     if by is None:
-        return Estimate(moments.weight, moments, **rest)
+        return Estimate(moments.weight, moments)
     labels, _ = _groups(adapters, by)
     weight = {_module(name): moments.weight[:, labels.index(by(name))] for name in adapters}
-    return Estimate(weight, moments, **rest)
+    return Estimate(weight, moments, {"client": moments.weight.mean(1)})
 
 
 def estimate_uniform(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split) -> Estimate:
@@ -368,7 +374,7 @@ def estimate_pooled(
     middle = CubicSpline(weights, losses.double().cpu(), axis=1)(weight)[range(len(split)), range(len(split))]
     low, high = (_sample_losses(adapted, merge_exact(federated, local, apart(sign * probe)), split) for sign in (-1, 1))
     offset, more = pooled_offset(low, torch.from_numpy(middle), high, split.sizes, probe=probe)
-    return Estimate(apart(offset), None, {"weight": weight, **details, **more}, floats=(points + 4, 3))
+    return Estimate(apart(offset), None, {"client": weight, **details, **more}, floats=(points + 4, 3))
 
 
 def estimate_combined(

@@ -22,6 +22,8 @@ COLOURS = {  # Okabe & Ito's palette, safe for colour-blind readers
     "oracle": "#000000",
 }
 
+Chosen = Tensor | tuple[Tensor, Tensor]  # a weight per client, or weights and values
+
 
 def colour(method: str) -> str:
     """A method's colour; grey for methods without one."""
@@ -46,10 +48,10 @@ def label_counts(split: Split, names: Sequence[str]) -> Figure:
 
 
 def along_weight(
-    weights: Tensor, values: Tensor, chosen: Mapping[str, Tensor] | None = None, *, label: str = "test loss (nats)"
+    weights: Tensor, values: Tensor, chosen: Mapping[str, Chosen] | None = None, *, label: str = "test loss (nats)"
 ) -> Figure:
     """One small panel per client: ``values`` ``(C, W)`` against the mixing weight, with the ``chosen`` weights
-    ``{method: (C,)}`` marked on the curve."""
+    ``{method: (C,)}`` marked on the curve, or ``{method: (weights, values)}`` where they are."""
     figure = Figure(figsize=(10, 2.3 * -(-len(values) // 4)), layout="constrained")
     panels = figure.subplots(-(-len(values) // 4), 4, sharex=True, squeeze=False)
     _curves(panels.flat, weights, values, chosen or {})
@@ -61,7 +63,7 @@ def along_weight(
     return figure
 
 
-def _curves(panels, weights: Tensor, values: Tensor, chosen: Mapping[str, Tensor]) -> None:
+def _curves(panels, weights: Tensor, values: Tensor, chosen: Mapping[str, Chosen]) -> None:
     x = weights.cpu().numpy()
     for client, panel in enumerate(panels):
         if client >= len(values):
@@ -70,9 +72,13 @@ def _curves(panels, weights: Tensor, values: Tensor, chosen: Mapping[str, Tensor
         y = values[client].cpu().numpy()
         panel.plot(x, y, color="#444444", linewidth=1.5)
         for method, weight in chosen.items():
-            at = float(weight[client])
+            if isinstance(weight, tuple):
+                at, height = (float(part[client]) for part in weight)
+            else:
+                at = float(weight[client])
+                height = np.interp(at, x, y)
             marker = "*" if method.startswith("oracle") else "o"
-            panel.plot(at, np.interp(at, x, y), marker, color=colour(method), label=method, markersize=7, zorder=3)
+            panel.plot(at, height, marker, color=colour(method), label=method, markersize=7, zorder=3)
         panel.set_title(f"client {client}", fontsize=9, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
 
@@ -97,16 +103,19 @@ def _frontier(panel, table: pd.DataFrame) -> None:
 
 
 def overview(
-    weights: Tensor, loss: Tensor, accuracy: Tensor, chosen: Mapping[str, Tensor], table: pd.DataFrame
+    weights: Tensor, loss: Tensor, accuracy: Tensor, chosen: Mapping[str, tuple[Tensor, ...]], table: pd.DataFrame
 ) -> Figure:
-    """The command's figure: loss and accuracy along the mixing weight per client, and accuracy against bytes."""
+    """The command's figure: loss and accuracy along the mixing weight per client, and accuracy against bytes.
+
+    ``chosen``: each method's weight, loss and accuracy, three ``(C,)``; off the curve where its weights are by group.
+    """
     columns = 4
     rows = -(-len(loss) // columns)
     figure = Figure(figsize=(12, 3.6 * rows + 4.2), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=[1.8 * rows, 1.8 * rows, 4.2])
-    for part, values, label in ((top, loss, "test loss (nats)"), (middle, accuracy, "test accuracy")):
+    for part, values, label, row in ((top, loss, "test loss (nats)", 1), (middle, accuracy, "test accuracy", 2)):
         panels = part.subplots(rows, columns, sharex=True, squeeze=False)
-        _curves(panels.flat, weights, values, chosen)
+        _curves(panels.flat, weights, values, {name: (found[0], found[row]) for name, found in chosen.items()})
         part.supylabel(label)
         part.supxlabel("mixing weight λ (0 = local, 1 = federated)", fontsize=9)
     handles, labels = panels.flat[0].get_legend_handles_labels()

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from potara_lite.benchmark import COLUMNS, ORACLE, Setting, summary
+from potara_lite.plots import along_weight
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,3 +99,12 @@ def test_the_five_lines_of_the_readme_run():
     names = {}
     exec(code.replace("Setting()", small), names)
     assert names["weight"].shape == (2,) and names["merged"].keys() == names["adapted"].initial.keys()
+
+
+def test_a_chosen_weight_is_marked_on_the_curve_or_where_its_own_value_is():
+    weights, values = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[3.0, 1.0, 2.0], [4.0, 2.0, 3.0]])
+    chosen = {"potara": torch.tensor([0.25, 0.5]), "uniform": (torch.tensor([0.5, 0.5]), torch.tensor([0.7, 1.9]))}
+    panels = along_weight(weights, values, chosen).axes[:2]
+    marks = [{line.get_label(): line.get_xydata()[0].tolist() for line in panel.lines[1:]} for panel in panels]
+    assert marks[0] == {"potara": [0.25, 2.0], "uniform": [0.5, pytest.approx(0.7)]}
+    assert marks[1] == {"potara": [0.5, 2.0], "uniform": [0.5, pytest.approx(1.9)]}

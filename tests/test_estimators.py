@@ -858,7 +858,7 @@ def test_the_offset_moves_head_and_body_apart_and_lowers_the_held_out_loss(adapt
     split = federation64.calibration
     usual = estimate_pooled(adapted64, *pair, split)
     found = estimate_pooled(adapted64, *pair, split, by=head_and_body)
-    offset, weight = found.details["offset"], found.details["weight"]
+    offset, weight = found.details["offset"], found.client_weight
     close(weight, usual.weight)
     assert abs(offset) > 0.003
     for name, each in found.weight.items():
