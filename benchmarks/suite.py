@@ -23,8 +23,11 @@ import argparse
 import json
 import platform
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -77,23 +80,23 @@ ROUNDS = {"under-trained": 15, "well-trained": 60}
 STEPS = {"early-stopped": (60, 60), "over-fitted": (300, 600)}  # up to 100 examples per client, and above
 
 ESTIMATORS = {
-    "local alone": lambda m, f, p, data: E.Estimate(torch.zeros(len(data), dtype=torch.float64)),
-    "federated alone": lambda m, f, p, data: E.Estimate(torch.ones(len(data), dtype=torch.float64)),
+    "local alone": lambda m, f, p, data: E.Estimate(torch.zeros(len(data.calibration), dtype=torch.float64)),
+    "federated alone": lambda m, f, p, data: E.Estimate(torch.ones(len(data.calibration), dtype=torch.float64)),
     "uniform": lambda m, f, p, data: E.estimate_uniform(m, f, p, data.calibration),
     "fisher, training samples, damping 1e-8": lambda m, f, p, data: E.estimate_fisher(
-        m, f, p, some(data.train), damping=1e-8, relative=False
+        m, f, p, data.few, damping=1e-8, relative=False
     ),
-    "fisher, training samples (potara-paper)": lambda m, f, p, data: E.estimate_fisher(m, f, p, some(data.train)),
+    "fisher, training samples (potara-paper)": lambda m, f, p, data: E.estimate_fisher(m, f, p, data.few),
     "fisher, held-out": lambda m, f, p, data: E.estimate_fisher(m, f, p, data.calibration),
     "fisher, held-out, sampled labels": lambda m, f, p, data: E.estimate_fisher(
         m, f, p, data.calibration, sample_labels=0
     ),
     "fisher on the deltas, held-out": lambda m, f, p, data: E.estimate_fisher(m, f, p, data.calibration, on_delta=True),
     "laplace, held-out": lambda m, f, p, data: E.estimate_laplace(
-        m, f, p, data.calibration, train_sizes=data.train.sizes
+        m, f, p, data.calibration, train_sizes=data.train_sizes
     ),
     "gradient, training samples": lambda m, f, p, data: E.estimate_gradient(
-        m, f, p, some(data.train), unbiased=False, damping=None
+        m, f, p, data.few, unbiased=False, damping=None
     ),
     "gradient, held-out": lambda m, f, p, data: E.estimate_gradient(
         m, f, p, data.calibration, unbiased=False, damping=None
@@ -103,7 +106,7 @@ ESTIMATORS = {
     ),
     "gauss-newton, held-out": lambda m, f, p, data: E.estimate_gauss_newton(m, f, p, data.calibration),
     "james-stein, held-out": lambda m, f, p, data: E.estimate_shrinkage(
-        m, f, p, data.calibration, train_sizes=data.train.sizes
+        m, f, p, data.calibration, train_sizes=data.train_sizes
     ),
     "curve, parabola": lambda m, f, p, data: E.estimate_curve(m, f, p, data.calibration, points=5, parabola=True),
     "curve, grid": lambda m, f, p, data: E.estimate_curve(m, f, p, data.calibration),
@@ -127,9 +130,32 @@ DEAR = {"fisher on the deltas, held-out", "gauss-newton by layer"}  # too slow f
 SHOWN = ["fisher, training samples (potara-paper)", "curve, grid", "pooled"]
 
 
-def some(split):
-    """The first 30 examples of each client."""
-    return replace(split, x=split.x[:, :30], y=split.y[:, :30], sizes=split.sizes.clamp_max(30))
+def samples(federation) -> SimpleNamespace:
+    """What an estimator may see: the calibration samples and as many, 30, of each client's training samples."""
+    split = federation.train
+    few = replace(split, x=split.x[:, :30], y=split.y[:, :30], sizes=split.sizes.clamp_max(30))
+    return SimpleNamespace(calibration=federation.calibration, few=few, train_sizes=split.sizes)
+
+
+@contextmanager
+def remembering():
+    """Estimators that ask for the same gradients or losses share them: most of the suite's time would go there."""
+
+    def shared(function):
+        kept = {}
+
+        def call(*args, **options):
+            given = (*args, *options.values())  # kept alive beside the answer, so that an id stays theirs
+            key = tuple(tuple(a.tolist()) if isinstance(a, Tensor) and a.dim() == 1 else id(a) for a in given)
+            if key not in kept:
+                kept[key] = function(*args, **options), given
+            return kept[key][0]
+
+        return call
+
+    with patch.object(E, "per_sample_gradients", shared(E.per_sample_gradients)):
+        with patch.object(E, "segment_losses", shared(E.segment_losses)):
+            yield
 
 
 def settings(data: Data) -> Setting:
@@ -184,18 +210,19 @@ def cell(data: Data, seed: int, estimators=ESTIMATORS) -> pd.DataFrame:
     """All four federations of one data set and seed: a row per estimator and client."""
     adapted, federation = prepare(settings(data), seed)
     federated, local, tests = trained(data, seed)
-    rows = []
+    given, rows = samples(federation), []
     for (general, personal), test in tests.items():
         f, p = federated[general], local[personal]
         loss, accuracy = (CubicSpline(np.linspace(0, 1, POINTS), test[k], axis=1) for k in ("loss", "accuracy"))
         curve, score = loss(FINE), accuracy(FINE)  # (C, 101)
         best, client = curve.argmin(1), np.arange(len(curve))
-        for name, estimator in estimators.items():
-            if name in DEAR and seed != SEEDS[0]:
-                continue
-            began = time.perf_counter()
-            estimate = estimator(adapted, f, p, federation)
-            seconds = time.perf_counter() - began
+        with remembering():
+            estimates = {
+                name: estimator(adapted, f, p, given)
+                for name, estimator in estimators.items()
+                if name not in DEAR or seed == SEEDS[0]
+            }
+        for name, estimate in estimates.items():
             if isinstance(estimate.weight, dict):
                 weight = estimate.client_weight.numpy()
                 found, hit = (t.numpy() for t in evaluate(adapted, merge_exact(f, p, estimate.weight), federation.test))
@@ -206,7 +233,7 @@ def cell(data: Data, seed: int, estimators=ESTIMATORS) -> pd.DataFrame:
             columns = dict(
                 client=client, weight=weight, oracle=FINE[best], loss=found, regret=found - curve[client, best],
                 accuracy=hit, oracle_accuracy=score[client, best], beats_both=found < least,
-                oracle_beats_both=curve[client, best] < least, seconds=seconds,
+                oracle_beats_both=curve[client, best] < least,
             )  # fmt: skip
             index = dict(data=data.name, federated=general, local=personal, seed=seed, estimator=name)
             rows.append(pd.DataFrame(index | columns))
@@ -232,7 +259,6 @@ def report(rows: pd.DataFrame) -> pd.DataFrame:
             "λ − oracle λ": (rows.weight - rows.oracle).groupby(rows.estimator, sort=False).mean(),
             "|λ − oracle λ|": (rows.weight - rows.oracle).abs().groupby(rows.estimator, sort=False).mean(),
             "seeds": by.seed.nunique(),
-            "seconds": by.seconds.median(),
         }
     )
 
@@ -266,13 +292,13 @@ def timing(repeats: int = 3) -> dict:
     """Median seconds of every estimator beside the training at the default setting, in one process."""
     setting = Setting()
     adapted, federation = prepare(setting, 0)
-    pair = train_pair(adapted, federation, setting, 0)
+    pair, given = train_pair(adapted, federation, setting, 0), samples(federation)
     trainings, seconds = [], {name: [] for name in ESTIMATORS}
     for _ in range(repeats):
         trainings.append(sum(train_pair(adapted, federation, setting, 0).seconds))
         for name, estimator in ESTIMATORS.items():
             began = time.perf_counter()
-            estimator(adapted, pair.federated, pair.local, federation)
+            estimator(adapted, pair.federated, pair.local, given)
             seconds[name].append(time.perf_counter() - began)
     training = float(np.median(trainings))
     shares = {name: round(float(np.median(each)) / training, 5) for name, each in seconds.items()}

@@ -48,18 +48,27 @@ def label_counts(split: Split, names: Sequence[str]) -> Figure:
 
 
 def along_weight(
-    weights: Tensor, values: Tensor, chosen: Mapping[str, Chosen] | None = None, *, label: str = "test loss (nats)"
+    weights: Tensor,
+    values: Tensor,
+    chosen: Mapping[str, Chosen] | None = None,
+    *,
+    label: str = "test loss (nats)",
+    also: Mapping[str, Tensor] | None = None,
 ) -> Figure:
     """One small panel per client: ``values`` ``(C, W)`` against the mixing weight, with the ``chosen`` weights
-    ``{method: (C,)}`` marked on the curve, or ``{method: (weights, values)}`` where they are."""
+    ``{method: (C,)}`` marked on the curve, or ``{method: (weights, values)}`` where they are. ``also``: more curves,
+    ``{name: (C, W)}``, dashed."""
     figure = Figure(figsize=(10, 2.3 * -(-len(values) // 4)), layout="constrained")
     panels = figure.subplots(-(-len(values) // 4), 4, sharex=True, squeeze=False)
     _curves(panels.flat, weights, values, chosen or {})
+    for name, curves in (also or {}).items():
+        for panel, curve in zip(panels.flat, curves.cpu()):
+            panel.plot(weights.cpu(), curve, "--", color=colour(name), label=name)
     figure.supxlabel("mixing weight λ (0 = local, 1 = federated)")
     figure.supylabel(label)
-    if chosen:
+    if chosen or also:
         handles, labels = panels.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(chosen))
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure
 
 
