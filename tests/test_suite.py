@@ -1,0 +1,118 @@
+"""The scenario suite at a size for tests, and that what is said of the committed one is in its rows."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from potara_lite import Setting
+from potara_lite.estimators import Estimate
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def suite():
+    sys.path.insert(0, str(BENCHMARKS))
+    import suite
+
+    sys.path.remove(str(BENCHMARKS))
+    return suite
+
+
+@pytest.fixture(scope="module")
+def small(suite, tmp_path_factory):
+    """The suite with one data set of three clients, a few steps each."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("suite")
+        patch.setattr(suite, "MODELS", folder / "models")
+        patch.setattr(suite, "CELLS", folder / "cells")
+        patch.setattr(suite, "ROUNDS", {"under-trained": 2, "well-trained": 6})
+        patch.setattr(suite, "STEPS", {"early-stopped": (5, 5), "over-fitted": (15, 15)})
+        patch.setattr(suite, "POINTS", 5)
+        patch.setattr(suite, "SUITE", [suite.Data(0.5, False, 30, rank=2)])
+        patch.setattr(suite, "SEEDS", [0])
+        tiny = dict(clients=3, calibration_size=8, test_size=40, round_steps=2)
+        patch.setattr(
+            suite, "settings", lambda data: Setting(alpha=data.alpha, train_size=data.train_size, rank=2, **tiny)
+        )
+        yield suite
+
+
+@pytest.fixture(scope="module")
+def rows(small):
+    return small.cell(small.SUITE[0], 0)
+
+
+def test_a_cell_has_a_row_for_every_estimator_federation_and_client(small, rows):
+    counts = rows.groupby(["estimator", "federated", "local"]).client.agg(list)
+    assert len(counts) == 4 * len(small.ESTIMATORS) and all(clients == [0, 1, 2] for clients in counts)
+    assert rows.weight.between(0, 1).all() and np.isfinite(rows.regret).all()
+
+
+def test_a_single_weight_never_beats_the_oracle_and_the_ends_are_the_models(rows):
+    apart = rows.estimator.isin(["pooled, head and body apart", "gauss-newton by layer", "fisher by layer, held-out"])
+    assert (rows[~apart].regret > -1e-4).all()
+    assert rows[~apart].regret.max() > 0.01
+    ends = rows[rows.estimator.isin(["local alone", "federated alone"])]
+    assert not ends.beats_both.any()
+    assert (ends.groupby(["federated", "local", "client"]).regret.min() < 1e-4)[  # one end is best, or neither
+        ~ends.groupby(["federated", "local", "client"]).oracle_beats_both.first()
+    ].all()
+
+
+def test_the_losses_of_a_cell_are_those_of_the_merges(small, rows):
+    """One weight for all, once through the curves and once, as a weight by group, through the merge itself."""
+    weights = torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64)  # of the grid, where the spline is the curve
+
+    def by_tensor(model, federated, local, data):
+        names = {name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for name in federated}
+        return Estimate(dict.fromkeys(names, weights), details={"client": weights})
+
+    both = {"on the curve": lambda *a: Estimate(weights), "merged": by_tensor}
+    found = small.cell(small.SUITE[0], 0, both).set_index("estimator")
+    for column in ("loss", "accuracy", "regret"):
+        assert found.loc["on the curve", column].values == pytest.approx(found.loc["merged", column].values, abs=1e-5)
+    assert found.loc["on the curve", "beats_both"].tolist() == found.loc["merged", "beats_both"].tolist()
+
+
+def test_trained_models_are_kept_and_the_shared_gradients_change_nothing(small, rows, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(small, "train", refuse)
+    monkeypatch.setattr(small, "fedit", refuse)
+    name = "gradient, held-out"
+    alone = small.cell(small.SUITE[0], 0, {name: small.ESTIMATORS[name]})
+    shared = rows[rows.estimator == name].reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone, shared, rtol=1e-9)
+    before = small.E.per_sample_gradients
+    with small.remembering():
+        assert small.E.per_sample_gradients is not before
+    assert small.E.per_sample_gradients is before
+
+
+def test_the_report_is_means_over_the_rows(small, rows):
+    table = small.report(rows)
+    assert list(table.index) == list(small.ESTIMATORS)
+    some = rows[rows.estimator == "uniform"]
+    line = table.loc["uniform"]
+    assert line["regret (nats)"] == pytest.approx(some.regret.mean())
+    assert line["worst federation"] == pytest.approx(some.groupby(["federated", "local"]).regret.mean().max())
+    assert line["beats both where the oracle does"] == pytest.approx(some[some.oracle_beats_both].beats_both.mean())
+    assert len(small.figure(rows).axes) == 4
+
+
+def test_the_command_makes_table_csv_and_figure_and_recomputes_nothing(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(small, "HERE", tmp_path)
+    monkeypatch.setattr(small, "ESTIMATORS", {k: small.ESTIMATORS[k] for k in (*small.SHOWN, "uniform")})
+    monkeypatch.setattr(sys, "argv", ["suite.py"])
+    small.main()
+    made = {name: (tmp_path / name).read_bytes() for name in ("suite.csv.gz", "suite.md", "suite.png")}
+    monkeypatch.setattr(small, "cell", None)
+    small.main()
+    assert (tmp_path / "suite.md").read_bytes() == made["suite.md"]
+    assert "| uniform |" in made["suite.md"].decode()
