@@ -69,9 +69,9 @@ def plan(
 
     ``forward`` will see stacks of ``adapters`` and ``batch_size`` examples of ``x`` ``(C, N, ...)`` for each. Bytes of
     one client: what autograd keeps of ``forward``, plus four times its largest tensor for what is alive in between,
-    plus ten rows of the adapter for gradients and the optimiser; without ``backward``, six times the largest tensor and
-    two rows. The data and the results for all clients come on top. A ``chunk_size`` overrules the estimate. Clients
-    that cannot run at once come one by one.
+    plus ten rows of the adapter for gradients and the optimiser; without ``backward``, eight times the largest tensor
+    and two rows. It errs on the large side; the data and the results for all clients come on top. A ``chunk_size``
+    overrules the estimate. Clients that cannot run at once come one by one.
 
     ``at_once=None`` tries ``vmap`` and, where it fails, warns why; ``True`` lets its error through, and so does a
     random operation, by which one client's result would depend on the others. Raises ``ValueError`` for a
@@ -99,7 +99,7 @@ def plan(
             at_once = False
         else:
             scale, row = batch_size / some.shape[1], sum(t.numel() * t.element_size() for t in one.values())
-            size = scale * (kept + 4 * largest) + 10 * row if backward else scale * 6 * largest + 2 * row
+            size = scale * (kept + 4 * largest) + 10 * row if backward else scale * 8 * largest + 2 * row
             at_once, chunk = True, chunk or max(1, int(memory // size))
     chunk = min(chunk, clients) if at_once else 1
     count = -(-clients // chunk)

@@ -197,7 +197,7 @@ def train(
             value = losses(forward, unflatten(now, like), x, y, loss, at_once=at_once)
             (grad,) = torch.autograd.grad(value.sum(), now)
             if clip is not None:
-                grad = grad * (clip / grad.norm(dim=1, keepdim=True).clamp_min(clip))
+                grad = grad * (clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp_max(1)  # as clip_grad_norm_ does
             now, past = adamw_step(now.detach(), grad, past, lr, weight_decay)
             curve.append(value.detach())
             bar.update(len(part))
