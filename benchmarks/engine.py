@@ -62,7 +62,7 @@ def pfl_round(adapted, split, initial, load: Load) -> tuple[torch.Tensor, torch.
     return torch.stack([client.weights() for client in clients]), torch.stack(curves)
 
 
-def training(load: Load, repeats: int, *, pfl: bool, memory: float) -> dict:
+def training(load: Load, repeats: int, *, pfl: bool, memory: float | None) -> dict:
     """One row: the engine and the loops on the same clients."""
     adapted, split = make(load)
     initial = repeat_adapter(adapted.initial, load.clients)
@@ -120,7 +120,7 @@ def with_opacus(adapted, stack, split):
     return run
 
 
-def fisher(load: Load, repeats: int, *, samples: int, memory: float) -> dict:
+def fisher(load: Load, repeats: int, *, samples: int, memory: float | None) -> dict:
     """One row: per-sample gradients of ``samples`` examples of each client, at adapters a few steps from the start."""
     adapted, split = make(load)
     samples = min(samples, int(split.sizes.min()))  # no padding: a loop would not take it
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 8, 32])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory", type=float, default=2**30, help="bytes of one chunk")
+    parser.add_argument("--memory", type=float, help="bytes of one chunk, if not the default")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -25,7 +25,7 @@ from workload import HERE, LR, Load, make, write
 from potara_lite import fedit, repeat_adapter, train
 
 
-def measure(load: Load, rounds: int, memory: float) -> dict:
+def measure(load: Load, rounds: int, memory: float | None) -> dict:
     """Train once in this process: all clients, or with ``rounds`` a twentieth of them in each round."""
     adapted, split = make(load)
     options = dict(batch_size=load.batch_size, lr=LR, memory=memory)
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=10, help="of FedIT; its steps are shared out among them")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory", type=float, default=2**30, help="bytes of one chunk")
+    parser.add_argument("--memory", type=float, help="bytes of one chunk, if not the default")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", type=int, nargs=2, metavar=("CLIENTS", "ROUNDS"), help=argparse.SUPPRESS)
@@ -71,7 +71,9 @@ def main() -> None:
         args.clients, args.steps, args.rounds, args.repeats = [2, 20], 2, 2, 1
     jobs = [(clients, 0) for clients in args.clients] + [(max(args.clients), args.rounds)]
     options = {key: value for key, value in vars(args).items() if key not in ("out", "one")}
-    fixed = [f"--{key}={options[key]}" for key in ("steps", "memory")] + [f"--batch-size={args.batch_size}"]
+    fixed = [f"--{key}={options[key]}" for key in ("steps", "memory") if options[key]] + [
+        f"--batch-size={args.batch_size}"
+    ]
     rows = []
     for repeat in range(args.repeats):
         for job in jobs[:: -1 if repeat % 2 else 1]:

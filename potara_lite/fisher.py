@@ -12,7 +12,7 @@ from torch.func import jvp
 from torch.nn import functional as F
 
 from .adapters import AdaptedBackbone, Adapter, flatten, unflatten
-from .batching import MEMORY, each, plan
+from .batching import each, plan
 from .data import Split
 from .training import losses
 
@@ -26,7 +26,7 @@ def per_sample_gradients(
     *,
     labels: Tensor | None = None,
     chunk_size: int | None = None,
-    memory: float = MEMORY,
+    memory: float | None = None,
     at_once: bool | None = None,
 ) -> Tensor:
     """The gradient of each example's own loss at its client's adapter, ``(C, N, P)``; zero rows for padding.
@@ -73,7 +73,7 @@ def directional_derivatives(
     split: Split,
     *,
     chunk_size: int | None = None,
-    memory: float = MEMORY,
+    memory: float | None = None,
     at_once: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Slope and Gauss–Newton curvature of each example's loss along ``direction`` ``(C, P)``: two ``(C, N)``.

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .adapters import AdaptedBackbone, Adapter, client_adapter, flatten, stack_adapters, unflatten
-from .batching import MEMORY, Forward, each, in_precision, plan
+from .batching import Forward, each, in_precision, plan
 from .data import Split
 
 __all__ = [
@@ -151,7 +151,7 @@ def train(
     start: int = 0,
     state: OptimizerState | None = None,
     chunk_size: int | None = None,
-    memory: float = MEMORY,
+    memory: float | None = None,
     at_once: bool | None = None,
     autocast: torch.dtype | None = None,
     loss: Loss = F.cross_entropy,
@@ -263,7 +263,7 @@ def evaluate(
     *,
     batch_size: int = 128,
     chunk_size: int | None = None,
-    memory: float = MEMORY,
+    memory: float | None = None,
     at_once: bool | None = None,
     autocast: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
