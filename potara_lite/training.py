@@ -177,8 +177,8 @@ def train(
     if len(flat) != clients:
         raise ValueError(f"{len(flat)} adapters for {clients} clients")
     state = OptimizerState.zeros(flat) if state is None else state.rows(torch.arange(clients))  # a copy
-    device, curves = next(iter(adapted.initial.values())).device, flat.new_zeros(clients, steps)
-    forward = in_precision(adapted, autocast)
+    first, forward = next(iter(adapted.initial.values())), in_precision(adapted, autocast)
+    device, curves = first.device, first.new_zeros(clients, steps, device=flat.device)
     at_once, chunks = plan(
         adapted, forward, adapters, split.x,
         batch_size=batch_size, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory,

@@ -124,21 +124,22 @@ def test_a_backbone_that_vmap_cannot_take_is_evaluated_and_differentiated(awkwar
     stack, split = random_stack(adapted, 3, seed=1), federation64.calibration
     with pytest.warns(UserWarning, match="one after another"):
         gradients = per_sample_gradients(adapted, stack, split)
-    adapted.model.eval()  # from here on the batch norm is a fixed affine map, and padding does not matter to the rest
     for client, n in enumerate(split.sizes.tolist()):
         x, y = split.client(client)
-        for i in range(n if not isinstance(adapted.model.get_base_model(), Normed) else 0):
+        for i in range(n):
             leaves = {name: t.clone().requires_grad_() for name, t in client_adapter(stack, client).items()}
             value = F.cross_entropy(adapted(leaves, x[i : i + 1]), y[i : i + 1])
             oracle = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(leaves.values()))])
             torch.testing.assert_close(gradients[client, i], oracle, rtol=1e-9, atol=1e-13)
         assert not gradients[client, n:].any()
-    alone = split.rows([0])
+    adapted.model.eval()
+    alone = split.rows([1])  # the largest: padding would change what depends on the whole batch
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loss, accuracy = evaluate(adapted, {name: t[:1] for name, t in stack.items()}, alone)
+        warnings.simplefilter("ignore")  # in eval mode vmap takes the batch norm
+        loss, accuracy = evaluate(adapted, {name: t[1:2] for name, t in stack.items()}, alone)
     x, y = alone.client(0)
-    logits = adapted(client_adapter(stack, 0), x)
+    assert len(y) == alone.y.shape[1]
+    logits = adapted(client_adapter(stack, 1), x)
     torch.testing.assert_close(loss[0], F.cross_entropy(logits, y), rtol=1e-9, atol=0)
     assert accuracy[0] == (logits.argmax(1) == y).double().mean()
 
@@ -364,3 +365,10 @@ def test_bf16_is_close_and_off_by_default(adapted, federation, random_stack, at_
         for dtype in (None, torch.bfloat16)
     )
     assert 0 < (one - two).abs().max() < 0.01  # 0.003 when measured
+
+
+def test_adapters_stored_in_bf16_have_losses_in_the_backbones_precision(adapted, federation):
+    initial = {name: tensor.bfloat16() for name, tensor in repeat_adapter(adapted.initial, 3).items()}
+    trained = train(adapted, initial, federation.train, **OPTIONS)
+    assert {tensor.dtype for tensor in trained.adapters.values()} == {torch.bfloat16}
+    torch.testing.assert_close(trained.losses[:, 0], torch.full((3,), 4.0).log())  # the zero head; bf16 has 1.383
