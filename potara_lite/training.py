@@ -173,11 +173,11 @@ def train(
     the other clients is in its ``trained``.
     """
     clients, seed = len(split), [seed] if isinstance(seed, int) else list(seed)
-    flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
+    first, forward = next(iter(adapted.initial.values())), in_precision(adapted, autocast)
+    flat, like = flatten(adapters).detach().to(first.dtype), {name: tensor[0] for name, tensor in adapters.items()}
     if len(flat) != clients:
         raise ValueError(f"{len(flat)} adapters for {clients} clients")
     state = OptimizerState.zeros(flat) if state is None else state.rows(torch.arange(clients))  # a copy
-    first, forward = next(iter(adapted.initial.values())), in_precision(adapted, autocast)
     device, curves = first.device, first.new_zeros(clients, steps, device=flat.device)
     at_once, chunks = plan(
         adapted, forward, adapters, split.x,
@@ -207,7 +207,8 @@ def train(
         if curve:
             curves[chunk] = torch.stack(curve, dim=1).to(flat.device)
     bar.close()
-    return _finite(Trained(unflatten(flat, like), state, curves), split.ids, start)
+    stack = {name: tensor.to(like[name].dtype) for name, tensor in unflatten(flat, like).items()}
+    return _finite(Trained(stack, state, curves), split.ids, start)
 
 
 def train_sequentially(
