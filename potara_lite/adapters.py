@@ -69,6 +69,8 @@ class AdaptedBackbone:
         dtype (bf16, say); the arithmetic is done in that of the backbone.
         """
         weights = {self.parameters[name]: tensor.to(self.initial[name].dtype) for name, tensor in adapter.items()}
+        if self.model.training:  # a batch norm would write its running statistics into the backbone that all share
+            weights |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         return functional_call(self.model, weights, (x,))
 
     @property

@@ -77,7 +77,9 @@ class Split:
 
     def rows(self, index: slice | Sequence[int]) -> Split:
         """The clients in these rows, as a split of their own."""
-        rows = list(range(len(self)))[index] if isinstance(index, slice) else list(index)
+        if isinstance(index, slice):
+            return Split(self.x[index], self.y[index], self.sizes[index], self.ids[index])  # a view: nothing is copied
+        rows = list(index)
         pick = torch.tensor(rows, device=self.y.device)
         return Split(self.x[pick], self.y[pick], self.sizes[pick.cpu()], tuple(self.ids[r] for r in rows))
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import jvp
 from torch.nn import functional as F
 
 from .adapters import AdaptedBackbone, Adapter, flatten, lora_layers, unfactored, unflatten
+from .batching import each, plan
 from .data import Split
 from .training import losses
 
@@ -19,12 +20,20 @@ __all__ = ["delta_gradients", "diagonal_fisher", "directional_derivatives", "per
 
 
 def per_sample_gradients(
-    adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, labels: Tensor | None = None, chunk_size: int = 1024
+    adapted: AdaptedBackbone,
+    adapters: Adapter,
+    split: Split,
+    *,
+    labels: Tensor | None = None,
+    chunk_size: int | None = None,
+    memory: float | None = None,
+    at_once: bool | None = None,
 ) -> Tensor:
     """The gradient of each example's own loss at its client's adapter, ``(C, N, P)``; zero rows for padding.
 
     A sample's gradient is the gradient of a client that owns this sample alone, so this is one pass of the training
-    engine over ``C * N`` clients of one example, ``chunk_size`` of them at a time. ``P`` runs over the tensors in the
+    engine over ``C * N`` clients of one example, ``chunk_size`` of them at a time, by default as many as fit in
+    ``memory`` bytes (see ``plan``; ``at_once`` too). The result itself comes on top. ``P`` runs over the tensors in the
     adapter's order (see ``flatten``). ``labels`` ``(C, N)`` replace the split's own.
     """
     y = split.y if labels is None else labels
@@ -32,24 +41,28 @@ def per_sample_gradients(
     flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
     x, y = split.x.flatten(0, 1).unsqueeze(1), y.flatten().unsqueeze(1)  # (C N, 1, ...), (C N, 1)
     owner = torch.arange(clients, device=flat.device).repeat_interleave(n)
-    rows = []
-    for some in torch.arange(clients * n, device=flat.device).split(chunk_size):
-        each = flat[owner[some]].requires_grad_()
-        value = losses(adapted, unflatten(each, like), x[some], y[some], _total)
-        rows.append(torch.autograd.grad(value.sum(), each)[0])
-    return torch.cat(rows).view(clients, n, -1)
+    device, rows = next(iter(adapted.initial.values())).device, flat.new_empty(clients * n, flat.shape[1])
+    at_once, chunks = plan(
+        adapted, adapted, adapters, x,
+        batch_size=1, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory,
+    )  # fmt: skip
+    for some in chunks:
+        own = flat[owner[some]].to(device).requires_grad_()
+        value = losses(adapted, unflatten(own, like), x[some].to(device), y[some].to(device), _total, at_once=at_once)
+        rows[some] = torch.autograd.grad(value.sum(), own)[0].to(rows.device)
+    return rows.view(clients, n, -1)
 
 
 def delta_gradients(
-    adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, labels: Tensor | None = None, chunk_size: int = 1024
+    adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, labels: Tensor | None = None, **options
 ) -> Tensor:
     """The gradient of each example's loss in the deltas and the directly trained weights, ``(C, N, P)``.
 
     ``P`` runs over the tensors of ``delta(adapters)`` in their order, the entries of every adapted layer's weight among
-    them: far more than the adapter has.
+    them: far more than the adapter has. ``options`` go to ``per_sample_gradients``.
     """
     dense = unfactored(adapters)
-    rows = per_sample_gradients(adapted, dense, split, labels=labels, chunk_size=chunk_size)
+    rows = per_sample_gradients(adapted, dense, split, labels=labels, **options)
     parts = dict(zip(dense, rows.split([tensor[0].numel() for tensor in dense.values()], dim=2)))
     layers = [parts[f"{layer}.lora_B.weight"] / adapted.scaling[layer] for layer in lora_layers(dense)]
     return torch.cat(layers + [part for name, part in parts.items() if ".lora_" not in name], dim=2)
@@ -69,24 +82,36 @@ def diagonal_fisher(gradients: Tensor, sizes: Tensor) -> Tensor:
 
 
 def directional_derivatives(
-    adapted: AdaptedBackbone, adapters: Adapter, direction: Tensor, split: Split
+    adapted: AdaptedBackbone,
+    adapters: Adapter,
+    direction: Tensor,
+    split: Split,
+    *,
+    chunk_size: int | None = None,
+    memory: float | None = None,
+    at_once: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Slope and Gauss–Newton curvature of each example's loss along ``direction`` ``(C, P)``: two ``(C, N)``.
 
     With logits ``z``, ``u = J v`` (one forward-mode product) and ``p = softmax(z)``: the slope is
     ``(p - onehot(y)) · u`` and the curvature ``uᵀ (diag(p) - p pᵀ) u``, the variance of ``u`` under ``p``. Padded
-    examples give zeros.
+    examples give zeros. ``chunk_size``, ``memory`` and ``at_once`` are those of ``train``.
     """
     flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
 
-    def one(row: Tensor, tangent: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def one(row: Tensor, tangent: Tensor, x: Tensor) -> Tensor:
         def logits(row: Tensor) -> Tensor:
             return adapted({name: tensor[0] for name, tensor in unflatten(row.unsqueeze(0), like).items()}, x)
 
-        return jvp(logits, (row,), (tangent,))
+        return torch.stack(jvp(logits, (row,), (tangent,)))  # (2, N, classes)
 
+    at_once, chunks = plan(
+        adapted, adapted, adapters, split.x,
+        batch_size=split.y.shape[1], backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory,
+    )  # fmt: skip
     with torch.no_grad():
-        z, u = vmap(one)(flat, direction.to(flat), split.x)  # (C, N, classes) each
+        rows = [each(one, flat[some], direction.to(flat)[some], split.x[some], at_once=at_once) for some in chunks]
+        z, u = torch.cat(rows).unbind(1)  # (C, N, classes) each
         p, real = z.softmax(-1), split.y >= 0
         mean = (p * u).sum(-1)
         slope = mean - u.gather(-1, split.y.clamp_min(0).unsqueeze(-1)).squeeze(-1)

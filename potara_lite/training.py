@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from peft import set_peft_model_state_dict
 from torch import Tensor
-from torch.func import vmap
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .adapters import AdaptedBackbone, Adapter, client_adapter, flatten, stack_adapters, unflatten
+from .batching import Forward, each, in_precision, plan
 from .data import Split
 
 __all__ = [
@@ -37,11 +37,15 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class DivergedError(ValueError):
-    """A client's training loss is no longer a finite number."""
+    """A client's training loss is no longer a finite number: the first such ``client`` and its first such ``step``.
 
-    def __init__(self, client: int, step: int):
+    ``trained`` is the run, which goes on to its end before this is raised: every other client's adapter and losses
+    there are what they would be without this client.
+    """
+
+    def __init__(self, client: int, step: int, trained: Trained):
         super().__init__(f"the training loss of client {client} is not finite at step {step}; try a lower lr or a clip")
-        self.client, self.step = client, step
+        self.client, self.step, self.trained = client, step, trained
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class OptimizerState:
         """The memory of some clients."""
         return OptimizerState(self.mean[index], self.square[index], self.steps[index])
 
+    def to(self, device: str | torch.device) -> OptimizerState:
+        """The same memory on ``device``."""
+        return OptimizerState(self.mean.to(device), self.square.to(device), self.steps.to(device))
+
     def put(self, index: Tensor, rows: OptimizerState) -> OptimizerState:
         """This memory with the rows of some clients replaced."""
         return OptimizerState(
@@ -76,6 +84,16 @@ class Trained:
     adapters: Adapter
     state: OptimizerState
     losses: Tensor
+
+
+def _finite(trained: Trained, ids: Sequence[int], start: int) -> Trained:
+    """The run itself, unless a loss, or an adapter after the last update, is not finite: then ``DivergedError``."""
+    last = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in trained.adapters.values()]).all(0)
+    finite = torch.cat([trained.losses.isfinite(), last.unsqueeze(1)], dim=1)  # (C, steps + 1)
+    if not finite.all():
+        row = int((~finite.all(1)).nonzero()[0])
+        raise DivergedError(ids[row], start + int((~finite[row]).nonzero()[0]), trained)
+    return trained
 
 
 def batch_indices(size: int, start: int, steps: int, batch_size: int, seed: int | Sequence[int]) -> Tensor:
@@ -112,16 +130,11 @@ def adamw_step(
     return flat * (1 - lr * weight_decay) - lr * mean_hat / (root + eps), OptimizerState(mean, square, steps)
 
 
-def losses(adapted: AdaptedBackbone, adapters: Adapter, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy) -> Tensor:
+def losses(
+    adapted: Forward, adapters: Adapter, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy, *, at_once: bool = True
+) -> Tensor:
     """The loss ``(C,)`` of each client's adapter on its own batch, ``x`` of ``(C, B, ...)`` and ``y`` of ``(C, B)``."""
-    return vmap(lambda adapter, a, b: loss(adapted(adapter, a), b))(adapters, x, y)
-
-
-def _chunks(clients: int, chunk_size: int | None) -> list[slice]:
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    size = chunk_size or clients
-    return [slice(first, min(first + size, clients)) for first in range(0, clients, size)]
+    return each(lambda adapter, a, b: loss(adapted(adapter, a), b), adapters, x, y, at_once=at_once)
 
 
 def train(
@@ -138,6 +151,9 @@ def train(
     start: int = 0,
     state: OptimizerState | None = None,
     chunk_size: int | None = None,
+    memory: float | None = None,
+    at_once: bool | None = None,
+    autocast: torch.dtype | None = None,
     loss: Loss = F.cross_entropy,
     progress: bool = False,
 ) -> Trained:
@@ -145,46 +161,54 @@ def train(
 
     ``adapters``: a stack, a row per client of ``split``. ``steps`` optimiser steps of ``batch_size`` examples each;
     ``start`` says how many steps of the batch stream are already behind (see ``batch_indices``), ``state`` goes on
-    with an earlier optimiser state. ``clip`` bounds each client's gradient norm. ``chunk_size`` clients are held in
-    memory at a time. A client's batches depend on ``(seed, split.ids[client])`` alone.
+    with an earlier optimiser state. ``clip`` bounds each client's gradient norm. A client's batches depend on
+    ``(seed, split.ids[client])`` alone.
 
-    Raises ``DivergedError`` (a ``ValueError``) naming the client and the step when a loss is not finite.
+    ``chunk_size`` clients are trained at a time, by default as many as fit in ``memory`` bytes (see ``plan``).
+    Adapters, data and optimiser state may lie on the CPU and visit the backbone's device chunk by chunk. ``at_once``:
+    whether a chunk is one batched program; by default wherever ``vmap`` takes the backbone, else the clients are
+    trained one after another and a warning says why. ``autocast=torch.bfloat16`` computes in bf16 where that is safe.
+
+    Raises ``DivergedError`` (a ``ValueError``) naming the client and the step when a loss is not finite; the result for
+    the other clients is in its ``trained``.
     """
     clients, seed = len(split), [seed] if isinstance(seed, int) else list(seed)
-    flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
+    first, forward = next(iter(adapted.initial.values())), in_precision(adapted, autocast)
+    flat, like = flatten(adapters).detach().to(first.dtype), {name: tensor[0] for name, tensor in adapters.items()}
     if len(flat) != clients:
         raise ValueError(f"{len(flat)} adapters for {clients} clients")
-    state = OptimizerState.zeros(flat) if state is None else state
-    done: list[tuple[Tensor, OptimizerState, Tensor]] = []
+    state = OptimizerState.zeros(flat) if state is None else state.rows(torch.arange(clients))  # a copy
+    device, curves = first.device, first.new_zeros(clients, steps, device=flat.device)
+    at_once, chunks = plan(
+        adapted, forward, adapters, split.x,
+        batch_size=batch_size, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory,
+    )  # fmt: skip
     bar = tqdm(total=steps * clients, disable=not progress, unit="step", desc="training")
-    for chunk in _chunks(clients, chunk_size):
-        part = split.rows(chunk)
+    for chunk in chunks:
+        part = split.rows(chunk).to(device)
         index = torch.stack(
             [batch_indices(n, start, steps, batch_size, [*seed, i]) for n, i in zip(part.sizes.tolist(), part.ids)]
-        ).to(flat.device)  # (K, steps, B)
-        row = torch.arange(len(part), device=flat.device).unsqueeze(1)
-        now, memory, curve = flat[chunk], state.rows(chunk), []
+        ).to(device)  # (K, steps, B)
+        row = torch.arange(len(part), device=device).unsqueeze(1)
+        now, past, curve = flat[chunk].to(device), state.rows(chunk).to(device), []
         for step in range(steps):
             x, y = part.x[row, index[:, step]], part.y[row, index[:, step]]  # (K, B, ...), (K, B)
             now = now.requires_grad_()
-            value = losses(adapted, unflatten(now, like), x, y, loss)
+            value = losses(forward, unflatten(now, like), x, y, loss, at_once=at_once)
             (grad,) = torch.autograd.grad(value.sum(), now)
             if clip is not None:
-                grad = grad * (clip / grad.norm(dim=1, keepdim=True).clamp_min(clip))
-            now, memory = adamw_step(now.detach(), grad, memory, lr, weight_decay)
+                grad = grad * (clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp_max(1)  # as clip_grad_norm_ does
+            now, past = adamw_step(now.detach(), grad, past, lr, weight_decay)
             curve.append(value.detach())
             bar.update(len(part))
-        curve = torch.stack(curve, dim=1) if curve else flat.new_zeros(len(part), 0)
-        if not (finite := curve.isfinite()).all():
-            client = int((~finite.all(dim=1)).nonzero()[0])
-            raise DivergedError(part.ids[client], start + int((~finite[client]).nonzero()[0]))
-        if not (finite := now.isfinite().all(dim=1)).all():  # the last update comes after the last loss
-            raise DivergedError(part.ids[int((~finite).nonzero()[0])], start + steps)
-        done.append((now, memory, curve))
+        flat[chunk] = now.to(flat.device)  # in place: all clients' results exist once
+        for kept, new in zip((state.mean, state.square, state.steps), (past.mean, past.square, past.steps)):
+            kept[chunk] = new.to(kept.device)
+        if curve:
+            curves[chunk] = torch.stack(curve, dim=1).to(flat.device)
     bar.close()
-    memories = [memory for _, memory, _ in done]
-    state = OptimizerState(*(torch.cat([getattr(m, f) for m in memories]) for f in ("mean", "square", "steps")))
-    return Trained(unflatten(torch.cat([d[0] for d in done]), like), state, torch.cat([d[2] for d in done]))
+    stack = {name: tensor.to(like[name].dtype) for name, tensor in unflatten(flat, like).items()}
+    return _finite(Trained(stack, state, curves), split.ids, start)
 
 
 def train_sequentially(
@@ -203,7 +227,8 @@ def train_sequentially(
 ) -> Trained:
     """The same training the obvious way: one client after another, PEFT's own model, ``torch.optim.AdamW``.
 
-    It is the oracle that ``train`` is tested against. The optimiser state it returns is empty.
+    It is the oracle that ``train`` is tested against. The optimiser state it returns is empty. Raises ``DivergedError``
+    as ``train`` does.
     """
     model, seed = adapted.model, [seed] if isinstance(seed, int) else list(seed)
     trained, curves = [], []
@@ -223,12 +248,12 @@ def train_sequentially(
                 optimizer.step()
                 curve.append(value.detach())
             trained.append({key: weight.detach().clone() for key, weight in zip(adapters, weights)})
-            curves.append(torch.stack(curve))
+            curves.append(torch.stack(curve) if curve else y.new_zeros(0, dtype=next(iter(adapters.values())).dtype))
     finally:
         model.requires_grad_(False)
         set_peft_model_state_dict(model, adapted.initial)
     stack = stack_adapters(trained)
-    return Trained(stack, OptimizerState.zeros(flatten(stack)), torch.stack(curves))
+    return _finite(Trained(stack, OptimizerState.zeros(flatten(stack)), torch.stack(curves)), split.ids, start)
 
 
 @torch.no_grad()
@@ -239,16 +264,27 @@ def evaluate(
     *,
     batch_size: int = 128,
     chunk_size: int | None = None,
+    memory: float | None = None,
+    at_once: bool | None = None,
+    autocast: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy (nats) and accuracy (a fraction), ``(C,)`` each, of each client's adapter on its own."""
+    """Mean cross-entropy (nats) and accuracy (a fraction), ``(C,)`` each, of each client's adapter on its own.
+
+    ``chunk_size``, ``memory``, ``at_once`` and ``autocast`` are those of ``train``.
+    """
     if len(next(iter(adapters.values()))) != len(split):
         raise ValueError(f"{len(next(iter(adapters.values())))} adapters for {len(split)} clients")
-    totals = []
-    for chunk in _chunks(len(split), chunk_size):
-        part, some = split.rows(chunk), {name: tensor[chunk] for name, tensor in adapters.items()}
-        total = torch.zeros(2, len(part), device=part.y.device, dtype=torch.float64)
+    device, forward, totals = next(iter(adapted.initial.values())).device, in_precision(adapted, autocast), []
+    at_once, chunks = plan(
+        adapted, forward, adapters, split.x,
+        batch_size=min(batch_size, split.y.shape[1]), backward=False, at_once=at_once, chunk_size=chunk_size,
+        memory=memory,
+    )  # fmt: skip
+    for chunk in chunks:
+        part, some = split.rows(chunk).to(device), {name: tensor[chunk].to(device) for name, tensor in adapters.items()}
+        total = torch.zeros(2, len(part), device=device, dtype=torch.float64)
         for x, y in zip(part.x.split(batch_size, dim=1), part.y.split(batch_size, dim=1)):
-            logits = vmap(adapted)(some, x)  # (K, B, classes)
+            logits = each(forward, some, x, at_once=at_once)  # (K, B, classes)
             total[0] += F.cross_entropy(logits.transpose(1, 2), y, reduction="none").sum(1)  # padding has label -100
             total[1] += (logits.argmax(-1) == y).sum(1)
         totals.append(total / part.sizes.to(total))

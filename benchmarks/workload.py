@@ -1,0 +1,119 @@
+"""What the engine's benchmarks share: the clients, one client's plain training code, and paired timing."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from potara_lite import AdaptedBackbone, Split, __version__, attach, lab_vit
+from potara_lite.backbones import LabViT
+from potara_lite.data import check_file, data_path
+
+HERE = Path(__file__).parent
+LR = 2e-3
+
+
+@dataclass(frozen=True)
+class Load:
+    """Clients of 32 to 64 examples each. ``lab``: the lab ViT on Fashion-MNIST; ``vit-b-16``: a random network of the
+    shape of ViT-B/16 on random tokens. Every contestant gets tokens, so none pays for the frozen prefix."""
+
+    clients: int
+    batch_size: int = 8
+    steps: int = 50
+    shape: str = "lab"
+    device: str = "cpu"
+
+
+@lru_cache(maxsize=1)
+def make(load: Load) -> tuple[AdaptedBackbone, Split]:
+    """The backbone with LoRA of rank 4 on every layer, and the clients' training examples as tokens."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(32, 65, load.clients)
+    if load.shape == "lab":
+        backbone = lab_vit()
+        with np.load(check_file(data_path("fashion_mnist.npz")), allow_pickle=False) as file:
+            images, labels = file["train_images"], file["train_labels"].astype(np.int64)
+        picks = [rng.integers(len(labels), size=n) for n in sizes]
+        examples = [
+            (torch.from_numpy(images[pick]).unsqueeze(1) / 255, torch.from_numpy(labels[pick])) for pick in picks
+        ]
+    elif load.shape == "vit-b-16":
+        torch.manual_seed(0)
+        backbone = LabViT(classes=10, dim=768, depth=12, heads=12, mlp_ratio=4)
+        examples = [(torch.randn(n, 196, 768), torch.randint(10, (n,))) for n in sizes // 4]
+    else:
+        raise ValueError(f"shape must be 'lab' or 'vit-b-16', not {load.shape!r}")
+    split = Split.of(examples)
+    split = split.map(backbone.embed) if load.shape == "lab" else split
+    return attach(backbone).to(load.device), split.to(load.device)
+
+
+def client_steps(model: torch.nn.Module, weights: list[Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> list:
+    """One client's local training as one would write it: a fresh AdamW, then forward, backward, step."""
+    optimizer, curve = torch.optim.AdamW(weights, lr=LR, weight_decay=0.0), []
+    for x, y in batches:
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.detach())
+    return curve
+
+
+def apart(one: Tensor, two: Tensor, tolerance: float) -> float:
+    """The largest difference of two results, which must be within ``tolerance`` before anything is timed."""
+    difference = float((one - two).abs().max())
+    if not difference <= tolerance:
+        raise SystemExit(f"the contestants disagree by {difference}, more than {tolerance}: nothing is timed")
+    return difference
+
+
+def paired(contestants: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each contestant in each repetition; every second repetition runs them in the opposite order."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(repeats):
+        for name in list(contestants)[:: -1 if repeat % 2 else 1]:
+            synchronize(device)
+            began = time.perf_counter()
+            contestants[name]()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def compared(seconds: dict[str, list[float]], fast: str) -> dict:
+    """Median, least and most seconds of each contestant, and the same of its ratio to ``fast``, paired."""
+
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+    ratios = {n: spread([a / b for a, b in zip(s, seconds[fast])]) for n, s in seconds.items() if n != fast}
+    return {"seconds": {name: spread(values) for name, values in seconds.items()}, f"ratio to {fast}": ratios}
+
+
+def write(path: Path, options: dict, rows: list[dict], ratios: dict[str, float], **versions: str) -> None:
+    """The rows, options, versions and threads as JSON in ``path``; the ratios as one line of JSON on stdout."""
+    versions = {"potara_lite": __version__, "torch": torch.__version__, "python": platform.python_version()} | versions
+    machine = {"processor": platform.machine(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    result = {"options": options, "versions": versions, "machine": machine, "ratios": ratios, "rows": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({"benchmark": path.stem, "ratios": {name: round(r, 3) for name, r in ratios.items()}}))
