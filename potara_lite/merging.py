@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from .adapters import Adapter, check_same_base, lora_layers
 
-__all__ = ["combine", "compress", "merge_exact", "merge_factors"]
+__all__ = ["beside", "combine", "compress", "merge_exact", "merge_factors", "thin"]
 
 Weight = float | Tensor | dict[str, Tensor]
 
@@ -117,3 +117,29 @@ def compress(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Tensor]]:
         total = s.square().sum(-1)
         errors[layer] = (s[..., rank:].square().sum(-1) / total.clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
     return result, errors
+
+
+def beside(adapter: Adapter, other: Adapter) -> Adapter:
+    """The adapter whose deltas are the sum of the two, by stacking ranks; ``other`` may have any rank and no head."""
+    result = dict(adapter)
+    for name, tensor in other.items():
+        rank = _client_dims(tensor) + name.endswith("lora_B.weight")
+        result[name] = torch.cat([result[name], tensor], dim=rank) if name in result else tensor
+    return result
+
+
+def thin(adapter: Adapter) -> Adapter:
+    """The same deltas with no rank above the smaller side of the layer: there, one factor is the identity."""
+    result = dict(adapter)
+    for layer in lora_layers(adapter):
+        a, b = (adapter[f"{layer}.lora_{factor}.weight"] for factor in "AB")
+        lead = _client_dims(a)
+        flat_a, flat_b = a.flatten(lead + 1), b.flatten(lead + 1)  # (..., k, in), (..., out, k)
+        wide, out = flat_a.shape[-1], flat_b.shape[-2]
+        if a.shape[lead] > min(wide, out):
+            dense = flat_b @ flat_a
+            one = torch.eye(min(wide, out)).to(dense).expand(*a.shape[:lead], -1, -1)
+            new_a, new_b = (dense, one) if out <= wide else (one, dense)
+            result[f"{layer}.lora_A.weight"] = new_a.reshape(*a.shape[:lead], -1, *a.shape[lead + 1 :])
+            result[f"{layer}.lora_B.weight"] = new_b.reshape(*b.shape[: lead + 1], -1, *b.shape[lead + 2 :])
+    return result

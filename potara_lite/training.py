@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Objective = Callable[[Callable[[Adapter], Tensor], Adapter], Tensor]  # (loss of an adapter on the batch, tensors)
 
 
 class DivergedError(ValueError):
@@ -112,9 +113,24 @@ def adamw_step(
     return flat * (1 - lr * weight_decay) - lr * mean_hat / (root + eps), OptimizerState(mean, square, steps)
 
 
-def losses(adapted: AdaptedBackbone, adapters: Adapter, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy) -> Tensor:
-    """The loss ``(C,)`` of each client's adapter on its own batch, ``x`` of ``(C, B, ...)`` and ``y`` of ``(C, B)``."""
-    return vmap(lambda adapter, a, b: loss(adapted(adapter, a), b))(adapters, x, y)
+def plain_loss(f: Callable[[Adapter], Tensor], adapter: Adapter) -> Tensor:
+    """The usual objective: the loss ``f`` of the adapter that trains, and nothing else."""
+    return f(adapter)
+
+
+def losses(
+    adapted: AdaptedBackbone,
+    adapters: Adapter,
+    x: Tensor,
+    y: Tensor,
+    loss: Loss = F.cross_entropy,
+    objective: Objective = plain_loss,
+) -> Tensor:
+    """The loss ``(C,)`` of each client's adapter on its own batch, ``x`` of ``(C, B, ...)`` and ``y`` of ``(C, B)``.
+
+    ``objective(f, tensors)`` makes a client's tensors into its loss; ``f`` is the loss of an adapter on the batch.
+    """
+    return vmap(lambda tensors, a, b: objective(lambda adapter: loss(adapted(adapter, a), b), tensors))(adapters, x, y)
 
 
 def _chunks(clients: int, chunk_size: int | None) -> list[slice]:
@@ -139,6 +155,8 @@ def train(
     state: OptimizerState | None = None,
     chunk_size: int | None = None,
     loss: Loss = F.cross_entropy,
+    objective: Objective = plain_loss,
+    fixed: Adapter | None = None,
     progress: bool = False,
 ) -> Trained:
     """Train each client's adapter on its own examples with AdamW, all clients in one batched program.
@@ -146,7 +164,8 @@ def train(
     ``adapters``: a stack, a row per client of ``split``. ``steps`` optimiser steps of ``batch_size`` examples each;
     ``start`` says how many steps of the batch stream are already behind (see ``batch_indices``), ``state`` goes on
     with an earlier optimiser state. ``clip`` bounds each client's gradient norm. ``chunk_size`` clients are held in
-    memory at a time. A client's batches depend on ``(seed, split.ids[client])`` alone.
+    memory at a time. A client's batches depend on ``(seed, split.ids[client])`` alone. ``objective`` is that of
+    ``losses``; it also sees the tensors of the stack ``fixed``, which do not train.
 
     Raises ``DivergedError`` (a ``ValueError``) naming the client and the step when a loss is not finite.
     """
@@ -163,11 +182,12 @@ def train(
             [batch_indices(n, start, steps, batch_size, [*seed, i]) for n, i in zip(part.sizes.tolist(), part.ids)]
         ).to(flat.device)  # (K, steps, B)
         row = torch.arange(len(part), device=flat.device).unsqueeze(1)
+        still = {name: tensor[chunk].detach() for name, tensor in (fixed or {}).items()}
         now, memory, curve = flat[chunk], state.rows(chunk), []
         for step in range(steps):
             x, y = part.x[row, index[:, step]], part.y[row, index[:, step]]  # (K, B, ...), (K, B)
             now = now.requires_grad_()
-            value = losses(adapted, unflatten(now, like), x, y, loss)
+            value = losses(adapted, unflatten(now, like) | still, x, y, loss, objective)
             (grad,) = torch.autograd.grad(value.sum(), now)
             if clip is not None:
                 grad = grad * (clip / grad.norm(dim=1, keepdim=True).clamp_min(clip))
