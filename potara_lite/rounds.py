@@ -154,6 +154,15 @@ def run(
     optimiser step for every model that took one.
 
     Raises ``ValueError`` for a phase that trains none of the tensors.
+
+    >>> from potara_lite import Setting, evaluate, prepare
+    >>> from potara_lite.algorithms import FEDSA
+    >>> setting = Setting(clients=2, train_size=8, calibration_size=4, test_size=8)
+    >>> adapted, federation = prepare(setting, seed=0)
+    >>> result = run(FEDSA, adapted, federation.train, rounds=2, local_steps=1)
+    >>> loss, accuracy = evaluate(result.adapted, result.personal, federation.test)
+    >>> accuracy.shape, result.ledger.up.tolist()
+    (torch.Size([2]), [81920, 81920])
     """
     model, everyone = algorithm.backbone(adapted), torch.arange(len(split))
     tensors, ledger = algorithm.start(repeat_adapter(adapted.initial, len(split))), Ledger.zeros(len(split))

@@ -16,9 +16,11 @@ from potara_lite.adapters import (
     client_adapter,
     delta,
     flatten,
+    load_adapter,
     lora_layers,
     nbytes,
     repeat_adapter,
+    save_adapter,
 )
 from potara_lite.algorithms import (
     FEDEX,
@@ -232,6 +234,17 @@ HANDMADE = {  # float32 bytes of 2 rounds, per client: A has 2 * 80 numbers, B 2
 def test_the_ledger_by_hand(adapted, federation, name):
     ledger = run(METHODS[name], adapted, federation.train, rounds=2, **OPTIONS).ledger
     assert (ledger.up.tolist(), ledger.down.tolist(), ledger.steps.tolist()) == tuple([n] * 3 for n in HANDMADE[name])
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "FedALT"])
+def test_every_result_is_an_ordinary_adapter(adapted, federation, tmp_path, name):
+    """Whatever its rank: PEFT's names, the backbone's dtype, and a folder that can be loaded again."""
+    result = run(METHODS[name], adapted, federation.train, rounds=2, **OPTIONS)
+    for adapter in (client_adapter(result.personal, 1), result.federated):
+        if adapter is not None:
+            again = load_adapter(adapted, save_adapter(adapted, adapter, tmp_path / str(len(list(tmp_path.iterdir())))))
+            assert again.keys() == adapted.initial.keys()
+            assert all(torch.equal(again[n], t) and t.dtype == torch.float32 for n, t in adapter.items())
 
 
 def test_no_rounds_cost_a_download_and_change_nothing(adapted, federation):
