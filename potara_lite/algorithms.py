@@ -178,22 +178,24 @@ def flexlora(ranks: Sequence[int] | None = None) -> Algorithm:
         for name, tensor in stack.items():
             if ranks is not None and ".lora_" in name:
                 dim = 1 if "lora_A" in name else 2
-                full, own = torch.arange(tensor.shape[dim]), torch.tensor(ranks).unsqueeze(1)
-                if len(own) != len(tensor) or own.min() < 1 or own.max() > len(full):
+                full, limit = torch.arange(tensor.shape[dim]), torch.tensor(ranks).unsqueeze(1)
+                if len(limit) != len(tensor) or limit.min() < 1 or limit.max() > len(full):
                     raise ValueError(f"ranks {list(ranks)}: {len(tensor)} numbers from 1 to {len(full)} are needed")
                 shape = [len(tensor), *(len(full) if d == dim else 1 for d in range(1, tensor.dim()))]
-                result[name] = tensor * (full < own).view(shape).to(tensor)
+                result[name] = tensor * (full < limit).view(shape).to(tensor)
         return result
 
     def aggregate(stack: Adapter, sizes: Tensor) -> Adapter:
-        rank = max(stack[f"{layer}.lora_A.weight"].shape[1] for layer in lora_layers(stack))
-        return cut(repeat_adapter(compress(mean_product(stack, sizes), rank)[0], len(sizes)))
+        mean = mean_product(stack, sizes)
+        for layer in lora_layers(stack):  # layers may differ in rank
+            a, b = (f"{layer}.lora_{factor}.weight" for factor in "AB")
+            mean |= compress({a: mean[a], b: mean[b]}, stack[a].shape[1])[0]
+        return cut(repeat_adapter(mean, len(sizes)))
 
     def bytes_of(message: Adapter, clients: int) -> Tensor:
         heads = weigh({name: t for name, t in message.items() if is_head(name)}, clients)
-        own, layers = torch.tensor(ranks), lora_layers(message)
-        one = [message[f"{layer}.lora_{f}.weight"].narrow(1 + (f == "B"), 0, 1) for layer in layers for f in "AB"]
-        return heads + own * weigh(dict(enumerate(one)), clients)
+        one = {n: t.narrow(1 + ("lora_B" in n), 0, 1) for n, t in message.items() if ".lora_" in n}  # of rank 1
+        return heads + torch.tensor(ranks) * weigh(one, clients)
 
     return replace(
         FEDIT,
@@ -217,7 +219,7 @@ FEDPER = Algorithm("FedPer", travels=lambda name: is_shared(name) and not is_hea
 
 def fedrep(head_share: float = 0.5) -> Algorithm:
     """FedPer whose clients train the head first and then the body, each with the other held (Collins et al., ICML
-    2021, arXiv 2102.07078). With ``head_share=0``, the body alone: FedIT with the head frozen."""
+    2021, arXiv 2102.07078). With ``head_share=1`` only the head trains: local linear probing."""
     head = Phase(trains=is_head, steps=lambda steps: round(head_share * steps))
     body = Phase(trains=FEDPER.travels, steps=lambda steps: steps - round(head_share * steps))
     return replace(FEDPER, name="FedRep", phases=(head, body))

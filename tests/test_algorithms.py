@@ -426,6 +426,19 @@ def test_flexlora_gives_each_client_the_best_approximation_of_its_rank(adapted64
     close(deltas(adapted64, result.federated), deltas(adapted64, client_adapter(given[-1], 1)))
 
 
+@pytest.mark.parametrize("method", [FEDEX, FLORA, flexlora(), apfl(), fedalt()], ids=lambda method: method.name)
+def test_layers_may_differ_in_rank_and_kind(backbone64, clients, method):
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["stem.2", "qkv", "fc1"], rank_pattern={"fc1": 3},
+                        modules_to_save=["head"])  # fmt: skip
+    base = attach(backbone64, config=config)
+    watching, sent, _ = watched(method)
+    result = run(watching, base, clients, rounds=1, **OPTIONS)
+    loss, _ = evaluate(result.adapted, result.personal, clients)
+    assert loss.mean() < torch.tensor(4.0).log()  # below the zero head's
+    if method.name in ("FedEx-LoRA", "FLoRA"):
+        close(deltas(base, result.federated), mean_of_deltas(base, sent[-1]))
+
+
 def test_flexlora_counts_no_padding(adapted, federation):
     ledger = run(flexlora((1, 2, 1)), adapted, federation.train, rounds=2, **OPTIONS).ledger
     assert ledger.up.tolist() == [2 * 4 * (192 * rank + 68) for rank in (1, 2, 1)]
@@ -496,6 +509,14 @@ def test_fedrep_trains_the_head_and_then_the_body(adapted64, clients):
     for i, one in enumerate(learners):
         close(client_adapter(result.personal, i), one.now())
     assert result.ledger.steps.tolist() == [6] * 3
+
+
+def test_fedrep_with_all_steps_for_the_head_is_local_linear_probing(adapted64, clients):
+    probing = Algorithm("linear probing", phases=(Phase(trains=is_head),))
+    result, alone = (run(method, adapted64, clients, rounds=2, **OPTIONS) for method in (fedrep(1.0), probing))
+    close(result.personal, alone.personal)
+    moved = {name for name, t in alone.personal.items() if not torch.equal(t[0], adapted64.initial[name])}
+    assert moved == {name for name in adapted64.initial if is_head(name)}
 
 
 # Two models.
@@ -691,11 +712,3 @@ def test_the_two_methods_of_the_docstring(adapted64, clients):
     method, sent, _ = watched(robust)
     result = run(method, adapted64, clients, rounds=1, **OPTIONS)
     close(result.federated, {name: t.sort(0).values[1] for name, t in sent[0].items()})
-
-
-def test_a_phase_may_train_anything(adapted64, clients):
-    """Only the head, say, on top of the frozen backbone: linear probing."""
-    probing = Algorithm("linear probing", phases=(Phase(trains=is_head),))
-    result = run(probing, adapted64, clients, rounds=1, **OPTIONS)
-    moved = {name for name, t in result.personal.items() if not torch.equal(t[0], adapted64.initial[name])}
-    assert moved == {name for name in adapted64.initial if is_head(name)}
