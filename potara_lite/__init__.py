@@ -3,7 +3,7 @@
 Each client of a federation gets a model merged from a federated LoRA model (general knowledge) and its own local one
 (personal knowledge), with a closed-form mixing weight: Potara (arXiv 2602.18658). Every file is one idea; read them in
 the order ``data, backbones, adapters, batching, training, federated, fisher, mixing, merging, connectivity,
-benchmark``.
+benchmark``. The methods that it is compared with are in ``rounds, algorithms, baselines``.
 """
 
 from .adapters import AdaptedBackbone, attach, delta, load_adapter, nbytes, repeat_adapter, save_adapter, stack_adapters
@@ -16,16 +16,20 @@ from .federated import fedit
 from .fisher import diagonal_fisher, per_sample_gradients
 from .merging import combine, compress, merge_exact, merge_factors
 from .mixing import Moments, combination_weights
+from .rounds import Algorithm, Personalised, Phase, run
 from .training import DivergedError, evaluate, train, train_sequentially
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptedBackbone",
+    "Algorithm",
     "DivergedError",
     "Estimate",
     "Federation",
     "Moments",
+    "Personalised",
+    "Phase",
     "Setting",
     "Split",
     "along_segment",
@@ -56,6 +60,7 @@ __all__ = [
     "per_sample_gradients",
     "prepare",
     "repeat_adapter",
+    "run",
     "save_adapter",
     "stack_adapters",
     "summary",

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from scipy.interpolate import CubicSpline
 from torch import Tensor
-from torch.func import vmap
 from torch.nn import functional as F
 
 from .adapters import AdaptedBackbone, Adapter, delta, delta_products, flatten, lora_layers
+from .batching import each, plan
 from .connectivity import grid
 from .data import Split
 from .fisher import delta_gradients, directional_derivatives, per_sample_gradients
@@ -117,14 +117,21 @@ def estimate_uniform(adapted: AdaptedBackbone, federated: Adapter, local: Adapte
     return Estimate(torch.full((len(split),), 0.5, dtype=torch.float64))
 
 
+@torch.no_grad()
+def _logits(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
+    """Every client's logits on its own examples, ``(C, N, classes)``."""
+    at_once, chunks = plan(adapted, adapted, adapters, split.x, batch_size=split.y.shape[1], backward=False)
+    parts = ({name: tensor[some] for name, tensor in adapters.items()} for some in chunks)
+    return torch.cat([each(adapted, part, split.x[some], at_once=at_once) for part, some in zip(parts, chunks)])
+
+
 def _labels(adapted: AdaptedBackbone, stacks: tuple[Adapter, Adapter], split: Split, seed: int | None):
     """The labels ``(C, N)`` under which each model's gradients are taken: the data's, or drawn from the model."""
     if seed is None:
         return [split.y, split.y]
     generator, result = torch.Generator().manual_seed(seed), []
     for stack in stacks:
-        with torch.no_grad():
-            p = vmap(adapted)(stack, split.x).softmax(-1).cpu()  # (C, N, classes)
+        p = _logits(adapted, stack, split).softmax(-1).cpu()
         drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(split.y.shape).to(split.y.device)
         result.append(torch.where(split.y < 0, split.y, drawn))
     return result
@@ -156,13 +163,13 @@ def estimate_fisher(
     if not on_delta:
         g_f, g_l = (per_sample_gradients(adapted, m, split, labels=y) for m, y in zip((federated, local), labels))
         return _estimate(fisher_moments(g_f, g_l, split.sizes, **options), local, by)
-    each = []
+    clients = []
     for i in range(len(split)):
         rows = ({name: tensor[i : i + 1] for name, tensor in stack.items()} for stack in (federated, local))
         part, drawn = split.rows([i]), [y[i : i + 1] for y in labels]
         g_f, g_l = (delta_gradients(adapted, stack, part, labels=y) for stack, y in zip(rows, drawn))
-        each.append(fisher_moments(g_f, g_l, part.sizes, **options))
-    return _estimate(Moments(*(torch.cat([getattr(m, name) for m in each]) for name in "abc")), local, by)
+        clients.append(fisher_moments(g_f, g_l, part.sizes, **options))
+    return _estimate(Moments(*(torch.cat([getattr(m, name) for m in clients]) for name in "abc")), local, by)
 
 
 def estimate_laplace(
@@ -301,11 +308,9 @@ def estimate_ensemble(
     return Estimate(mean.weight, mean, details)
 
 
-@torch.no_grad()
 def _sample_losses(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
     """Each example's loss ``(C, N)``; zeros for padding."""
-    logits = vmap(adapted)(adapters, split.x)  # (C, N, classes)
-    return F.cross_entropy(logits.transpose(1, 2), split.y, reduction="none")
+    return F.cross_entropy(_logits(adapted, adapters, split).transpose(1, 2), split.y, reduction="none")
 
 
 def segment_losses(

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from .adapters import Adapter, check_same_base, lora_layers
 
-__all__ = ["combine", "compress", "merge_exact", "merge_factors"]
+__all__ = ["beside", "combine", "compress", "from_delta", "merge_exact", "merge_factors", "thin"]
 
 Weight = float | Tensor | dict[str, Tensor]
 
@@ -117,3 +117,46 @@ def compress(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Tensor]]:
         total = s.square().sum(-1)
         errors[layer] = (s[..., rank:].square().sum(-1) / total.clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
     return result, errors
+
+
+def beside(adapter: Adapter, other: Adapter) -> Adapter:
+    """The adapter whose deltas are the sum of the two, by stacking ranks; ``other`` may have any rank and no head."""
+    result = dict(adapter)
+    for name, tensor in other.items():
+        rank = _client_dims(tensor) + name.endswith("lora_B.weight")
+        result[name] = torch.cat([result[name], tensor], dim=rank) if name in result else tensor
+    return result
+
+
+def _identity_factors(dense: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """``dense`` (..., out, in) as factors shaped like A and B but for the rank: the one on its smaller side is 1."""
+    lead, (out, wide) = _client_dims(a), dense.shape[-2:]
+    one = torch.eye(min(out, wide)).to(dense).expand(*dense.shape[:-2], -1, -1)
+    new_a, new_b = (dense, one) if out <= wide else (one, dense)
+    new_a = new_a.reshape(*a.shape[:lead], -1, *a.shape[lead + 1 :])
+    return new_a, new_b.reshape(*b.shape[: lead + 1], -1, *b.shape[lead + 2 :])
+
+
+def thin(adapter: Adapter) -> Adapter:
+    """The same deltas with no rank above the smaller side of the layer: there, one factor is the identity."""
+    result = dict(adapter)
+    for layer in lora_layers(adapter):
+        names = [f"{layer}.lora_{factor}.weight" for factor in "AB"]
+        a, b = (adapter[name] for name in names)
+        lead = _client_dims(a)
+        flat_a, flat_b = a.flatten(lead + 1), b.flatten(lead + 1)  # (..., k, in), (..., out, k)
+        if a.shape[lead] > min(flat_a.shape[-1], flat_b.shape[-2]):
+            result |= zip(names, _identity_factors(flat_b @ flat_a, a, b))
+    return result
+
+
+def from_delta(change: Adapter, scaling: dict[str, float], like: Adapter) -> Adapter:
+    """The adapter of full rank whose ``delta`` is ``change``, exactly: one factor of each layer is the identity.
+
+    ``like`` gives the names and, but for the rank, the shapes. ``compress`` makes it small and says at what error.
+    """
+    result = {name: tensor for name, tensor in change.items() if name in like}
+    for layer in lora_layers(like):
+        names = [f"{layer}.lora_{factor}.weight" for factor in "AB"]
+        result |= zip(names, _identity_factors(change[f"{layer}.weight"] / scaling[layer], *(like[n] for n in names)))
+    return {name: result[name] for name in like}

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Objective = Callable[[Callable[[Adapter], Tensor], Adapter], Tensor]  # (loss of an adapter on the batch, tensors)
 
 
 class DivergedError(ValueError):
@@ -130,11 +131,30 @@ def adamw_step(
     return flat * (1 - lr * weight_decay) - lr * mean_hat / (root + eps), OptimizerState(mean, square, steps)
 
 
+def plain_loss(f: Callable[[Adapter], Tensor], adapter: Adapter) -> Tensor:
+    """The usual objective: the loss ``f`` of the adapter that trains, and nothing else."""
+    return f(adapter)
+
+
 def losses(
-    adapted: Forward, adapters: Adapter, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy, *, at_once: bool = True
+    adapted: Forward,
+    adapters: Adapter,
+    x: Tensor,
+    y: Tensor,
+    loss: Loss = F.cross_entropy,
+    objective: Objective = plain_loss,
+    *,
+    at_once: bool = True,
 ) -> Tensor:
-    """The loss ``(C,)`` of each client's adapter on its own batch, ``x`` of ``(C, B, ...)`` and ``y`` of ``(C, B)``."""
-    return each(lambda adapter, a, b: loss(adapted(adapter, a), b), adapters, x, y, at_once=at_once)
+    """The loss ``(C,)`` of each client's adapter on its own batch, ``x`` of ``(C, B, ...)`` and ``y`` of ``(C, B)``.
+
+    ``objective(f, tensors)`` makes a client's tensors into its loss; ``f`` is the loss of an adapter on the batch.
+    """
+
+    def one(tensors: Adapter, a: Tensor, b: Tensor) -> Tensor:
+        return objective(lambda adapter: loss(adapted(adapter, a), b), tensors)
+
+    return each(one, adapters, x, y, at_once=at_once)
 
 
 def train(
@@ -155,6 +175,8 @@ def train(
     at_once: bool | None = None,
     autocast: torch.dtype | None = None,
     loss: Loss = F.cross_entropy,
+    objective: Objective = plain_loss,
+    fixed: Adapter | None = None,
     progress: bool = False,
 ) -> Trained:
     """Train each client's adapter on its own examples with AdamW, all clients in one batched program.
@@ -162,7 +184,8 @@ def train(
     ``adapters``: a stack, a row per client of ``split``. ``steps`` optimiser steps of ``batch_size`` examples each;
     ``start`` says how many steps of the batch stream are already behind (see ``batch_indices``), ``state`` goes on
     with an earlier optimiser state. ``clip`` bounds each client's gradient norm. A client's batches depend on
-    ``(seed, split.ids[client])`` alone.
+    ``(seed, split.ids[client])`` alone. ``objective`` is that of ``losses``; it also sees the tensors of the stack
+    ``fixed``, which do not train.
 
     ``chunk_size`` clients are trained at a time, by default as many as fit in ``memory`` bytes (see ``plan``).
     Adapters, data and optimiser state may lie on the CPU and visit the backbone's device chunk by chunk. ``at_once``:
@@ -179,8 +202,10 @@ def train(
         raise ValueError(f"{len(flat)} adapters for {clients} clients")
     state = OptimizerState.zeros(flat) if state is None else state.rows(torch.arange(clients))  # a copy
     device, curves = first.device, first.new_zeros(clients, steps, device=flat.device)
+    fixed = {name: tensor.detach() for name, tensor in (fixed or {}).items()}
     at_once, chunks = plan(
-        adapted, forward, adapters, split.x,
+        adapted, lambda tensors, x: objective(lambda adapter: forward(adapter, x).sum(), tensors), adapters | fixed,
+        split.x,
         batch_size=batch_size, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory,
     )  # fmt: skip
     bar = tqdm(total=steps * clients, disable=not progress, unit="step", desc="training")
@@ -190,11 +215,12 @@ def train(
             [batch_indices(n, start, steps, batch_size, [*seed, i]) for n, i in zip(part.sizes.tolist(), part.ids)]
         ).to(device)  # (K, steps, B)
         row = torch.arange(len(part), device=device).unsqueeze(1)
+        still = {name: tensor[chunk].to(device) for name, tensor in fixed.items()}
         now, past, curve = flat[chunk].to(device), state.rows(chunk).to(device), []
         for step in range(steps):
             x, y = part.x[row, index[:, step]], part.y[row, index[:, step]]  # (K, B, ...), (K, B)
             now = now.requires_grad_()
-            value = losses(forward, unflatten(now, like), x, y, loss, at_once=at_once)
+            value = losses(forward, unflatten(now, like) | still, x, y, loss, objective, at_once=at_once)
             (grad,) = torch.autograd.grad(value.sum(), now)
             if clip is not None:
                 grad = grad * (clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp_max(1)  # as clip_grad_norm_ does

@@ -1,0 +1,165 @@
+"""Merging finished models that share a backbone: task arithmetic, Fisher merging, RegMean, TIES and DARE.
+
+A model is its task vector: the delta of every adapted layer and the directly trained weights (the new head starts at
+zero). All functions take K stacks, such as ``[federated, local]``, and give a stack that the backbone runs:
+
+- task arithmetic and RegMean stay low-rank, exactly: ranks are stacked;
+- Fisher merging works on the coordinates it is given: on the factors as they are, or on the deltas in the full-rank
+  form of ``from_delta``;
+- TIES and DARE work on vectors; ``merge_deltas`` brings any such function to the deltas, and its result has full rank.
+
+``compress`` cuts a result to a small rank and reports the relative error. Uniform merging is ``merge_exact(…, 0.5)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .adapters import AdaptedBackbone, Adapter, check_same_base, client_adapter, delta, flatten, lora_layers, unflatten
+from .data import Split
+from .merging import combine, from_delta
+
+__all__ = ["dare", "fisher_merge", "layer_grams", "merge_deltas", "regmean", "task_arithmetic", "ties"]
+
+
+def task_arithmetic(models: Sequence[Adapter], coefficient: float) -> Adapter:
+    """``coefficient`` times the sum of the task vectors (Ilharco et al., ICLR 2023, arXiv 2212.04089); ``1 / K`` is the
+    mean. Exact, of rank K r."""
+    return combine(models, [coefficient] * len(models))
+
+
+def fisher_merge(models: Sequence[Adapter], fishers: Sequence[Tensor]) -> Adapter:
+    """The mean of the models weighted, coordinate by coordinate, by their diagonal Fishers (Matena & Raffel, NeurIPS
+    2022, arXiv 2111.09832).
+
+    ``fishers``: a matrix ``(C, P)`` per model, from ``diagonal_fisher``. Equal Fishers give the mean, and so do
+    coordinates on which all of them are zero. On the factors the result depends on their basis; for a merge of the
+    deltas write the models and their Fishers in the form of ``from_delta``, where a factor is the identity for all.
+
+    Raises ``ValueError`` for a negative Fisher or one of another shape.
+    """
+    check_same_base(*models)
+    flat = torch.stack([flatten(model) for model in models])  # (K, C, P)
+    for fisher in fishers:
+        if fisher.shape != flat.shape[1:] or (fisher < 0).any():
+            raise ValueError(f"a Fisher of shape {tuple(flat.shape[1:])} without negative values is needed")
+    weight = torch.stack(list(fishers)).to(flat)
+    weight = torch.where(weight.sum(0) > 0, weight, 1.0)
+    return unflatten((weight * flat).sum(0) / weight.sum(0), client_adapter(models[0], 0))
+
+
+@torch.no_grad()
+def layer_grams(
+    adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, batch_size: int = 128
+) -> dict[str, Tensor]:
+    """``XᵀX`` of the inputs of every adapted layer and of the head, ``(C, in, in)`` each, in float64.
+
+    ``X`` has a row per token of the client's examples, seen through the client's own model. Raises ``ValueError`` for
+    convolutions.
+    """
+    heads = [name for name, tensor in adapters.items() if ".lora_" not in name and tensor.dim() == 3]
+    layers, grams = lora_layers(adapters) + [name.removesuffix(".weight") for name in heads], []
+    for layer in lora_layers(adapters):
+        if adapters[f"{layer}.lora_A.weight"].dim() != 3:
+            raise ValueError(f"{layer}: RegMean is defined for linear layers only")
+    for client in range(len(split)):
+        x, _ = split.client(client)
+        total = dict.fromkeys(layers, 0.0)
+
+        def listen(layer: str, total: dict = total):
+            def hook(module, inputs):
+                rows = inputs[0].flatten(0, -2).double()
+                total[layer] = total[layer] + rows.mT @ rows
+
+            return adapted.model.get_submodule(layer).register_forward_pre_hook(hook)
+
+        handles = [listen(layer) for layer in layers]
+        try:
+            for part in x.split(batch_size):
+                adapted(client_adapter(adapters, client), part)
+        finally:
+            for handle in handles:
+                handle.remove()
+        grams.append(total)
+    return {layer: torch.stack([total[layer] for total in grams]) for layer in layers}
+
+
+def regmean(models: Sequence[Adapter], grams: Sequence[dict[str, Tensor]], off_diagonal: float = 0.9) -> Adapter:
+    """The linear layers whose outputs are, in sum of squares over all the models' inputs, closest to each model's own
+    on its inputs: ``W = (Σ_k W_k G_k)(Σ_k G_k)⁻¹`` (Jin et al., ICLR 2023, arXiv 2212.09849).
+
+    ``grams``: of each model, from ``layer_grams``. ``off_diagonal`` shrinks what is off their diagonals, as published;
+    1 solves the least squares exactly. The frozen weights cancel, so the same holds of the deltas, and
+    ``A_k -> A_k G_k (Σ G)⁻¹`` with the ranks stacked is that solution exactly. Where no input ever points, the delta is
+    zero (a pseudo-inverse). Weights without a Gram (biases) are averaged. Equal Grams give the mean.
+    """
+    check_same_base(*models)
+    moved = [dict(model) for model in models]
+    shrunk = [{n: off_diagonal * g + (1 - off_diagonal) * _diagonal(g) for n, g in gram.items()} for gram in grams]
+    for name in models[0]:
+        if name.endswith(".lora_B.weight"):
+            continue
+        layer = name.removesuffix(".weight").removesuffix(".lora_A")
+        inverse = torch.linalg.pinv(sum(gram[layer] for gram in shrunk), hermitian=True) if layer in shrunk[0] else None
+        for k, model in enumerate(models):
+            if inverse is None or name.endswith(".bias"):
+                moved[k][name] = model[name] / len(models)
+            else:
+                moved[k][name] = (model[name].double() @ shrunk[k][layer] @ inverse).to(model[name])
+    return combine(moved, [1.0] * len(moved))
+
+
+def _diagonal(gram: Tensor) -> Tensor:
+    return torch.diag_embed(torch.diagonal(gram, dim1=-2, dim2=-1))
+
+
+def merge_deltas(models: Sequence[Adapter], scaling: dict[str, float], function: Callable[[Tensor], Tensor]) -> Adapter:
+    """``function`` of the task vectors, ``(K, C, P)`` to ``(C, P)``, as a stack of full-rank adapters, exactly.
+
+    >>> one = {"l.lora_A.weight": torch.ones(1, 1, 2), "l.lora_B.weight": torch.ones(1, 3, 1)}
+    >>> mean = merge_deltas([one, one], {"l": 2.0}, lambda vectors: vectors.mean(0))
+    >>> delta(mean, {"l": 2.0})["l.weight"][0, 0]
+    tensor([2., 2.])
+    """
+    check_same_base(*models)
+    changes = [delta(model, scaling) for model in models]
+    merged = function(torch.stack([flatten(change) for change in changes]))
+    return from_delta(unflatten(merged, client_adapter(changes[0], 0)), scaling, models[0])
+
+
+def ties(vectors: Tensor, density: float = 0.2, coefficient: float = 1.0) -> Tensor:
+    """TIES: keep each vector's largest entries, elect a sign for each coordinate, average those that agree (Yadav et
+    al., NeurIPS 2023, arXiv 2306.01708).
+
+    ``vectors``: task vectors ``(K, ..., P)``; the result has shape ``(..., P)``. ``density``: the share of the entries
+    of each vector that is kept. The elected sign is that of the sum of what is kept; where the sum is zero, so is the
+    result. ``coefficient`` multiplies the result. One vector at density 1 is itself.
+
+    >>> ties(torch.tensor([[3.0, -1.0, 0.1], [1.0, 2.0, 0.0]]), density=0.67)
+    tensor([2., 2., 0.])
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], not {density}")
+    kept = max(1, round(density * vectors.shape[-1]))
+    least = vectors.abs().topk(kept, dim=-1).values[..., -1:]
+    trimmed = torch.where(vectors.abs() >= least, vectors, 0)
+    agree = (trimmed.sign() == trimmed.sum(0).sign()) & (trimmed != 0)
+    return coefficient * (trimmed * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+def dare(vectors: Tensor, drop: float = 0.9, seed: int = 0) -> Tensor:
+    """DARE: drop each entry of a task vector with probability ``drop`` and divide the rest by ``1 - drop`` (Yu et al.,
+    ICML 2024, arXiv 2311.03099); the expectation stays.
+
+    ``vectors``: ``(K, ..., P)``, and so the result, to be averaged or given to ``ties``. What is dropped is drawn for
+    each of the K models and is the same for all clients. ``drop=0`` changes nothing.
+    """
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop must be in [0, 1), not {drop}")
+    draws = [np.random.default_rng([seed, k]).random(vectors.shape[-1]) for k in range(len(vectors))]
+    stays = torch.from_numpy(np.stack(draws) >= drop).view(len(vectors), *[1] * (vectors.dim() - 2), -1)
+    return torch.where(stays.to(vectors.device), vectors / (1 - drop), 0)
