@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
 from .adapters import AdaptedBackbone, Adapter, flatten, unflatten
@@ -17,6 +18,7 @@ from .adapters import AdaptedBackbone, Adapter, flatten, unflatten
 __all__ = ["each", "in_precision", "plan"]
 
 MEMORY = 2**28  # bytes of a chunk on the CPU: of the lab ViT some 60 clients of batch 8; more were no faster
+TRIALS: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was measured, while the model lives
 Forward = Callable[[Adapter, Tensor], Tensor]
 
 
@@ -64,6 +66,7 @@ def plan(
     at_once: bool | None = None,
     chunk_size: int | None = None,
     memory: float | None = None,
+    known: str | None = None,
 ) -> tuple[bool, list[slice]]:
     """Whether to run the clients at once, and in which chunks, so that a chunk takes about ``memory`` bytes.
 
@@ -75,6 +78,9 @@ def plan(
     and two rows. These are bytes in use, on the large side; what a C library keeps of freed memory can double them, and
     the data and the results for all clients come on top. A ``chunk_size`` overrules the estimate. Clients that cannot
     run at once come one by one.
+
+    The trial takes a third of a training step; ``known`` names a ``forward`` whose trial may be remembered for adapters
+    and examples of the same shapes.
 
     ``at_once=None`` tries ``vmap`` and, where it fails, warns why; ``True`` lets its error through, and so does a
     random operation, by which one client's result would depend on the others. Raises ``ValueError`` for a
@@ -92,14 +98,12 @@ def plan(
         one = {name: tensor[:1].detach().to(first.device) for name, tensor in adapters.items()}
         some = x[:1, : min(2, batch_size)].to(first.device)
         try:
-            kept, largest = _saved(adapted, forward, one, some)
+            kept, largest = _saved(adapted, forward, one, some, known)
         except RuntimeError as error:
             if at_once or "random" in str(error):
                 raise
             with torch.no_grad():
-                each(
-                    forward, one, some, at_once=False
-                )  # a backbone that fails alone, too, fails here, in its own words
+                each(forward, one, some, at_once=False)  # a backbone that fails alone fails here, in its own words
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"the clients run one after another: vmap cannot take this backbone ({reason})", stacklevel=3)
             at_once = False
@@ -114,8 +118,12 @@ def plan(
 
 
 @torch.enable_grad()
-def _saved(adapted: AdaptedBackbone, forward: Forward, one: Adapter, x: Tensor) -> tuple[int, int]:
+def _saved(adapted: AdaptedBackbone, forward: Forward, one: Adapter, x: Tensor, known: str | None) -> tuple[int, int]:
     """Bytes that autograd keeps of ``forward`` for one client, in all and in the largest tensor; weights aside."""
+    shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in [*one.items(), ("", x)])
+    key, trials = (known, shapes, x.device, adapted.model.training), TRIALS.setdefault(adapted.model, {})
+    if known is not None and key in trials:
+        return trials[key]
     flat = flatten(one).requires_grad_()
     weights = (*adapted.model.parameters(), *adapted.model.buffers(), flat)
     shared = {tensor.untyped_storage().data_ptr() for tensor in weights}
@@ -130,4 +138,7 @@ def _saved(adapted: AdaptedBackbone, forward: Forward, one: Adapter, x: Tensor) 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         like = {name: tensor[0] for name, tensor in one.items()}
         logits = each(forward, unflatten(flat, like), x)  # alive until here, so that no address is counted twice
-    return sum(sizes.values()), max(sizes.values(), default=logits.untyped_storage().nbytes())
+    found = sum(sizes.values()), max(sizes.values(), default=logits.untyped_storage().nbytes())
+    if known is not None:
+        trials[key] = found
+    return found

@@ -120,7 +120,9 @@ def estimate_uniform(adapted: AdaptedBackbone, federated: Adapter, local: Adapte
 @torch.no_grad()
 def _logits(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
     """Every client's logits on its own examples, ``(C, N, classes)``."""
-    at_once, chunks = plan(adapted, adapted, adapters, split.x, batch_size=split.y.shape[1], backward=False)
+    at_once, chunks = plan(
+        adapted, adapted, adapters, split.x, batch_size=split.y.shape[1], backward=False, known="logits in None"
+    )
     parts = ({name: tensor[some] for name, tensor in adapters.items()} for some in chunks)
     return torch.cat([each(adapted, part, split.x[some], at_once=at_once) for part, some in zip(parts, chunks)])
 

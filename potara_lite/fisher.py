@@ -44,7 +44,7 @@ def per_sample_gradients(
     device, rows = next(iter(adapted.initial.values())).device, flat.new_empty(clients * n, flat.shape[1])
     at_once, chunks = plan(
         adapted, adapted, adapters, x,
-        batch_size=1, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory,
+        batch_size=1, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory, known="logits in None",
     )  # fmt: skip
     for some in chunks:
         own = flat[owner[some]].to(device).requires_grad_()
@@ -108,6 +108,7 @@ def directional_derivatives(
     at_once, chunks = plan(
         adapted, adapted, adapters, split.x,
         batch_size=split.y.shape[1], backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory,
+        known="logits in None",
     )  # fmt: skip
     with torch.no_grad():
         rows = [each(one, flat[some], direction.to(flat)[some], split.x[some], at_once=at_once) for some in chunks]

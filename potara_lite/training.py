@@ -207,6 +207,7 @@ def train(
         adapted, lambda tensors, x: objective(lambda adapter: forward(adapter, x).sum(), tensors), adapters | fixed,
         split.x,
         batch_size=batch_size, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory,
+        known=f"loss in {autocast}" if objective is plain_loss else None,
     )  # fmt: skip
     bar = tqdm(total=steps * clients, disable=not progress, unit="step", desc="training")
     for chunk in chunks:
@@ -304,7 +305,7 @@ def evaluate(
     at_once, chunks = plan(
         adapted, forward, adapters, split.x,
         batch_size=min(batch_size, split.y.shape[1]), backward=False, at_once=at_once, chunk_size=chunk_size,
-        memory=memory,
+        memory=memory, known=f"logits in {autocast}",
     )  # fmt: skip
     for chunk in chunks:
         part, some = split.rows(chunk).to(device), {name: tensor[chunk].to(device) for name, tensor in adapters.items()}

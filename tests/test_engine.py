@@ -1,9 +1,11 @@
 """The engine at its edges: backbones that vmap cannot take, clients that diverge, memory, bf16."""
 
+import copy
 import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -376,3 +378,21 @@ def test_adapters_stored_in_bf16_are_trained_in_the_backbones_precision(adapted,
     full = train(adapted, exact, federation.train, **OPTIONS)
     assert torch.equal(trained.losses, full.losses)
     assert all(torch.equal(trained.adapters[name], tensor.bfloat16()) for name, tensor in full.adapters.items())
+
+
+def test_a_trial_is_made_once_for_each_model_and_shape(adapted, backbone, federation):
+    calls, model = [], replace(adapted, model=copy.deepcopy(adapted.model))
+
+    def forward(adapter, x):
+        calls.append(x.shape)
+        return model(adapter, x)
+
+    def size(rank, name):
+        stack = repeat_adapter({n: t for n, t in attach(backbone, rank=rank).initial.items()}, 3)
+        return plan(model, forward, stack, federation.train.x, batch_size=4, backward=True, memory=2**18, known=name)
+
+    first = size(2, "f")
+    assert size(2, "f") == first and len(calls) == 1
+    assert len(size(8, "f")[1]) >= len(first[1]) and len(calls) == 2  # other shapes are another trial
+    size(2, None), size(2, None), size(2, "g")
+    assert len(calls) == 5
