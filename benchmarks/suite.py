@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -335,7 +336,11 @@ def main() -> None:
         return
     rows = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
     rows.to_csv(HERE / "suite.csv.gz", index=False)
-    (HERE / "suite.md").write_text(markdown(report(rows), digits=4) + "\n")
+    table = markdown(report(rows), digits=4)
+    (HERE / "suite.md").write_text(table + "\n")
+    if (page := HERE.parent / "docs" / "mixing_weight.md").exists():
+        block = f"<!-- suite -->\n{table}\n<!-- /suite -->"
+        page.write_text(re.sub(r"<!-- suite -->.*<!-- /suite -->", lambda _: block, page.read_text(), flags=re.S))
     figure(rows).savefig(HERE / "suite.png", dpi=80)
     print(report(rows).round(4).to_string())
 

@@ -1,6 +1,8 @@
 """The project's own files agree with each other."""
 
 import hashlib
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
@@ -94,6 +96,8 @@ def test_every_shipped_data_file_has_a_right_checksum_and_goes_into_the_wheel():
 
 
 def test_everything_public_exists():
-    for module in (potara_lite.adapters, potara_lite.data, potara_lite.fisher, potara_lite.merging, potara_lite.mixing):
+    names = [name for _, name, _ in pkgutil.iter_modules(potara_lite.__path__) if not name.startswith("_")]
+    assert {"adapters", "algorithms", "estimators", "rounds"} <= set(names)
+    for module in (importlib.import_module(f"potara_lite.{name}") for name in names):
         assert module.__doc__ and all(hasattr(module, name) for name in module.__all__)
         assert all(getattr(module, name).__doc__ for name in module.__all__ if callable(getattr(module, name)))
