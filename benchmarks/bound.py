@@ -2,11 +2,11 @@
 
     python benchmarks/bound.py
 
-Each client has 1,000 examples. Its reference θ* is trained on all of them; the federation is trained over and over,
-every time on 100 others of each client's examples, once with local models of the default length and once with
-over-fitted ones. ``estimate_ensemble`` gives the moments of the errors about θ*: in the metric of the loss
-(Gauss–Newton at θ*, no free constant) and in the identity metric on the deltas (the paper's; β is the largest curvature
-met along any error). Writes ``bound.csv``, a row per regime, client and λ, and a figure for each regime.
+Each client has 1,000 examples. Its reference θ* is trained on all of them with a falling learning rate; the federation
+is trained over and over, every time on 100 others of each client's examples, once with local models of the default
+length and once with over-fitted ones. ``estimate_ensemble`` gives the moments of the errors about θ*: in the metric of
+the loss (Gauss–Newton at θ*, no free constant) and in the identity metric on the deltas (the paper's; β is the largest
+curvature met along any error). Writes ``bound.csv``, a row per regime, client and λ, and a figure for each regime.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from potara_lite import Setting, evaluate, fedit, grid, merge_exact, plots, prepare, repeat_adapter, train
+from potara_lite import Moments, Setting, evaluate, fedit, grid, merge_exact, plots, prepare, repeat_adapter, train
 from potara_lite.data import Split
-from potara_lite.estimators import Estimate, estimate_ensemble
+from potara_lite.estimators import estimate_ensemble
 
 HERE = Path(__file__).parent
-SEED, RUNS, POOL, STEPS = 0, 8, 1000, 600
+SEED, RUNS, POOL = 0, 8, 1000
+ANNEALED = {1.0: 200, 0.25: 150, 0.05: 100}  # the reference's learning rates, as shares of the usual one, and steps
 LOCAL = {"default": 100, "over-fitted": 300}
 
 
@@ -34,13 +35,17 @@ def resampled(split: Split, size: int, seed: int) -> Split:
     return Split.of([(split.x[i, rows[i]], split.y[i, rows[i]]) for i in range(len(split))], ids=split.ids)
 
 
-def measure(runs: int = RUNS, pool: int = POOL, steps: int = STEPS, setting: Setting | None = None) -> pd.DataFrame:
+def measure(runs: int = RUNS, pool: int = POOL, setting: Setting | None = None) -> pd.DataFrame:
     """The curves: a row per regime, client and weight."""
     setting = Setting() if setting is None else setting
     adapted, federation = prepare(replace(setting, train_size=pool), SEED)
     clients, options = len(federation), dict(lr=setting.lr, batch_size=setting.batch_size)
     initial = repeat_adapter(adapted.initial, clients)
-    optimum = train(adapted, initial, federation.train, steps=steps, seed=(SEED, 2), **options).adapters
+    optimum, state, done = initial, None, 0
+    for share, steps in ANNEALED.items():
+        slower = options | dict(lr=share * setting.lr, steps=steps, start=done, state=state, seed=(SEED, 2))
+        part = train(adapted, optimum, federation.train, **slower)
+        optimum, state, done = part.adapters, part.state, done + steps
     pairs = {regime: [] for regime in LOCAL}
     for run in range(runs):
         few = resampled(federation.train, setting.train_size, run)
@@ -58,26 +63,25 @@ def measure(runs: int = RUNS, pool: int = POOL, steps: int = STEPS, setting: Set
         losses = [[evaluate(adapted, merge_exact(*pair, w), federation.test)[0] for w in weights.tolist()]
                   for pair in models]  # fmt: skip
         measured = torch.stack([torch.stack(each, dim=1) for each in losses])  # (runs, C, W)
-        of_loss = estimate_ensemble(adapted, models, optimum, federation.test)
-        plain = estimate_ensemble(adapted, models, optimum, federation.test, metric_of_loss=False)
-        beta = plain.details["smoothness"]
+        found = estimate_ensemble(adapted, models, optimum, federation.test)
+        plain, beta = Moments(*found.details["deltas"]), found.details["smoothness"]
 
-        def bounds(found: Estimate) -> torch.Tensor:
-            return torch.stack([found.moments.bound(w) for w in weights.tolist()], dim=1) / 2
+        def bounds(moments: Moments) -> torch.Tensor:
+            return torch.stack([moments.bound(w) for w in weights.tolist()], dim=1) / 2
 
         columns = {
             "optimum": least.unsqueeze(1).expand(-1, len(weights)),
             "measured": measured.mean(0),
             "measured_sem": measured.std(0) / runs**0.5,
-            "predicted": least.unsqueeze(1) + bounds(of_loss),
+            "predicted": least.unsqueeze(1) + bounds(found.moments),
             "bound": least.unsqueeze(1) + beta.unsqueeze(1) * bounds(plain),
         }
         frame = pd.DataFrame({name: value.double().flatten().numpy() for name, value in columns.items()})
         frame.insert(0, "weight", weights.double().repeat(clients).numpy())
         frame.insert(0, "client", np.repeat(np.arange(clients), len(weights)))
         frame.insert(0, "regime", regime)
-        slopes = {f"slope_{k}": of_loss.details["slope"][:, j] for j, k in enumerate(("federated", "local"))}
-        weight = {"weight_predicted": of_loss.weight, "weight_bound": plain.weight}
+        slopes = {f"slope_{k}": found.details["slope"][:, j] for j, k in enumerate(("federated", "local"))}
+        weight = {"weight_predicted": found.weight, "weight_bound": plain.weight}
         for name, value in (slopes | weight).items():
             frame[name] = value.double().repeat_interleave(len(weights)).numpy()
         rows.append(frame)

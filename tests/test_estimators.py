@@ -947,7 +947,7 @@ def repeated(linear, random_stack):
 
 def test_ensemble_moments_on_the_deltas_are_the_mean_squared_errors(linear, federation64, repeated):
     runs, optimum = repeated
-    found = estimate_ensemble(linear, runs, optimum, federation64.calibration, metric_of_loss=False).moments
+    found = Moments(*estimate_ensemble(linear, runs, optimum, federation64.calibration).details["deltas"])
     e_f, e_l = (torch.stack([dense(run[k], linear) - dense(optimum, linear) for run in runs]) for k in (0, 1))
     close(found.a, (e_f**2).sum(2).mean(0), rtol=1e-8)
     close(found.b, (e_l**2).sum(2).mean(0), rtol=1e-8)

@@ -1,5 +1,6 @@
 """The scenario suite at a size for tests, and that what is said of the committed one is in its rows."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -100,6 +101,9 @@ def test_the_report_is_means_over_the_rows(small, rows):
     assert list(table.index) == list(small.ESTIMATORS)
     some = rows[rows.estimator == "uniform"]
     line = table.loc["uniform"]
+    single = rows[rows.estimator == small.SINGLE].groupby(["federated", "local"])
+    assert (single.weight.nunique() == 1).all()
+    assert (single.regret.mean() <= some.groupby(["federated", "local"]).regret.mean() + 1e-4).all()
     assert line["regret (nats)"] == pytest.approx(some.regret.mean())
     assert line["worst federation"] == pytest.approx(some.groupby(["federated", "local"]).regret.mean().max())
     assert line["beats both where the oracle does"] == pytest.approx(some[some.oracle_beats_both].beats_both.mean())
@@ -110,9 +114,92 @@ def test_the_command_makes_table_csv_and_figure_and_recomputes_nothing(small, tm
     monkeypatch.setattr(small, "HERE", tmp_path)
     monkeypatch.setattr(small, "ESTIMATORS", {k: small.ESTIMATORS[k] for k in (*small.SHOWN, "uniform")})
     monkeypatch.setattr(sys, "argv", ["suite.py"])
+    cell = small.cell
     small.main()
     made = {name: (tmp_path / name).read_bytes() for name in ("suite.csv.gz", "suite.md", "suite.png")}
+    monkeypatch.setattr(small, "ESTIMATORS", {**small.ESTIMATORS, "half": small.ESTIMATORS["uniform"]})
+    monkeypatch.setattr(
+        small, "cell", lambda data, seed, wanted: cell(data, seed, wanted) if list(wanted) == ["half"] else None
+    )
+    small.main()  # a new estimator alone is computed
+    table = (tmp_path / "suite.md").read_text()
+    uniform, half = (re.search(rf"\| {name} \|(.*)", table).group(1) for name in ("uniform", "half"))
+    assert uniform == half and uniform in made["suite.md"].decode()
     monkeypatch.setattr(small, "cell", None)
     small.main()
-    assert (tmp_path / "suite.md").read_bytes() == made["suite.md"]
+    assert (tmp_path / "suite.md").read_text() == table
     assert "| uniform |" in made["suite.md"].decode()
+
+
+DEFAULT, PAPER = "pooled, head and body apart", "fisher, training samples (potara-paper)"
+
+
+@pytest.fixture(scope="module")
+def page():
+    return " ".join((BENCHMARKS.parent / "docs" / "mixing_weight.md").read_text().split())
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return pd.read_csv(BENCHMARKS / "suite.csv.gz")
+
+
+def test_the_committed_suite_is_whole_and_its_table_is_that_of_its_rows(suite, committed, page):
+    table = suite.markdown(suite.report(committed), digits=4)
+    assert table == (BENCHMARKS / "suite.md").read_text().strip()
+    assert " ".join(table.split()) in page
+    cells = committed.groupby("estimator")[["data", "federated", "local", "seed", "client"]].agg(lambda c: c.nunique())
+    assert set(cells.index) == set(suite.ESTIMATORS)
+    for name, counts in cells.iterrows():
+        assert counts.tolist() == [len(suite.SUITE), 2, 2, len(suite.seeds_of(name)), 8]
+        assert (committed.estimator == name).sum() == counts.prod()
+
+
+def test_the_page_says_what_the_rows_say(suite, committed, page):
+    federation = ["data", "federated", "local"]
+    index = [*federation, "seed", "client"]
+    report = suite.report(committed)
+    seeds = committed.groupby(["estimator", "seed"])[["regret", "accuracy"]].mean()
+    line = report.loc[DEFAULT]
+    assert f"{line['regret (nats)']:.4f} ± {line['± over seeds']:.4f} nats, and {line['worst federation']:.4f}" in page
+    each = committed.groupby(["estimator", *federation]).regret.mean().unstack("estimator")
+    usable = each.drop(columns=["local alone", "federated alone", suite.SINGLE, *suite.DEAR])
+    assert f"lowest regret in {(usable.idxmin(axis=1) == DEFAULT).sum()} of the {len(each)} federations" in page
+    assert f"of `pooled` in {(each[DEFAULT] < each['pooled']).sum()}." in page
+
+    def ahead(other, column, sign):
+        gap = sign * (seeds[column][DEFAULT] - seeds[column][other])
+        assert gap.mean() > 2 * gap.sem()
+        return f"{gap.mean():.4f} ± {gap.sem():.4f}"
+
+    others = ["pooled", "best single λ, held-out", "uniform", PAPER]
+    for other, name in zip(
+        others, ("of `pooled` by {} nats", "best single λ by {},", "λ = ½ by {},", "estimator by {} (")
+    ):
+        assert name.format(ahead(other, "regret", -1)) in page
+    quoted = [ahead(other, "accuracy", 1) for other in others]
+    assert f"ahead of them by {', '.join(quoted[:-1])} and {quoted[-1]}." in page
+
+    chosen, ends = (
+        committed[committed.estimator.isin(names)] for names in ([DEFAULT], ["local alone", "federated alone"])
+    )
+    chosen = chosen[chosen.oracle_beats_both].set_index(index)
+    least = ends.groupby(index).loss.min().reindex(chosen.index)
+    gain = least - (chosen.loss - chosen.regret)
+    assert f"For {100 * chosen.beats_both.mean():.1f} % of the clients" in page and chosen.beats_both.mean() < 0.95
+    assert f"for {100 * chosen.beats_both[gain > 0.005].mean():.1f} % of those" in page
+    worse = (chosen.loss - least)[~chosen.beats_both]
+    assert f"{100 * (1 - chosen.beats_both.mean()):.1f} % of those whom" in page
+    assert f"by {worse.mean():.3f} nats on average, at worst by {worse.max():.2f}." in page
+
+    regret = report["regret (nats)"]
+    curvature = [n for n in regret.index if n.startswith(("fisher", "laplace", "gradient", "gauss", "james"))]
+    assert len(curvature) == 13 and (regret[curvature] > regret["uniform"]).all()
+    alone = [*curvature, "uniform", "curve, parabola", "curve, grid"]
+    assert (regret[alone] > regret["best single λ, held-out"]).all()
+    assert f"(λ is {report['λ − oracle λ'][PAPER]:.2f} above" in page
+    assert 0.7 * regret[PAPER] < regret["fisher, held-out"] < regret[PAPER]
+    assert regret["fisher, training samples, damping 1e-8"] > regret["local alone"]
+    worst = each[DEFAULT].sort_values().index[-5:]
+    hard = [("alpha0.1" in data or "shift" in data) and local == "over-fitted" for data, _, local in worst]
+    assert sum(hard) == 4 and hard[-1]
