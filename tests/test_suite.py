@@ -1,5 +1,6 @@
 """The scenario suite at a size for tests, and that what is said of the committed one is in its rows."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -203,3 +204,9 @@ def test_the_page_says_what_the_rows_say(suite, committed, page):
     worst = each[DEFAULT].sort_values().index[-5:]
     hard = [("alpha0.1" in data or "shift" in data) and local == "over-fitted" for data, _, local in worst]
     assert sum(hard) == 4 and hard[-1]
+
+
+def test_the_page_quotes_the_measured_cost(page):
+    shares = json.loads((BENCHMARKS / "suite_timing.json").read_text())["share_of_training"]
+    assert f"{100 * shares[DEFAULT]:.1f} % of the training time" in page and shares[DEFAULT] <= 0.03
+    assert f"estimator, {100 * shares[PAPER]:.1f} %" in page
