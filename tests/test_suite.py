@@ -210,3 +210,12 @@ def test_the_page_quotes_the_measured_cost(page):
     shares = json.loads((BENCHMARKS / "suite_timing.json").read_text())["share_of_training"]
     assert f"{100 * shares[DEFAULT]:.1f} % of the training time" in page and shares[DEFAULT] <= 0.03
     assert f"estimator, {100 * shares[PAPER]:.1f} %" in page
+
+
+def test_the_readme_says_of_the_suite_what_its_rows_say(suite, committed):
+    text = " ".join((BENCHMARKS.parent / "README.md").read_text().split())
+    regret = suite.report(committed)["regret (nats)"]
+    count = committed.groupby(["data", "federated", "local"]).ngroups
+    assert f"Over {count} of them" in text
+    quoted = (f"{regret[name]:.3f}" for name in (DEFAULT, "uniform", PAPER))
+    assert "loses {} nats to the oracle λ, λ = ½ {}, the paper's estimator {}:".format(*quoted) in text
