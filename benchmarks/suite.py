@@ -118,6 +118,9 @@ ESTIMATORS = {
     "gradient, held-out, unbiased, inverse-Fisher metric": lambda m, f, p, data: E.estimate_gradient(
         m, f, p, data.calibration
     ),
+    "gradient, held-out, cross-fitted inverse-Fisher metric": lambda m, f, p, data: E.estimate_gradient(
+        m, f, p, data.calibration, cross_fit=True
+    ),
     "gauss-newton, held-out": lambda m, f, p, data: E.estimate_gauss_newton(m, f, p, data.calibration),
     "james-stein, held-out": lambda m, f, p, data: E.estimate_shrinkage(
         m, f, p, data.calibration, train_sizes=data.train_sizes

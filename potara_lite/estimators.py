@@ -205,6 +205,7 @@ def estimate_gradient(
     *,
     unbiased: bool = True,
     damping: float | None = 0.1,
+    cross_fit: bool = False,
     by: Grouping | None = None,
 ) -> Estimate:
     """Moments from the mean gradients of both models: bias included, in the metric of the inverse Fisher.
@@ -215,7 +216,8 @@ def estimate_gradient(
     """
     g_f, g_l = (per_sample_gradients(adapted, stack, split) for stack in (federated, local))
     groups = _groups(local, by)[1]
-    moments = gradient_moments(g_f, g_l, split.sizes, unbiased=unbiased, damping=damping, groups=groups)
+    options = dict(unbiased=unbiased, damping=damping, cross_fit=cross_fit, groups=groups)
+    moments = gradient_moments(g_f, g_l, split.sizes, **options)
     return _estimate(moments, local, by)
 
 

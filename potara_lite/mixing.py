@@ -182,6 +182,7 @@ def gradient_moments(
     *,
     unbiased: bool = False,
     damping: float | None = None,
+    cross_fit: bool = False,
     groups: Tensor | None = None,
 ) -> Moments:
     """Moments from mean gradients: near the optimum ``ḡ(θ) ≈ H (θ - θ*)``, bias included.
@@ -191,7 +192,11 @@ def gradient_moments(
     ``H = F + damping * mean(F) * I`` with the full empirical Fisher of both models' gradients, inverted in the space
     the gradients span (Woodbury). ``unbiased`` leaves the pairs of a sample with itself out of ``|Σ g_i|²`` (a
     U-statistic), which takes the noise of the mean gradient out of the moments; negative ``a`` or ``b`` become 0.
+    ``cross_fit``: every second sample gives the metric in which the products of the others are taken, and the other
+    way round, always without the pairs of a sample with itself.
     """
+    if cross_fit and damping is None:
+        raise ValueError("there is no metric to cross-fit with damping=None")
     if groups is not None:
         if damping is not None:
             raise ValueError("the metric couples the groups: use damping=None with groups")
@@ -200,6 +205,8 @@ def gradient_moments(
         return Moments(*(torch.stack([getattr(part, name) for part in parts], dim=1) for name in "abc"))
     both = torch.cat([g_f, g_l], dim=1).double()
     gram = both @ both.mT  # (C, 2N, 2N)
+    if cross_fit:
+        return _cross_fitted(gram, sizes, damping, both.shape[2])
     if damping is not None:
         count = 2 * sizes.to(gram).view(-1, 1, 1)
         ridge = damping * gram.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1) / both.shape[2]  # count * mean(F)
@@ -213,6 +220,32 @@ def gradient_moments(
         a, b, c = ((block.sum((1, 2)) - block.diagonal(dim1=1, dim2=2).sum(1)) / pairs for block in blocks)
     else:
         a, b, c = (block.sum((1, 2)) / n**2 for block in blocks)
+    return Moments(a.clamp_min(0).cpu(), b.clamp_min(0).cpu(), c.cpu())
+
+
+def _cross_fitted(gram: Tensor, sizes: Tensor, damping: float, coordinates: int) -> Moments:
+    """``gradient_moments`` from the Gram matrix ``(C, 2N, 2N)`` of both models' gradients, in two folds of samples.
+
+    With ``G_S`` the fold S of ``count`` gradients, ``H = G_Sᵀ G_S / count + δ I`` and, by Woodbury,
+    ``g_iᵀ H⁻¹ g_j = (g_i · g_j - g_iᵀ G_Sᵀ (count δ I + G_S G_Sᵀ)⁻¹ G_S g_j) / δ``.
+    """
+    half = gram.shape[1] // 2
+    index, totals, pairs = torch.arange(half), 0.0, 0.0
+    for fold in (0, 1):
+        inside = torch.cat([index[index % 2 == fold], half + index[index % 2 == fold]])
+        other = torch.cat([index[index % 2 != fold], half + index[index % 2 != fold]])
+        taken, given = ((sizes + 1 - k) // 2 for k in (fold, 1 - fold))  # real samples of the fold and of the other
+        cross, metric = gram[:, inside][:, :, other], gram[:, other][:, :, other]
+        trace = metric.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
+        ridge = (damping * trace / coordinates).clamp_min(1e-30)  # count * δ
+        eye = torch.eye(len(other), dtype=gram.dtype, device=gram.device)
+        rest = gram[:, inside][:, :, inside] - cross @ torch.linalg.solve(metric + ridge * eye, cross.mT)
+        inverse = 2 * given.to(gram).view(-1, 1, 1) / ridge * rest
+        n, middle = (taken * (taken - 1) * (given > 0)).to(gram), len(inside) // 2
+        blocks = inverse[:, :middle, :middle], inverse[:, middle:, middle:], inverse[:, :middle, middle:]
+        sums = torch.stack([block.sum((1, 2)) - block.diagonal(dim1=1, dim2=2).sum(1) for block in blocks])
+        totals, pairs = totals + torch.where(n > 0, sums, 0.0), pairs + n
+    a, b, c = totals / pairs.clamp_min(1)
     return Moments(a.clamp_min(0).cpu(), b.clamp_min(0).cpu(), c.cpu())
 
 

@@ -52,6 +52,7 @@ ESTIMATORS = {
     "laplace": lambda *a: estimate_laplace(*a, train_sizes=TRAINED),
     "gradient": lambda *a: estimate_gradient(*a),
     "gradient, identity": lambda *a: estimate_gradient(*a, damping=None, unbiased=False),
+    "gradient, cross-fitted": lambda *a: estimate_gradient(*a, cross_fit=True),
     "gauss-newton": lambda *a: estimate_gauss_newton(*a),
     "shrinkage": lambda *a: estimate_shrinkage(*a, train_sizes=TRAINED),
     "curve": lambda *a: estimate_curve(*a, points=3),
@@ -256,6 +257,32 @@ def test_the_metric_is_the_explicit_inverse_of_the_damped_fisher(gradients, damp
         close(found.b[i], moment(two, two).clamp_min(0), rtol=1e-9)
         close(found.c[i], moment(one, two), rtol=1e-9)
         assert found.a[i] + found.b[i] > 0
+
+
+def test_cross_fitting_takes_each_samples_products_in_the_metric_of_the_others():
+    sizes, noise = torch.tensor([6, 5, 3]), normal(3, 6, 7, seed=5)
+    g_f = normal(3, 6, 7, seed=4) * (torch.arange(6) < sizes.view(-1, 1)).unsqueeze(2)
+    g_l = (0.7 * g_f + noise) * (torch.arange(6) < sizes.view(-1, 1)).unsqueeze(2)
+    found = gradient_moments(g_f, g_l, sizes, damping=0.3, cross_fit=True)
+    for i, n in enumerate(sizes.tolist()):
+        sums, pairs = torch.zeros(3, dtype=torch.float64), 0
+        for fold in (0, 1):
+            inside, other = ([k for k in range(n) if (k % 2 == fold) == mine] for mine in (True, False))
+            seen = torch.cat([g_f[i, other], g_l[i, other]]).double()
+            fisher = seen.mT @ seen / len(seen)
+            metric = torch.linalg.inv(fisher + 0.3 * fisher.diagonal().mean() * torch.eye(len(fisher)).double())
+            for k in inside:
+                for m in inside:
+                    if k != m:
+                        rows = [(g_f[i, k], g_f[i, m]), (g_l[i, k], g_l[i, m]), (g_f[i, k], g_l[i, m])]
+                        sums += torch.stack([p.double() @ metric @ q.double() for p, q in rows])
+                        pairs += 1
+        a, b, c = sums / pairs
+        close(found.a[i], a.clamp_min(0), rtol=1e-7)
+        close(found.b[i], b.clamp_min(0), rtol=1e-7)
+        close(found.c[i], c, rtol=1e-7)
+    with pytest.raises(ValueError, match="no metric"):
+        gradient_moments(g_f, g_l, sizes, cross_fit=True)
 
 
 def test_the_u_statistic_has_the_squared_mean_as_its_expectation_and_the_plain_one_is_biased_upwards():
@@ -618,7 +645,7 @@ def test_models_that_are_the_same_get_a_half_where_moments_decide(name, adapted6
         assert weight.tolist() == [1.0] * 3  # variance and no distance; the same Fisher times more examples
     elif name == "pooled":
         close(weight, torch.full((3,), 0.5).double(), rtol=0, atol=0.01)
-    elif name in ("uniform", "fisher", "fisher, on the deltas", "gradient", "gradient, identity"):
+    elif name in ("uniform", "fisher", "fisher, on the deltas") or name.startswith("gradient"):
         close(weight, torch.full((3,), 0.5).double(), rtol=1e-6)
     else:  # a draw of labels for each; or the segment, which is flat, so that rounding decides and nothing hangs on it
         assert name in (
