@@ -195,9 +195,15 @@ def test_the_page_says_what_the_rows_say(suite, committed, page):
 
     regret = report["regret (nats)"]
     curvature = [n for n in regret.index if n.startswith(("fisher", "laplace", "gradient", "gauss", "james"))]
-    assert len(curvature) == 13 and (regret[curvature] > regret["uniform"]).all()
+    assert len(curvature) == 14 and (regret[curvature] > regret["uniform"]).all()
     alone = [*curvature, "uniform", "curve, parabola", "curve, grid"]
     assert (regret[alone] > regret["best single λ, held-out"]).all()
+    metrics = ("unbiased, inverse-Fisher metric", "cross-fitted inverse-Fisher metric")
+    own, fitted, none = (regret[f"gradient, held-out{name}"] for name in (*(f", {m}" for m in metrics), ""))
+    assert (
+        f"regret is {own:.3f}, with the metric cross-fitted {fitted:.3f}, and with none (the identity) {none:.3f}."
+        in page
+    )
     assert f"(λ is {report['λ − oracle λ'][PAPER]:.2f} above" in page
     assert 0.7 * regret[PAPER] < regret["fisher, held-out"] < regret[PAPER]
     assert regret["fisher, training samples, damping 1e-8"] > regret["local alone"]
