@@ -89,13 +89,12 @@ def measure(runs: int = RUNS, pool: int = POOL, setting: Setting | None = None) 
 
 
 def figure(rows: pd.DataFrame, regime: str):
-    """Measured loss, prediction and bound, a panel per client."""
+    """Measured loss (solid), prediction and bound, a panel per client."""
     some = rows[rows.regime == regime]
     weights = torch.tensor(sorted(some.weight.unique()))
-    curves = {name: torch.tensor(some[name].to_numpy()).view(-1, len(weights)) for name in ("measured", "predicted")}
-    return plots.along_weight(
-        weights, curves["measured"], label=f"test loss (nats), {regime}", also={"predicted": curves["predicted"]}
-    )
+    names = ("measured", "predicted", "bound")
+    curves = {name: torch.tensor(some[name].to_numpy()).view(-1, len(weights)) for name in names}
+    return plots.along_weight(weights, curves.pop("measured"), label=f"test loss (nats), {regime}", also=curves)
 
 
 def main() -> None:

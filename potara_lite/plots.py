@@ -20,6 +20,8 @@ COLOURS = {  # Okabe & Ito's palette, safe for colour-blind readers
     "potara-paper": "#CC79A7",
     "potara": "#009E73",
     "oracle": "#000000",
+    "predicted": "#009E73",
+    "bound": "#CC79A7",
 }
 
 Chosen = Tensor | tuple[Tensor, Tensor]  # a weight per client, or weights and values
