@@ -27,9 +27,12 @@ def markdown(table: pd.DataFrame, digits: int = 3) -> str:
     """A table with an index as GitHub Markdown."""
     lines = ["| " + " | ".join([table.index.name or "", *map(str, table.columns)]) + " |"]
     lines.append("|" + " --- |" * (table.shape[1] + 1))
-    for name, row in table.iterrows():
-        cells = ["–" if v != v else f"{v:.0f}" if v == round(v) and v >= 2 else f"{v:.{digits}f}" for v in row]
-        lines.append("| " + " | ".join([str(name), *cells]) + " |")
+
+    def cell(v: float) -> str:
+        return "–" if v != v else str(v) if isinstance(v, int) else f"{v:.{0 if v == round(v) >= 2 else digits}f}"
+
+    for name, *row in zip(table.index, *(table[column].tolist() for column in table)):
+        lines.append("| " + " | ".join([str(name), *map(cell, row)]) + " |")
     return "\n".join(lines)
 
 

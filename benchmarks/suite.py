@@ -280,7 +280,7 @@ def report(rows: pd.DataFrame) -> pd.DataFrame:
             "accuracy − oracle's": (rows.accuracy - rows.oracle_accuracy).groupby(rows.estimator, sort=False).mean(),
             "beats both where the oracle does": beaten,
             "λ − oracle λ": (rows.weight - rows.oracle).groupby(rows.estimator, sort=False).mean(),
-            "|λ − oracle λ|": (rows.weight - rows.oracle).abs().groupby(rows.estimator, sort=False).mean(),
+            "distance of λ": (rows.weight - rows.oracle).abs().groupby(rows.estimator, sort=False).mean(),
             "seeds": by.seed.nunique(),
         }
     )

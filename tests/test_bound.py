@@ -55,6 +55,7 @@ def test_the_page_says_of_the_bound_what_the_rows_say():
     for regime in ("default", "over-fitted"):
         some = rows[rows.regime == regime]
         mean = some.groupby("weight")[["measured", "predicted"]].mean()
+        assert (some.measured - some.predicted).abs().max() > (mean.measured - mean.predicted).abs().max()
         gaps.append(f"{(mean.measured - mean.predicted).abs().max():.2f}")
         lowest.append(mean.idxmin().round(1))
         fine, curves = np.linspace(0, 1, 101), some.pivot(index="client", columns="weight", values="measured")

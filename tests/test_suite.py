@@ -1,5 +1,6 @@
 """The scenario suite at a size for tests, and that what is said of the committed one is in its rows."""
 
+import importlib.util
 import json
 import re
 import sys
@@ -16,18 +17,25 @@ from potara_lite.estimators import Estimate
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+def load(name):
+    """A copy of the script as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / "suite.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def suite():
-    sys.path.insert(0, str(BENCHMARKS))
-    import suite
-
-    sys.path.remove(str(BENCHMARKS))
-    return suite
+    return load("suite_as_committed")
 
 
 @pytest.fixture(scope="module")
-def small(suite, tmp_path_factory):
+def small(tmp_path_factory):
     """The suite with one data set of three clients, a few steps each."""
+    suite = load("suite_of_three_clients")
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("suite")
         patch.setattr(suite, "MODELS", folder / "models")
@@ -207,6 +215,11 @@ def test_the_page_says_what_the_rows_say(suite, committed, page):
     assert f"(λ is {report['λ − oracle λ'][PAPER]:.2f} above" in page
     assert 0.7 * regret[PAPER] < regret["fisher, held-out"] < regret[PAPER]
     assert regret["fisher, training samples, damping 1e-8"] > regret["local alone"]
+    lost = (f"{report['worst federation'][name]:.2f}" for name in (PAPER, "gradient, training samples"))
+    assert "loses {} nats in its worst federation and gradient moments {}.".format(*lost) in page
+    local = committed[committed.estimator == "local alone"].groupby(["data", "local"]).loss.mean().unstack()
+    assert local["over-fitted"]["alpha1-plain-n1000-r4"] < local["early-stopped"]["alpha1-plain-n1000-r4"]
+    assert local["over-fitted"]["alpha1-plain-n100-r4"] > local["early-stopped"]["alpha1-plain-n100-r4"]
     worst = each[DEFAULT].sort_values().index[-5:]
     hard = [("alpha0.1" in data or "shift" in data) and local == "over-fitted" for data, _, local in worst]
     assert sum(hard) == 4 and hard[-1]
