@@ -1,6 +1,7 @@
 """The tables: how rows are summarised, and that what is committed and quoted agrees with its CSV."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -108,3 +109,13 @@ def test_a_chosen_weight_is_marked_on_the_curve_or_where_its_own_value_is():
     marks = [{line.get_label(): line.get_xydata()[0].tolist() for line in panel.lines[1:]} for panel in panels]
     assert marks[0] == {"potara": [0.25, 2.0], "uniform": [0.5, pytest.approx(0.7)]}
     assert marks[1] == {"potara": [0.5, 2.0], "uniform": [0.5, pytest.approx(1.9)]}
+
+
+def test_the_thousand_clients_are_those_of_the_committed_run():
+    found = json.loads((ROOT / "benchmarks" / "scale.json").read_text())
+    row = next(r for r in found["rows"] if r["clients"] == 1000 and not r["rounds"])
+    ratio = found["ratios"]["1000 clients: seconds a client's step, to those at 125"]
+    assert row["client_steps"] == 50_000 and row["finite"] and row["peak_bytes"] < 4e9 and ratio < 1.15
+    text = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    assert f"take {row['seconds']:.0f} s and {row['peak_bytes'] / 1e9:.1f} GB on two cores" in text
+    assert f"costs {ratio:.2f} times what it costs among 125" in text
