@@ -17,7 +17,7 @@ from .adapters import AdaptedBackbone, Adapter, flatten, unflatten
 
 __all__ = ["each", "in_precision", "plan"]
 
-MEMORY = 2**28  # bytes of a chunk on the CPU: of the lab ViT some 60 clients of batch 8; more were no faster
+MEMORY = 2**28  # bytes of a chunk on the CPU
 TRIALS: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was measured, while the model lives
 Forward = Callable[[Adapter, Tensor], Tensor]
 
@@ -79,7 +79,7 @@ def plan(
     the data and the results for all clients come on top. A ``chunk_size`` overrules the estimate. Clients that cannot
     run at once come one by one.
 
-    The trial takes a third of a training step; ``known`` names a ``forward`` whose trial may be remembered for adapters
+    The trial costs time in every call; ``known`` names a ``forward`` whose trial may be remembered for adapters
     and examples of the same shapes.
 
     ``at_once=None`` tries ``vmap`` and, where it fails, warns why; ``True`` lets its error through, and so does a

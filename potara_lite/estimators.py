@@ -127,7 +127,7 @@ def _logits(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor
     return torch.cat([each(adapted, part, split.x[some], at_once=at_once) for part, some in zip(parts, chunks)])
 
 
-def _labels(adapted: AdaptedBackbone, stacks: tuple[Adapter, Adapter], split: Split, seed: int | None):
+def _labels(adapted: AdaptedBackbone, stacks: tuple[Adapter, Adapter], split: Split, seed: int | None) -> list[Tensor]:
     """The labels ``(C, N)`` under which each model's gradients are taken: the data's, or drawn from the model."""
     if seed is None:
         return [split.y, split.y]
@@ -340,7 +340,8 @@ def estimate_curve(
     """Each client alone: the weight with the smallest mean loss on its samples, on a grid or by a fitted parabola.
 
     Nothing is assumed of the models, only that the samples are fresh. Its expected regret is about ``1 / (2 n)`` nats
-    for n samples, that of any one-parameter maximum-likelihood fit. Cost: ``points`` forward passes per sample.
+    for n samples where the models are calibrated, and more where they are over-confident. Cost: ``points``
+    forward passes per sample.
     """
     weights = grid(points)
     loss = segment_losses(adapted, federated, local, split, weights).double().sum(2).cpu() / split.sizes.unsqueeze(1)

@@ -217,10 +217,15 @@ def gradient_moments(
     blocks = gram[:, :half, :half], gram[:, half:, half:], gram[:, :half, half:]
     if unbiased:
         pairs = (n * (n - 1)).clamp_min(1)
-        a, b, c = ((block.sum((1, 2)) - block.diagonal(dim1=1, dim2=2).sum(1)) / pairs for block in blocks)
+        a, b, c = (_off_diagonal_sum(block) / pairs for block in blocks)
     else:
         a, b, c = (block.sum((1, 2)) / n**2 for block in blocks)
     return Moments(a.clamp_min(0).cpu(), b.clamp_min(0).cpu(), c.cpu())
+
+
+def _off_diagonal_sum(block: Tensor) -> Tensor:
+    """The sum over the pairs of two different samples, ``(C, N, N)`` to ``(C,)``."""
+    return block.sum((1, 2)) - block.diagonal(dim1=1, dim2=2).sum(1)
 
 
 def _cross_fitted(gram: Tensor, sizes: Tensor, damping: float, coordinates: int) -> Moments:
@@ -230,10 +235,9 @@ def _cross_fitted(gram: Tensor, sizes: Tensor, damping: float, coordinates: int)
     ``g_iᵀ H⁻¹ g_j = (g_i · g_j - g_iᵀ G_Sᵀ (count δ I + G_S G_Sᵀ)⁻¹ G_S g_j) / δ``.
     """
     half = gram.shape[1] // 2
-    index, totals, pairs = torch.arange(half), 0.0, 0.0
+    fold_of, totals, pairs = torch.arange(2 * half) % half % 2, 0.0, 0.0
     for fold in (0, 1):
-        inside = torch.cat([index[index % 2 == fold], half + index[index % 2 == fold]])
-        other = torch.cat([index[index % 2 != fold], half + index[index % 2 != fold]])
+        inside, other = torch.where(fold_of == fold)[0], torch.where(fold_of != fold)[0]
         taken, given = ((sizes + 1 - k) // 2 for k in (fold, 1 - fold))  # real samples of the fold and of the other
         cross, metric = gram[:, inside][:, :, other], gram[:, other][:, :, other]
         trace = metric.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
@@ -243,7 +247,7 @@ def _cross_fitted(gram: Tensor, sizes: Tensor, damping: float, coordinates: int)
         inverse = 2 * given.to(gram).view(-1, 1, 1) / ridge * rest
         n, middle = (taken * (taken - 1) * (given > 0)).to(gram), len(inside) // 2
         blocks = inverse[:, :middle, :middle], inverse[:, middle:, middle:], inverse[:, :middle, middle:]
-        sums = torch.stack([block.sum((1, 2)) - block.diagonal(dim1=1, dim2=2).sum(1) for block in blocks])
+        sums = torch.stack([_off_diagonal_sum(block) for block in blocks])
         totals, pairs = totals + torch.where(n > 0, sums, 0.0), pairs + n
     a, b, c = totals / pairs.clamp_min(1)
     return Moments(a.clamp_min(0).cpu(), b.clamp_min(0).cpu(), c.cpu())
@@ -278,6 +282,13 @@ def parabola_moments(weights: Tensor, loss: Tensor) -> Moments:
     return moments_from_slopes(slope, 2 * half.clamp_min(0))
 
 
+def _within_variance(slopes: np.ndarray, n: np.ndarray) -> float:
+    """The variance of a sample's slope ``(C, N)`` about its client's mean, pooled; padding is zero."""
+    real = np.arange(slopes.shape[1])[None] < n[:, None]
+    excess = (slopes - slopes.sum(1, keepdims=True) / n[:, None]) * real
+    return float((excess**2).sum() / max((n - 1).sum(), 1))
+
+
 def combined_weight(
     weights: Tensor, losses: Tensor, sizes: Tensor, prior: Tensor, *, spread: float | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -309,8 +320,7 @@ def combined_weight(
     curvature = float(np.average(along(curve, centre, 2), weights=n))
     slopes = along(each, centre, 1)  # (C, N)
     slope = slopes.sum(1) / n
-    real = np.arange(losses.shape[2])[None] < n[:, None]
-    variance = float((((slopes - slope[:, None]) * real) ** 2).sum() / max((n - 1).sum(), 1))
+    variance = _within_variance(slopes, n)
     if curvature <= 0:
         step, share, tau2 = 0.0 * slope, 0.0 * slope, 0.0
     else:
@@ -348,9 +358,7 @@ def pooled_weight(
     middle = fine[np.argmin((n[:, None] * curve(fine)).sum(0))]
     curvature = float(np.average(curve(middle, 2), weights=n))
     slopes = CubicSpline(coarse, losses, axis=1)(middle, 1)  # (C, N)
-    excess = slopes - slopes.sum(1, keepdims=True) / n[:, None]
-    real = np.arange(losses.shape[2])[None] < n[:, None]
-    variance = float((excess**2 * real).sum() / max((n - 1).sum(), 1))
+    variance = _within_variance(slopes, n)
     temper = float(np.clip(curvature / max(variance, 1e-30), 0.05, 1.0))
     likelihood = -temper * n[:, None] * curve(fine)  # (C, 101)
     centre, width = (m.reshape(-1, 1) for m in np.meshgrid(np.linspace(0, 1, 41), spread))
@@ -383,12 +391,10 @@ def pooled_offset(
     parabola opens downwards. Padded samples must have loss zero. Returns the offset ``()``.
     """
     low, middle, high = (part.double().cpu() for part in (low, middle, high))
-    n, total = sizes.cpu().double().unsqueeze(1), float(sizes.sum())
+    total = float(sizes.sum())
     slopes = (high - low) / (2 * probe)  # (C, N)
     curvature = float((high + low - 2 * middle).sum()) / probe**2 / total
-    real = torch.arange(slopes.shape[1]) < n
-    excess = (slopes - slopes.sum(1, keepdim=True) / n) * real
-    variance = float(excess.square().sum() / (n - 1).sum().clamp_min(1))
+    variance = _within_variance(slopes.numpy(), sizes.cpu().numpy().astype(float))
     sampling = variance / (total * curvature**2) if curvature > 0 else torch.inf
     share = spread**2 / (spread**2 + sampling)
     offset = -share * float(slopes.sum()) / total / curvature if share > 0 else 0.0
