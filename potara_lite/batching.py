@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from .adapters import AdaptedBackbone, Adapter, flatten, unflatten
+from .adapters import AdaptedBackbone, Adapter, flatten, repeat_adapter, unflatten
+from .grouped import Grouped
 
 __all__ = ["each", "in_precision", "plan"]
 
@@ -38,7 +39,7 @@ def _unbind(stack: Tensor | Adapter) -> Iterable[Tensor | Adapter]:
     return (dict(zip(stack, tensors)) for tensors in zip(*(tensor.unbind() for tensor in stack.values())))
 
 
-def in_precision(adapted: AdaptedBackbone, dtype: torch.dtype | None) -> Forward:
+def in_precision(adapted: AdaptedBackbone | Grouped, dtype: torch.dtype | None) -> Forward:
     """``adapted`` with matrix products and convolutions in ``dtype`` (bf16, say) and logits in the adapter's own.
 
     PyTorch's autocast chooses which operations are safe; weights, gradients and the optimiser keep their dtype. With
@@ -79,8 +80,9 @@ def plan(
     the data and the results for all clients come on top. A ``chunk_size`` overrules the estimate. Clients that cannot
     run at once come one by one.
 
-    The trial costs time in every call; ``known`` names a ``forward`` whose trial may be remembered for adapters
-    and examples of the same shapes.
+    A function that differentiates by itself (``torch.func.grad`` in an objective) is taken to need four times what the
+    backbone does. The trial costs time in every call; ``known`` names a ``forward`` whose trial may be remembered for
+    adapters and examples of the same shapes.
 
     ``at_once=None`` tries ``vmap`` and, where it fails, warns why; ``True`` lets its error through, and so does a
     random operation, by which one client's result would depend on the others. Raises ``ValueError`` for a
@@ -98,7 +100,12 @@ def plan(
         one = {name: tensor[:1].detach().to(first.device) for name, tensor in adapters.items()}
         some = x[:1, : min(2, batch_size)].to(first.device)
         try:
-            kept, largest = _saved(adapted, forward, one, some, known)
+            try:
+                kept, largest = _saved(adapted, forward, one, some, known)
+            except RuntimeError:  # a function that differentiates lets nobody look, but may well run
+                each(forward, one, some)
+                plain = _saved(adapted, adapted, repeat_adapter(adapted.initial, 1), some, None)
+                kept, largest = (4 * size for size in plain)
         except RuntimeError as error:
             if at_once or "random" in str(error):
                 raise

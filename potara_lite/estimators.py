@@ -20,6 +20,7 @@ from .batching import each, plan
 from .connectivity import grid
 from .data import Split
 from .fisher import delta_gradients, directional_derivatives, per_sample_gradients
+from .grouped import grouped
 from .merging import combine, merge_exact
 from .mixing import (
     TINY,
@@ -123,8 +124,9 @@ def _logits(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor
     at_once, chunks = plan(
         adapted, adapted, adapters, split.x, batch_size=split.y.shape[1], backward=False, known="logits in None"
     )
+    forward = grouped(adapted) if at_once else adapted
     parts = ({name: tensor[some] for name, tensor in adapters.items()} for some in chunks)
-    return torch.cat([each(adapted, part, split.x[some], at_once=at_once) for part, some in zip(parts, chunks)])
+    return torch.cat([each(forward, part, split.x[some], at_once=at_once) for part, some in zip(parts, chunks)])
 
 
 def _labels(adapted: AdaptedBackbone, stacks: tuple[Adapter, Adapter], split: Split, seed: int | None) -> list[Tensor]:

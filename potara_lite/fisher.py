@@ -6,6 +6,8 @@ nothing, and means are over each client's real examples.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.func import jvp
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from .adapters import AdaptedBackbone, Adapter, flatten, lora_layers, unfactored, unflatten
 from .batching import each, plan
 from .data import Split
+from .grouped import Grouped, grouped
 from .training import losses
 
 __all__ = ["delta_gradients", "diagonal_fisher", "directional_derivatives", "per_sample_gradients"]
@@ -31,26 +34,44 @@ def per_sample_gradients(
 ) -> Tensor:
     """The gradient of each example's own loss at its client's adapter, ``(C, N, P)``; zero rows for padding.
 
-    A sample's gradient is the gradient of a client that owns this sample alone, so this is one pass of the training
-    engine over ``C * N`` clients of one example, ``chunk_size`` of them at a time, by default as many as fit in
-    ``memory`` bytes (see ``plan``; ``at_once`` too). The result itself comes on top. ``P`` runs over the tensors in the
-    adapter's order (see ``flatten``). ``labels`` ``(C, N)`` replace the split's own.
+    ``chunk_size`` samples at a time, by default as many as fit in ``memory`` bytes (see ``plan``; ``at_once`` too); the
+    result itself comes on top. ``P`` runs over the tensors in the adapter's order (see ``flatten``). ``labels``
+    ``(C, N)`` replace the split's own.
+
+    Where only linear layers are adapted, one backward pass for a block of samples and a product per sample
+    (``grouped.py``). Anywhere else: a sample's gradient is the gradient of a client that owns this sample alone, so
+    this is one pass of the training engine over ``C * N`` clients of one example.
     """
-    y = split.y if labels is None else labels
+    x, y = split.x, split.y if labels is None else labels
     clients, n = y.shape
     flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
-    x, y = split.x.flatten(0, 1).unsqueeze(1), y.flatten().unsqueeze(1)  # (C N, 1, ...), (C N, 1)
-    owner = torch.arange(clients, device=flat.device).repeat_interleave(n)
-    device, rows = next(iter(adapted.initial.values())).device, flat.new_empty(clients * n, flat.shape[1])
+    device, rows = next(iter(adapted.initial.values())).device, flat.new_empty(clients, n, flat.shape[1])
     at_once, chunks = plan(
-        adapted, adapted, adapters, x,
+        adapted, adapted, adapters, x.flatten(0, 1).unsqueeze(1),
         batch_size=1, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory, known="logits in None",
     )  # fmt: skip
-    for some in chunks:
-        own = flat[owner[some]].to(device).requires_grad_()
-        value = losses(adapted, unflatten(own, like), x[some].to(device), y[some].to(device), _total, at_once=at_once)
-        rows[some] = torch.autograd.grad(value.sum(), own)[0].to(rows.device)
-    return rows.view(clients, n, -1)
+    forward = grouped(adapted) if at_once else adapted
+    for block in _blocks(clients, n, chunks[0].stop):
+        own, a, b = flat[block[0]].to(device), x[block].to(device), y[block].to(device)  # (K, P), (K, M, ...), (K, M)
+        alone = a.flatten(0, 1).unsqueeze(1)  # (K M, 1, ...)
+        if isinstance(forward, Grouped) and forward.agrees(unflatten(own, like), alone):
+            grads = rows[block].to(device)  # on the same device, the rows themselves
+            forward.per_sample_gradients(unflatten(own, like), a, b, out=grads)
+        else:
+            own, b = own.repeat_interleave(b.shape[1], 0).requires_grad_(), b.flatten().unsqueeze(1)
+            value = losses(forward, unflatten(own, like), alone, b, _total, at_once=at_once)
+            grads = torch.autograd.grad(value.sum(), own)[0].view(rows[block].shape)
+        if grads.data_ptr() != rows[block].data_ptr():
+            rows[block] = grads.to(rows)
+    return rows
+
+
+def _blocks(clients: int, n: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of clients × samples of at most ``most``: whole clients where they fit, else parts of one."""
+    together = max(1, most // n)
+    for client in range(0, clients, together):
+        for sample in range(0, n, most):
+            yield slice(client, min(client + together, clients)), slice(sample, min(sample + most, n))
 
 
 def delta_gradients(

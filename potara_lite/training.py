@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .adapters import AdaptedBackbone, Adapter, client_adapter, flatten, stack_adapters, unflatten
 from .batching import Forward, each, in_precision, plan
 from .data import Split
+from .grouped import grouped
 
 __all__ = [
     "DivergedError",
@@ -196,7 +197,7 @@ def train(
     the other clients is in its ``trained``.
     """
     clients, seed = len(split), [seed] if isinstance(seed, int) else list(seed)
-    first, forward = next(iter(adapted.initial.values())), in_precision(adapted, autocast)
+    first, alone = next(iter(adapted.initial.values())), in_precision(adapted, autocast)
     flat, like = flatten(adapters).detach().to(first.dtype), {name: tensor[0] for name, tensor in adapters.items()}
     if len(flat) != clients:
         raise ValueError(f"{len(flat)} adapters for {clients} clients")
@@ -204,11 +205,12 @@ def train(
     device, curves = first.device, first.new_zeros(clients, steps, device=flat.device)
     fixed = {name: tensor.detach() for name, tensor in (fixed or {}).items()}
     at_once, chunks = plan(
-        adapted, lambda tensors, x: objective(lambda adapter: forward(adapter, x).sum(), tensors), adapters | fixed,
+        adapted, lambda tensors, x: objective(lambda adapter: alone(adapter, x).sum(), tensors), adapters | fixed,
         split.x,
         batch_size=batch_size, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory,
         known=f"loss in {autocast}" if objective is plain_loss else None,
     )  # fmt: skip
+    forward = in_precision(grouped(adapted), autocast) if at_once else alone
     bar = tqdm(total=steps * clients, disable=not progress, unit="step", desc="training")
     for chunk in chunks:
         part = split.rows(chunk).to(device)
@@ -301,12 +303,13 @@ def evaluate(
     """
     if len(next(iter(adapters.values()))) != len(split):
         raise ValueError(f"{len(next(iter(adapters.values())))} adapters for {len(split)} clients")
-    device, forward, totals = next(iter(adapted.initial.values())).device, in_precision(adapted, autocast), []
+    device, alone, totals = next(iter(adapted.initial.values())).device, in_precision(adapted, autocast), []
     at_once, chunks = plan(
-        adapted, forward, adapters, split.x,
+        adapted, alone, adapters, split.x,
         batch_size=min(batch_size, split.y.shape[1]), backward=False, at_once=at_once, chunk_size=chunk_size,
         memory=memory, known=f"logits in {autocast}",
     )  # fmt: skip
+    forward = in_precision(grouped(adapted), autocast) if at_once else alone
     for chunk in chunks:
         part, some = split.rows(chunk).to(device), {name: tensor[chunk].to(device) for name, tensor in adapters.items()}
         total = torch.zeros(2, len(part), device=device, dtype=torch.float64)

@@ -1,0 +1,276 @@
+"""Every client in one batch of one network: frozen layers see all examples, LoRA layers a group of rows per client.
+
+``vmap`` gives each operation a client dimension, frozen layers and all. Where only linear layers are adapted there is a
+shorter way, because the frozen layers are the same for everybody: the clients' batches become one batch of ``C * B``
+examples, the network runs on it as it is, and only its adapted layers tell the clients apart,
+
+    y_i = W0 x_i + B_i (A_i x_i)          with A (C, r, in), B (C, out, r), the scaling in B, and x (C, rows, in),
+
+where what LoRA adds is added in place, forwards and backwards. The same view gives per-sample gradients without a copy
+of the adapter for every sample: an example's gradient in ``B`` is the product of the gradient in ``y`` with ``A x``
+over that example's own rows (Goodfellow, 2015, arXiv 1510.01799).
+
+It is exact for networks whose logits of an example do not depend on the rest of its batch. ``grouped`` refuses what it
+knows not to be one, and the first result for each kind of input is compared with that of ``vmap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.func import jvp, vjp, vmap
+from torch.nn import functional as F
+
+from .adapters import AdaptedBackbone, Adapter
+
+__all__ = ["Grouped", "grouped"]
+
+AGREED: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was compared, while the model lives
+
+
+def grouped(adapted: AdaptedBackbone) -> AdaptedBackbone | Grouped:
+    """What ``vmap`` should map over the clients: the backbone in one batch if that can be, else the backbone itself.
+
+    It can be in eval mode, with LoRA on ``nn.Linear`` layers only and every other trained tensor in one.
+    """
+    model = adapted.model
+    owners = {model.get_submodule(parameter.rpartition(".")[0]) for parameter in adapted.parameters.values()}
+    layers = [model.get_submodule(layer) for layer in adapted.scaling]
+    simple = (
+        not model.training
+        and all(type(module) is nn.Linear for module in owners)
+        and all(
+            type(layer) is LoraLinear
+            and type(layer.base_layer) is nn.Linear
+            and layer.active_adapters == ["default"]
+            and not (layer.merged or layer.disable_adapters or layer.lora_variant)
+            and not _hooked(layer, layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
+            for layer in layers
+        )
+    )
+    return Grouped(adapted) if simple else adapted
+
+
+def _hooked(*modules: nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+class Grouped:
+    """``adapted`` for use under ``vmap`` over the clients, where all of them go through the network in one batch."""
+
+    def __init__(self, adapted: AdaptedBackbone):
+        self.adapted, self.initial = adapted, adapted.initial
+        self.layers = {layer: adapted.model.get_submodule(layer) for layer in adapted.scaling}
+        self.linears = {  # the directly trained layers, by the name of their tensors
+            name.rpartition(".")[0]: adapted.model.get_submodule(parameter.rpartition(".")[0])
+            for name, parameter in adapted.parameters.items()
+            if ".lora_" not in name
+        }
+
+    def __repr__(self) -> str:
+        return f"Grouped({self.adapted!r})"
+
+    def __call__(self, adapter: Adapter, x: Tensor) -> Tensor:
+        return _OneBatch.apply(self, tuple(adapter), x, *adapter.values())
+
+    def logits(self, stack: Adapter, x: Tensor) -> Tensor:
+        """The logits ``(C, B, classes)`` of a stack on ``x`` ``(C, B, ...)``: in one batch, unless that disagrees."""
+        return self.in_one_batch(stack, x) if self.agrees(stack, x) else vmap(self.adapted)(stack, x)
+
+    def in_one_batch(self, stack: Adapter, x: Tensor, seen: list | None = None) -> Tensor:
+        """The logits ``(C, B, classes)``. A list ``seen`` gets ``(name, input, output)`` of every adapted layer."""
+        stack = {name: tensor.to(self.initial[name].dtype) for name, tensor in stack.items()}
+        for layer, scaling in self.adapted.scaling.items():  # B is small, what it writes is not
+            stack[f"{layer}.lora_B.weight"] = stack[f"{layer}.lora_B.weight"] * scaling
+        with _replaced(self._forwards(stack, seen)):
+            logits = self.adapted.model(x.flatten(0, 1))
+        return logits.unflatten(0, x.shape[:2])
+
+    def _forwards(self, stack: Adapter, seen: list | None) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+        """The forward of every module that has weights of its own for each client."""
+
+        def note(name: str, x: Tensor, y: Tensor) -> Tensor:
+            if seen is not None:
+                seen.append((name, x, y if y.requires_grad else y.requires_grad_()))
+            return y
+
+        def lora(name: str, layer: LoraLinear) -> Callable[[Tensor], Tensor]:
+            a, b, base = stack[f"{name}.lora_A.weight"], stack[f"{name}.lora_B.weight"], layer.base_layer
+            return lambda x: note(name, x, _LoRA.apply(*_autocast(x, base.weight, base.bias, a, b)))
+
+        def linear(name: str) -> Callable[[Tensor], Tensor]:
+            weight, bias = stack[f"{name}.weight"], stack.get(f"{name}.bias")
+
+            def forward(x: Tensor) -> Tensor:
+                y = _rows(x, weight) @ weight.mT
+                y = y if bias is None else y + bias.unsqueeze(1)
+                return note(name, x, y.reshape(*x.shape[:-1], -1))
+
+            return forward
+
+        return {layer: lora(name, layer) for name, layer in self.layers.items()} | {
+            module: linear(name) for name, module in self.linears.items()
+        }
+
+    @torch.no_grad()
+    def agrees(self, stack: Adapter, x: Tensor) -> bool:
+        """Whether two clients with random adapters get the logits that ``vmap`` gives them; asked once per model and
+        kind of input. A network that does not keep the batch on dim 0, or lets examples see each other, fails here."""
+        known, two = AGREED.setdefault(self.adapted.model, {}), min(len(x), 2)
+        key = (tuple(stack), x.shape[2:], x.dtype, x.device, two)
+        if key not in known:
+            generator = torch.Generator().manual_seed(0)
+            random = {
+                name: torch.randn(two, *t.shape[1:], generator=generator).to(t) / t[0, 0].numel() ** 0.5
+                for name, t in stack.items()
+            }
+            some = x[:2, :2].detach()
+            with torch.autocast(x.device.type, enabled=False):
+                alone = vmap(self.adapted)(random, some)  # what vmap refuses, such as a branch on values, is not for us
+                try:
+                    apart = (self.in_one_batch(random, some) - alone).abs().max()
+                    known[key] = bool(apart <= 3 * torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max())
+                except RuntimeError:  # of shapes or dtypes
+                    known[key] = False
+        return known[key]
+
+    def per_sample_gradients(self, stack: Adapter, x: Tensor, y: Tensor, *, out: Tensor) -> None:
+        """Write each example's gradient of its own cross-entropy into ``out``, ``(C, N, P)``.
+
+        One backward pass stops at what the adapted layers wrote; the rest is a product per example. It stands on
+        ``in_one_batch``: ask ``agrees`` first.
+        """
+        seen: list[tuple[str, Tensor, Tensor]] = []
+        stack = {name: tensor.detach() for name, tensor in stack.items()}
+        with torch.enable_grad():
+            logits = self.in_one_batch(stack, x, seen)
+            total = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+            grads = torch.autograd.grad(total, [wrote for *_, wrote in seen], allow_unused=True)
+        place = dict(zip(stack, out.split([tensor[0].numel() for tensor in stack.values()], dim=2)))
+        untouched, examples = set(place), x.shape[:2].numel()
+
+        def add(name: str, grad: Tensor) -> None:
+            if name in untouched:
+                place[name].copy_(grad.reshape(place[name].shape))
+                untouched.remove(name)
+            else:  # a layer that was called before
+                place[name] += grad.reshape(place[name].shape)
+
+        with torch.no_grad():
+            for (name, read, _), grad in zip(seen, grads):
+                if grad is None:
+                    continue
+                grad, read = (t.reshape(examples, -1, t.shape[-1]) for t in (grad, read))  # (C N, T, out), (C N, T, in)
+                if name in self.layers:
+                    a = stack[f"{name}.lora_A.weight"].to(read.dtype)  # (C, r, in)
+                    b = stack[f"{name}.lora_B.weight"].to(read.dtype) * self.adapted.scaling[name]  # (C, out, r)
+                    hidden = (_rows(read, a) @ a.mT * self.adapted.scaling[name]).view(examples, -1, a.shape[1])
+                    back = (_rows(grad, b) @ b).view(examples, -1, a.shape[1])  # (C N, T, r)
+                    add(f"{name}.lora_A.weight", back.mT @ read)
+                    add(f"{name}.lora_B.weight", grad.mT @ hidden)
+                else:
+                    add(f"{name}.weight", grad.mT @ read)
+                    if f"{name}.bias" in place:
+                        add(f"{name}.bias", grad.sum(1))
+            for name in untouched:
+                place[name].zero_()
+
+
+def _rows(x: Tensor, stack: Tensor) -> Tensor:
+    """``x`` of ``(C * B, ..., n)`` with the clients apart: ``(C, rows, n)``."""
+    return x.reshape(len(stack), -1, x.shape[-1])
+
+
+def _autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """What autocast would do to the operands of a matrix product."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return [None if tensor is None else tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
+class _LoRA(torch.autograd.Function):
+    """``x W0ᵀ + bias + (x Aᵀ) Bᵀ`` with A and B of each client's own; both additions write into what is there."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        rows = _rows(x, a)
+        return F.linear(rows, weight, bias).baddbmm_(rows @ a.mT, b.mT).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, _, a, b = inputs
+        ctx.save_for_backward(x, weight, a, b)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, a, b = ctx.saved_tensors
+        rows, grad = _rows(x, a), _rows(grad, b)
+        back = grad @ b  # (C, rows, r)
+        grad_x = (grad @ weight).baddbmm_(back, a).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_a = back.mT @ rows if ctx.needs_input_grad[3] else None
+        grad_b = grad.mT @ (rows @ a.mT) if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, grad_a, grad_b
+
+
+class _OneBatch(torch.autograd.Function):
+    """The backbone with a rule of its own for ``vmap``: there all clients are at hand, and autograd follows the rule.
+
+    Under other transforms, such as a ``torch.func.grad`` in an objective, derivatives are those of the backbone.
+    """
+
+    @staticmethod
+    def forward(runner: Grouped, names: tuple[str, ...], x: Tensor, *tensors: Tensor) -> Tensor:
+        return runner.adapted(dict(zip(names, tensors)), x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.runner, ctx.names, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def _function(ctx) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        x, *tensors = ctx.saved_tensors
+        return lambda *tensors: ctx.runner.adapted(dict(zip(ctx.names, tensors)), x), tuple(tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        function, tensors = _OneBatch._function(ctx)
+        return None, None, None, *vjp(function, *tensors)[1](grad)
+
+    @staticmethod
+    def jvp(ctx, runner, names, x, *tangents):
+        function, tensors = _OneBatch._function(ctx)
+        tangents = tuple(torch.zeros_like(t) if tangent is None else tangent for t, tangent in zip(tensors, tangents))
+        return jvp(function, tensors, tangents)[1]
+
+    @staticmethod
+    def vmap(info, in_dims, runner, names, x, *tensors):
+        def stacked(tensor: Tensor, dim: int | None) -> Tensor:
+            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+        stack = {name: stacked(tensor, dim) for name, tensor, dim in zip(names, tensors, in_dims[3:])}
+        return runner.logits(stack, stacked(x, in_dims[2])), 0
+
+
+@contextmanager
+def _replaced(forwards: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """The modules with other forwards, for a while."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
