@@ -28,7 +28,7 @@ from potara_lite import per_sample_gradients, repeat_adapter, train, train_seque
 from potara_lite.adapters import client_adapter, flatten
 from potara_lite.training import batch_indices
 
-WORK = 25_600  # examples that one contestant of one row sees, at most; the number of steps follows
+WORK = 6_400  # examples that one contestant of one row sees, at most; the number of steps follows
 TOLERANCE = 2e-4  # of adapters and losses, after at most 50 steps of 2e-3
 
 
