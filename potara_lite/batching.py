@@ -67,6 +67,7 @@ def plan(
     at_once: bool | None = None,
     chunk_size: int | None = None,
     memory: float | None = None,
+    rows: int | None = None,
     known: str | None = None,
 ) -> tuple[bool, list[slice]]:
     """Whether to run the clients at once, and in which chunks, so that a chunk takes about ``memory`` bytes.
@@ -75,10 +76,10 @@ def plan(
 
     ``forward`` will see stacks of ``adapters`` and ``batch_size`` examples of ``x`` ``(C, N, ...)`` for each. Bytes of
     one client: what autograd keeps of ``forward``, plus four times its largest tensor for what is alive in between,
-    plus ten rows of the adapter for gradients and the optimiser; without ``backward``, eight times the largest tensor
-    and two rows. These are bytes in use, on the large side; what a C library keeps of freed memory can double them, and
-    the data and the results for all clients come on top. A ``chunk_size`` overrules the estimate. Clients that cannot
-    run at once come one by one.
+    plus ten ``rows`` of the adapter for gradients and the optimiser; without ``backward``, eight times the largest
+    tensor and two rows. These are bytes in use, on the large side; what a C library keeps of freed memory can double
+    them, and the data and the results for all clients come on top. A ``chunk_size`` overrules the estimate. Clients
+    that cannot run at once come one by one.
 
     A function that differentiates by itself (``torch.func.grad`` in an objective) is taken to need four times what the
     backbone does. The trial costs time in every call; ``known`` names a ``forward`` whose trial may be remembered for
@@ -116,7 +117,8 @@ def plan(
             at_once = False
         else:
             scale, row = batch_size / some.shape[1], sum(t.numel() * t.element_size() for t in one.values())
-            size = scale * (kept + 4 * largest) + 10 * row if backward else scale * 8 * largest + 2 * row
+            alive = kept + 4 * largest if backward else 8 * largest
+            size = scale * alive + row * (rows or (10 if backward else 2))
             at_once, chunk = True, chunk or max(1, int(memory // size))
     chunk = min(chunk, clients) if at_once else 1
     count = -(-clients // chunk)

@@ -46,11 +46,13 @@ def per_sample_gradients(
     clients, n = y.shape
     flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
     device, rows = next(iter(adapted.initial.values())).device, flat.new_empty(clients, n, flat.shape[1])
+    forward = grouped(adapted)
     at_once, chunks = plan(
         adapted, adapted, adapters, x.flatten(0, 1).unsqueeze(1),
-        batch_size=1, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory, known="logits in None",
+        batch_size=1, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory,
+        rows=2 if isinstance(forward, Grouped) else 10, known="logits in None",
     )  # fmt: skip
-    forward = grouped(adapted) if at_once else adapted
+    forward = forward if at_once else adapted
     for block in _blocks(clients, n, chunks[0].stop):
         own, a, b = flat[block[0]].to(device), x[block].to(device), y[block].to(device)  # (K, P), (K, M, ...), (K, M)
         alone = a.flatten(0, 1).unsqueeze(1)  # (K M, 1, ...)

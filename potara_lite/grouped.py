@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +31,7 @@ from .adapters import AdaptedBackbone, Adapter
 
 __all__ = ["Grouped", "grouped"]
 
+Tell = Callable[[str, Tensor, Tensor, Tensor | None], None]  # (layer, input, gradient of output, that times B)
 AGREED: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was compared, while the model lives
 
 
@@ -82,34 +84,32 @@ class Grouped:
         """The logits ``(C, B, classes)`` of a stack on ``x`` ``(C, B, ...)``: in one batch, unless that disagrees."""
         return self.in_one_batch(stack, x) if self.agrees(stack, x) else vmap(self.adapted)(stack, x)
 
-    def in_one_batch(self, stack: Adapter, x: Tensor, seen: list | None = None) -> Tensor:
-        """The logits ``(C, B, classes)``. A list ``seen`` gets ``(name, input, output)`` of every adapted layer."""
+    def in_one_batch(self, stack: Adapter, x: Tensor, tell: Tell | None = None) -> Tensor:
+        """The logits ``(C, B, classes)``; in the backward pass every adapted layer calls ``tell``."""
         stack = {name: tensor.to(self.initial[name].dtype) for name, tensor in stack.items()}
         for layer, scaling in self.adapted.scaling.items():  # B is small, what it writes is not
             stack[f"{layer}.lora_B.weight"] = stack[f"{layer}.lora_B.weight"] * scaling
-        with _replaced(self._forwards(stack, seen)):
+        with _replaced(self._forwards(stack, tell)):
             logits = self.adapted.model(x.flatten(0, 1))
         return logits.unflatten(0, x.shape[:2])
 
-    def _forwards(self, stack: Adapter, seen: list | None) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    def _forwards(self, stack: Adapter, tell: Tell | None) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
         """The forward of every module that has weights of its own for each client."""
-
-        def note(name: str, x: Tensor, y: Tensor) -> Tensor:
-            if seen is not None:
-                seen.append((name, x, y if y.requires_grad else y.requires_grad_()))
-            return y
 
         def lora(name: str, layer: LoraLinear) -> Callable[[Tensor], Tensor]:
             a, b, base = stack[f"{name}.lora_A.weight"], stack[f"{name}.lora_B.weight"], layer.base_layer
-            return lambda x: note(name, x, _LoRA.apply(*_autocast(x, base.weight, base.bias, a, b)))
+            note = tell and partial(tell, name)
+            return lambda x: _LoRA.apply(*_autocast(x, base.weight, base.bias, a, b), note)
 
         def linear(name: str) -> Callable[[Tensor], Tensor]:
             weight, bias = stack[f"{name}.weight"], stack.get(f"{name}.bias")
 
             def forward(x: Tensor) -> Tensor:
                 y = _rows(x, weight) @ weight.mT
-                y = y if bias is None else y + bias.unsqueeze(1)
-                return note(name, x, y.reshape(*x.shape[:-1], -1))
+                y = (y if bias is None else y + bias.unsqueeze(1)).reshape(*x.shape[:-1], -1)
+                if tell is not None:
+                    y.register_hook(lambda grad: tell(name, x.detach(), grad, None))
+                return y
 
             return forward
 
@@ -142,43 +142,37 @@ class Grouped:
     def per_sample_gradients(self, stack: Adapter, x: Tensor, y: Tensor, *, out: Tensor) -> None:
         """Write each example's gradient of its own cross-entropy into ``out``, ``(C, N, P)``.
 
-        One backward pass stops at what the adapted layers wrote; the rest is a product per example. It stands on
-        ``in_one_batch``: ask ``agrees`` first.
+        One backward pass, in which every adapted layer adds a product per example as soon as its output's gradient is
+        there. It stands on ``in_one_batch``: ask ``agrees`` first.
         """
-        seen: list[tuple[str, Tensor, Tensor]] = []
-        stack = {name: tensor.detach() for name, tensor in stack.items()}
-        with torch.enable_grad():
-            logits = self.in_one_batch(stack, x, seen)
-            total = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
-            grads = torch.autograd.grad(total, [wrote for *_, wrote in seen], allow_unused=True)
         place = dict(zip(stack, out.split([tensor[0].numel() for tensor in stack.values()], dim=2)))
         untouched, examples = set(place), x.shape[:2].numel()
 
         def add(name: str, grad: Tensor) -> None:
             if name in untouched:
-                place[name].copy_(grad.reshape(place[name].shape))
+                place[name].copy_(grad.view(place[name].shape))
                 untouched.remove(name)
             else:  # a layer that was called before
-                place[name] += grad.reshape(place[name].shape)
+                place[name] += grad.view(place[name].shape)
 
-        with torch.no_grad():
-            for (name, read, _), grad in zip(seen, grads):
-                if grad is None:
-                    continue
-                grad, read = (t.reshape(examples, -1, t.shape[-1]) for t in (grad, read))  # (C N, T, out), (C N, T, in)
-                if name in self.layers:
-                    a = stack[f"{name}.lora_A.weight"].to(read.dtype)  # (C, r, in)
-                    b = stack[f"{name}.lora_B.weight"].to(read.dtype) * self.adapted.scaling[name]  # (C, out, r)
-                    hidden = (_rows(read, a) @ a.mT * self.adapted.scaling[name]).view(examples, -1, a.shape[1])
-                    back = (_rows(grad, b) @ b).view(examples, -1, a.shape[1])  # (C N, T, r)
-                    add(f"{name}.lora_A.weight", back.mT @ read)
-                    add(f"{name}.lora_B.weight", grad.mT @ hidden)
-                else:
-                    add(f"{name}.weight", grad.mT @ read)
-                    if f"{name}.bias" in place:
-                        add(f"{name}.bias", grad.sum(1))
-            for name in untouched:
-                place[name].zero_()
+        def tell(name: str, read: Tensor, grad: Tensor, back: Tensor | None) -> None:
+            read, grad = (t.reshape(examples, -1, t.shape[-1]) for t in (read, grad))  # (C N, T, in), (C N, T, out)
+            if back is None:
+                add(f"{name}.weight", grad.mT @ read)
+                if f"{name}.bias" in place:
+                    add(f"{name}.bias", grad.sum(1))
+            else:
+                a = stack[f"{name}.lora_A.weight"].to(read.dtype) * self.adapted.scaling[name]
+                hidden = (_rows(read, a) @ a.mT).view(examples, -1, a.shape[1])  # (C N, T, r)
+                add(f"{name}.lora_A.weight", back.view(hidden.shape).mT @ read)
+                add(f"{name}.lora_B.weight", grad.mT @ hidden)
+
+        with torch.enable_grad():
+            trained = {n: t.detach().requires_grad_(".lora_B." in n) for n, t in stack.items()}  # so that all is asked
+            logits = self.in_one_batch(trained, x, tell)
+            F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").backward()
+        for name in untouched:
+            place[name].zero_()
 
 
 def _rows(x: Tensor, stack: Tensor) -> Tensor:
@@ -195,28 +189,35 @@ def _autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
 
 
 class _LoRA(torch.autograd.Function):
-    """``x W0ᵀ + bias + (x Aᵀ) Bᵀ`` with A and B of each client's own; both additions write into what is there."""
+    """``x W0ᵀ + bias + (x Aᵀ) Bᵀ`` with A and B of each client's own; both additions write into what is there.
+
+    ``tell(x, grad, grad B)`` replaces the gradients in A and B where it is given.
+    """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, tell: Callable | None) -> Tensor:
         rows = _rows(x, a)
         return F.linear(rows, weight, bias).baddbmm_(rows @ a.mT, b.mT).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, weight, _, a, b = inputs
+        x, weight, _, a, b, ctx.tell = inputs
         ctx.save_for_backward(x, weight, a, b)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, a, b = ctx.saved_tensors
-        rows, grad = _rows(x, a), _rows(grad, b)
+        rows, grad, need = _rows(x, a), _rows(grad, b), ctx.needs_input_grad
         back = grad @ b  # (C, rows, r)
-        grad_x = (grad @ weight).baddbmm_(back, a).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_a = back.mT @ rows if ctx.needs_input_grad[3] else None
-        grad_b = grad.mT @ (rows @ a.mT) if ctx.needs_input_grad[4] else None
-        return grad_x, None, None, grad_a, grad_b
+        grad_a = grad_b = None
+        if ctx.tell is not None:
+            ctx.tell(x, grad, back)
+        else:
+            grad_a = back.mT @ rows if need[3] else None
+            grad_b = grad.mT @ (rows @ a.mT) if need[4] else None
+        grad_x = (grad @ weight).baddbmm_(back, a).view(x.shape) if need[0] else None
+        return grad_x, None, None, grad_a, grad_b, None
 
 
 class _OneBatch(torch.autograd.Function):
