@@ -1,9 +1,13 @@
-"""What the engine's benchmarks share: the clients, one client's plain training code, and paired timing."""
+"""What the engine's benchmarks share: the clients, one client's plain training code, and paired timing.
+
+    python benchmarks/workload.py     # writes the table of benchmarks/README.md from the JSON files
+"""
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -117,3 +121,21 @@ def write(path: Path, options: dict, rows: list[dict], ratios: dict[str, float],
     result = {"options": options, "versions": versions, "machine": machine, "ratios": ratios, "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({"benchmark": path.stem, "ratios": {name: round(r, 3) for name, r in ratios.items()}}))
+
+
+def table() -> str:
+    """The ratios of ``engine.json`` and ``engine_flower.json`` as Markdown: median, least and most."""
+    lines = ["| work | clients | batch | against | times the engine's seconds |", "| --- | --- | --- | --- | --- |"]
+    for name in ("engine", "engine_flower"):
+        for row in json.loads((HERE / f"{name}.json").read_text())["rows"]:
+            for other, ratio in row["ratio to engine"].items():
+                spread = f"{ratio['median']:.2f} ({ratio['least']:.2f}–{ratio['most']:.2f})"
+                batch = f"{row['samples']} samples" if "samples" in row else row["batch_size"]
+                lines.append(f"| {row.get('what', 'training')} | {row['clients']} | {batch} | {other} | {spread} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    readme = HERE / "README.md"
+    block = f"<!-- engine -->\n{table()}\n<!-- /engine -->"
+    readme.write_text(re.sub(r"<!-- engine -->.*<!-- /engine -->", lambda _: block, readme.read_text(), flags=re.S))

@@ -2,8 +2,8 @@
 
 Each client of a federation gets a model merged from a federated LoRA model (general knowledge) and its own local one
 (personal knowledge), with a closed-form mixing weight: Potara (arXiv 2602.18658). Every file is one idea; read them in
-the order ``data, backbones, adapters, batching, training, federated, fisher, mixing, merging, connectivity,
-benchmark``. The methods that it is compared with are in ``rounds, algorithms, baselines``.
+the order ``data, backbones, adapters, grouped, batching, training, federated, fisher, mixing, merging, connectivity,
+benchmark``. The methods that it is compared with are in ``rounds, algorithms, baselines, methods, sweep``.
 """
 
 from .adapters import AdaptedBackbone, attach, delta, load_adapter, nbytes, repeat_adapter, save_adapter, stack_adapters

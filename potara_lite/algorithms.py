@@ -135,6 +135,7 @@ FEDEX = Algorithm(
     settle=lambda tensors, number: fold(tensors, "residual"),
     personal=with_folded,
     federated=lambda tensors: client_adapter(with_folded(tensors), 0),
+    all_listen=True,
 )
 """FedIT, and the residual of its mean goes down too (as factors) and is folded into the frozen weights (Singhal et al.,
 ACL 2025, arXiv 2410.09432). One client has no residual: local."""

@@ -19,7 +19,10 @@ __all__ = ["Federated", "Ledger", "average", "fedit", "participants"]
 
 @dataclass(frozen=True)
 class Ledger:
-    """What each client paid, ``(C,)`` each: bytes up and down, optimiser steps."""
+    """What each client paid, ``(C,)`` each: bytes up and down, optimiser steps. By round: ``(rounds + 1, C)`` each.
+
+    The last row of a ledger by round is what comes after the last round: the final download, and steps of fine-tuning.
+    """
 
     up: Tensor
     down: Tensor
@@ -37,14 +40,24 @@ class Ledger:
     def __add__(self, other: Ledger) -> Ledger:
         return Ledger(self.up + other.up, self.down + other.down, self.steps + other.steps)
 
+    @staticmethod
+    def by_round(rounds: Sequence[Ledger]) -> Ledger:
+        """The ledgers of single rounds as one, with the rounds on dim 0."""
+        return Ledger(*(torch.stack(columns) for columns in zip(*(vars(one).values() for one in rounds))))
+
+    def total(self) -> Ledger:
+        """Of a ledger by round: what each client paid in all."""
+        return Ledger(self.up.sum(0), self.down.sum(0), self.steps.sum(0))
+
 
 @dataclass(frozen=True)
 class Federated:
-    """The federated adapter (no client dimension), the ledger, each round's mean training loss per client
-    ``(rounds, C)``, NaN where a client sat a round out, and the clients' optimiser state to go on from."""
+    """The federated adapter (no client dimension), the ledger in all and by round, each round's mean training loss per
+    client ``(rounds, C)``, NaN where a client sat a round out, and the clients' optimiser state to go on from."""
 
     adapter: Adapter
     ledger: Ledger
+    by_round: Ledger
     losses: Tensor
     state: OptimizerState
 
@@ -93,7 +106,7 @@ def fedit(
     on with an earlier run. With one client and the optimiser kept, this is local training.
     """
     adapter, clients = adapted.initial if adapter is None else adapter, len(split)
-    size, ledger, history = nbytes(adapter), Ledger.zeros(clients), []
+    size, paid, history = nbytes(adapter), [], []
     memory = OptimizerState.zeros(flatten(repeat_adapter(adapter, clients))) if state is None else state
     for number in tqdm(range(start, start + rounds), disable=not progress, unit="round", desc="federated"):
         chosen = participants(split.ids, participation, seed, number)
@@ -111,7 +124,8 @@ def fedit(
         adapter = average(result.adapters, part.sizes)
         if keep_optimizer:
             memory = memory.put(chosen.to(memory.steps.device), result.state)
-        ledger = ledger.add(chosen, up=size, down=size, steps=local_steps)
+        paid.append(Ledger.zeros(clients).add(chosen, up=size, down=size, steps=local_steps))
         history.append(torch.full((clients,), torch.nan).index_copy(0, chosen, result.losses.mean(1).float().cpu()))
-    ledger = ledger.add(torch.arange(clients), down=size)
-    return Federated(adapter, ledger, torch.stack(history) if history else torch.zeros(0, clients), memory)
+    paid = Ledger.by_round([*paid, Ledger.zeros(clients).add(torch.arange(clients), down=size)])
+    losses = torch.stack(history) if history else torch.zeros(0, clients)
+    return Federated(adapter, paid.total(), paid, losses, memory)

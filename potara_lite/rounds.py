@@ -4,12 +4,12 @@ A client *holds* a dictionary of tensors. Plain names are the adapter that it sh
 have a prefix: ``own:`` (a second, personal adapter), ``anchor:`` (the shared one as it was received), ``folded:``
 (what was added to the frozen weights for good) and so on. ``run`` plays the rounds of any ``Algorithm``:
 
-1. *down*: every client takes the message (``held | message``) and settles it;
+1. *down*: every participant takes the message (``held | message``) and settles it;
 2. *train*: the phases, one after another, each with its tensors, its objective and its part of the local steps;
-3. *up*: every client sends the tensors that travel; the server aggregates them into the next message.
+3. *up*: every participant sends the tensors that travel; the server aggregates them into the next message.
 
-The first message holds the initial values of what travels, the last one is the result. All clients take part in every
-round, and every optimiser is AdamW. The methods themselves are declared in ``algorithms.py``.
+The first message holds the initial values of what travels; the last one, which all clients get, is the result. Every
+optimiser is AdamW. The methods themselves are declared in ``algorithms.py``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 
 from .adapters import AdaptedBackbone, Adapter, client_adapter, repeat_adapter
 from .data import Split
-from .federated import Ledger, average
+from .federated import Ledger, average, participants
 from .merging import merge_exact
-from .training import Objective, OptimizerState, train
+from .training import Objective, OptimizerState, flatten, train
 
 __all__ = [
     "Algorithm",
@@ -106,7 +106,8 @@ class Algorithm:
     the clients hold to the models that are evaluated, a stack; it also takes one client's tensors. ``federated``: to
     the model of the federation, if there is one. ``backbone``: what runs the models. ``keep_optimizer``: AdamW's
     memory outlives the round. ``finetune``: local steps after the last round. ``keep``: the weight that the model
-    before these steps has in the result. ``weigh``: the bytes of a message to or from each client.
+    before these steps has in the result. ``weigh``: the bytes of a message to or from each client. ``all_listen``: what
+    clients hold is the sum of all messages, so those who sit a round out get its message none the less.
     """
 
     name: str
@@ -122,18 +123,44 @@ class Algorithm:
     finetune: int = 0
     keep: float = 0.0
     weigh: Callable[[Adapter, int], Tensor] = weigh
+    all_listen: bool = False
 
 
 @dataclass(frozen=True)
 class Personalised:
     """What a run gives: the clients' models (a stack) and the backbone that runs them, the federation's model (no
-    client dimension; ``None`` for methods without one), what each client paid, and all that the clients hold."""
+    client dimension; ``None`` for methods without one), what each client paid in all and by round, and all that the
+    clients hold."""
 
     adapted: AdaptedBackbone
     personal: Adapter
     federated: Adapter | None
     ledger: Ledger
+    by_round: Ledger
     holds: Adapter
+
+
+def _some(tensors: Adapter, rows: Tensor) -> Adapter:
+    """The tensors of some clients."""
+    return {name: tensor[rows.to(tensor.device)] for name, tensor in tensors.items()}
+
+
+def _with_rows(tensors: Adapter, rows: Tensor, new: Adapter) -> Adapter:
+    """The stacks with the rows of some clients replaced; what only these clients hold is zero for the others."""
+    result = dict(tensors)
+    for name, tensor in new.items():
+        if name not in result:
+            clients = len(next(iter(tensors.values())))
+            result[name] = tensor.new_zeros(clients, *tensor.shape[1:])
+        result[name] = result[name].index_copy(0, rows.to(tensor.device), tensor)
+    return result
+
+
+def _for_everyone(message: Adapter, clients: int, name: str) -> Adapter:
+    """A message to some clients, which must be the same for each, as one to all."""
+    if any((tensor != tensor[:1]).any() for tensor in message.values()):
+        raise ValueError(f"{name}: its messages differ from client to client, so all of them must take part")
+    return repeat_adapter(client_adapter(message, 0), clients)
 
 
 def run(
@@ -143,17 +170,19 @@ def run(
     *,
     rounds: int,
     local_steps: int,
+    participation: float = 1.0,
     seed: int = 0,
     progress: bool = False,
     **training,
 ) -> Personalised:
     """Play ``rounds`` rounds of ``local_steps`` steps; ``training`` goes to ``train`` (lr, batch_size, clip, …).
 
-    Each phase reads the client's batch stream ``(seed, 0)`` from where it left it the round before, so a phase with
-    all the steps of a round sees what ``fedit`` sees. The ledger counts the messages as they were passed, and an
-    optimiser step for every model that took one.
+    Each phase reads the client's batch stream ``(seed, 0)`` from where the round begins, so a phase with all the steps
+    of a round sees what ``fedit`` sees. ``participation``: the share of clients in each round, drawn as ``fedit`` does.
+    The ledger counts the messages as they were passed, and an optimiser step for every model that took one.
 
-    Raises ``ValueError`` for a phase that trains none of the tensors.
+    Raises ``ValueError`` for a phase that trains none of the tensors, and for less than full participation in a method
+    whose messages differ from client to client.
 
     >>> from potara_lite import Setting, evaluate, prepare
     >>> from potara_lite.algorithms import FEDSA
@@ -161,53 +190,65 @@ def run(
     >>> adapted, federation = prepare(setting, seed=0)
     >>> result = run(FEDSA, adapted, federation.train, rounds=2, local_steps=1)
     >>> loss, accuracy = evaluate(result.adapted, result.personal, federation.test)
-    >>> accuracy.shape, result.ledger.up.tolist()
-    (torch.Size([2]), [81920, 81920])
+    >>> accuracy.shape, result.ledger.up.tolist(), result.by_round.up[:, 0].tolist()
+    (torch.Size([2]), [81920, 81920], [40960, 40960, 0])
     """
-    model, everyone = algorithm.backbone(adapted), torch.arange(len(split))
-    tensors, ledger = algorithm.start(repeat_adapter(adapted.initial, len(split))), Ledger.zeros(len(split))
+    model, clients, everyone = algorithm.backbone(adapted), len(split), torch.arange(len(split))
+    tensors, paid = algorithm.start(repeat_adapter(adapted.initial, clients)), []
     memory: list[OptimizerState | None] = [None] * len(algorithm.phases)
 
-    def local(tensors: Adapter, steps: int, number: int) -> tuple[Adapter, Ledger]:
-        spent = Ledger.zeros(len(split))
+    def local(tensors: Adapter, chosen: Tensor, steps: int, number: int) -> tuple[Adapter, Ledger]:
+        spent, part = Ledger.zeros(clients), split if len(chosen) == clients else split.rows(chosen.tolist())
         for i, phase in enumerate(algorithm.phases):
             if not (moving := [name for name in tensors if phase.trains(name)]):
                 raise ValueError(f"{algorithm.name}: phase {i} trains none of {sorted(tensors)}")
-            count = phase.steps(steps)
+            count, moving = phase.steps(steps), {name: tensors[name] for name in moving}
+            if memory[i] is None:
+                memory[i] = OptimizerState.zeros(flatten(moving))
+            index = chosen.to(memory[i].steps.device)
             trained = train(
                 model,
-                {name: tensors[name] for name in moving},
-                split,
+                _some(moving, chosen),
+                part,
                 steps=count,
                 start=number * phase.steps(local_steps),
-                state=memory[i],
+                state=memory[i].rows(index),
                 seed=(seed, 0),
                 objective=phase.objective or (lambda f, mine: f(algorithm.personal(mine))),
-                fixed={name: tensor for name, tensor in tensors.items() if name not in moving},
+                fixed=_some({name: tensor for name, tensor in tensors.items() if name not in moving}, chosen),
                 **training,
             )
-            tensors = tensors | trained.adapters
-            memory[i] = trained.state if algorithm.keep_optimizer else None
-            spent = spent.add(everyone, steps=count * phase.models)
+            tensors = _with_rows(tensors, chosen, trained.adapters)
+            memory[i] = memory[i].put(index, trained.state) if algorithm.keep_optimizer else None
+            spent = spent.add(chosen, steps=count * phase.models)
         return tensors, spent
 
-    def passed(message: Adapter) -> Tensor:
-        return algorithm.weigh(message, len(split)) if message else torch.zeros_like(everyone)
+    def passed(message: Adapter, some: Tensor) -> Tensor:
+        size = algorithm.weigh(message, len(some)) if message else torch.zeros_like(some)
+        return torch.zeros_like(everyone).index_copy(0, some, size)
 
     message = {name: tensor for name, tensor in tensors.items() if algorithm.travels(name)}
+    if participation < 1:
+        message = _for_everyone(message, clients, algorithm.name)
     for number in tqdm(range(rounds + 1), disable=not progress, unit="round", desc=algorithm.name):
-        ledger = replace(ledger, down=ledger.down + passed(message))
-        tensors = algorithm.settle(tensors | message, number)
-        if number == rounds:
-            break
-        tensors, spent = local(tensors, local_steps, number)
-        sent = {name: tensor for name, tensor in tensors.items() if algorithm.travels(name)}
-        ledger = replace(ledger + spent, up=ledger.up + passed(sent))
-        message = algorithm.aggregate(sent, split.sizes) if sent else {}
+        chosen = everyone if number == rounds else participants(split.ids, participation, seed, number)
+        heard = everyone if algorithm.all_listen else chosen
+        settled = algorithm.settle(_some(tensors | message, heard), number)
+        tensors = settled if len(heard) == clients else _with_rows(tensors, heard, settled)
+        ledger = replace(Ledger.zeros(clients), down=passed(_some(message, heard), heard))
+        if number < rounds:
+            tensors, spent = local(tensors, chosen, local_steps, number)
+            sent = _some({name: tensor for name, tensor in tensors.items() if algorithm.travels(name)}, chosen)
+            ledger = replace(ledger + spent, up=passed(sent, chosen))
+            message = algorithm.aggregate(sent, split.sizes[chosen.to(split.sizes.device)]) if sent else {}
+            if len(chosen) < clients:
+                message = _for_everyone(message, clients, algorithm.name)
+        paid.append(ledger)
     federated, personal = algorithm.federated and algorithm.federated(tensors), algorithm.personal(tensors)
     if algorithm.finetune:
         memory[:] = [None] * len(memory)
-        tensors, spent = local(tensors, algorithm.finetune, rounds)
-        ledger, after = ledger + spent, algorithm.personal(tensors)
+        tensors, spent = local(tensors, everyone, algorithm.finetune, rounds)
+        paid[-1], after = paid[-1] + spent, algorithm.personal(tensors)
         personal = merge_exact(personal, after, algorithm.keep) if algorithm.keep else after
-    return Personalised(model, personal, federated, ledger, tensors)
+    by_round = Ledger.by_round(paid)
+    return Personalised(model, personal, federated, by_round.total(), by_round, tensors)

@@ -1,0 +1,274 @@
+"""The benchmark of the field: equal budgets, rows that nobody computes twice, and tables checked by hand."""
+
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from test_benchmark import script
+from torch.nn import functional as F
+
+from potara_lite import algorithms as A
+from potara_lite import methods as M
+from potara_lite.adapters import client_adapter, flatten, nbytes
+from potara_lite.benchmark import Setting, train_pair
+from potara_lite.federated import fedit
+from potara_lite.merging import merge_exact
+from potara_lite.sweep import COLUMNS, against, finished, leaderboard, sweep, union
+
+SETTING = Setting(clients=3, batch_size=4, lr=1e-2, rounds=2, round_steps=2, local_steps=4)
+ALL = M.METHODS | M.REFERENCES
+PARTS = {"federated part": 4, "local part": 4}
+
+
+@pytest.fixture(scope="module")
+def cell(adapted, federation):
+    return M.Cell(adapted, federation, SETTING, 0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_method_takes_the_same_steps_and_gives_every_client_a_model(cell, name):
+    result = ALL[name](cell)
+    assert result.ledger.steps.tolist() == [PARTS.get(name, cell.steps)] * 3
+    for client in range(3):
+        x, y = cell.federation.test.client(client)
+        assert F.cross_entropy(result.adapted(client_adapter(result.adapters, client), x), y).isfinite()
+    assert result.seconds >= 0 and (result.weight is None or result.weight.shape == (3,))
+
+
+def test_potara_pays_two_thirds_of_fedits_bytes(adapted, federation):
+    cell = M.Cell(adapted, federation, replace(SETTING, rounds=4), 0)  # 8 federated steps, 4 local ones
+    potara, other = (M.METHODS[name](cell).ledger for name in ("potara", "FedIT"))
+    size = nbytes(adapted.initial)
+    assert potara.up.tolist() == [4 * size + 4 * 9] * 3  # nine numbers for the weight
+    assert other.up.tolist() == [6 * size] * 3
+
+
+def test_methods_are_what_they_are_called(cell):
+    pair = train_pair(cell.adapted, cell.federation, SETTING, 0)
+    assert torch.equal(flatten(M.METHODS["local part"](cell).adapters), flatten(pair.local))
+    assert torch.equal(flatten(M.METHODS["federated part"](cell).adapters), flatten(pair.federated))
+    half = merge_exact(pair.federated, pair.local, 0.5)
+    torch.testing.assert_close(flatten(M.METHODS["uniform"](cell).adapters), flatten(half), rtol=1e-5, atol=1e-7)
+    longer = fedit(cell.adapted, cell.federation.train, rounds=4, local_steps=2, batch_size=4, lr=1e-2).adapter
+    found = M.METHODS["FedIT"](cell).adapters
+    assert all(torch.allclose(found[name][1], tensor, rtol=1e-5, atol=1e-7) for name, tensor in longer.items())
+
+
+def test_a_budget_that_rounds_cannot_fill_is_refused(adapted, federation):
+    cell = M.Cell(adapted, federation, replace(SETTING, local_steps=3), 0)
+    with pytest.raises(ValueError, match="Ditto: rounds of 4 steps do not make 7"):
+        M.played(A.ditto())(cell)
+
+
+def test_options_replace_the_settings(cell):
+    usual, other = M.played(A.FEDSA)(cell), M.played(A.FEDSA, lr=1e-4)(cell)
+    assert (flatten(usual.adapters) - flatten(other.adapters)).abs().max() > 1e-3
+
+
+def test_fisher_merging_of_one_client_is_fisher_merging(cell):
+    """By hand: both deltas in full, the Fisher of every entry, their weighted mean."""
+    from potara_lite.adapters import delta
+    from potara_lite.fisher import delta_gradients
+
+    pair, adapted = cell.pair, cell.adapted
+    merged = delta(M.METHODS["Fisher merging"](cell).adapters, adapted.scaling)
+    both = [delta(model, adapted.scaling) for model in (pair.federated, pair.local)]
+    samples = cell.federation.calibration
+    fishers = [
+        delta_gradients(adapted, model, samples).square().sum(1) / samples.sizes.unsqueeze(1)
+        for model in (pair.federated, pair.local)
+    ]
+    flat = [torch.cat([t.flatten(1) for t in change.values()], 1) for change in both]
+    total = fishers[0] + fishers[1]
+    expected = torch.where(
+        total > 1e-12, (fishers[0] * flat[0] + fishers[1] * flat[1]) / total, (flat[0] + flat[1]) / 2
+    )
+    found = torch.cat([merged[name].flatten(1) for name in both[0]], 1)
+    sure = total > 1e-10
+    torch.testing.assert_close(found[sure], expected[sure], rtol=1e-3, atol=1e-6)
+
+
+def test_the_union_is_everybodys_first_examples(federation):
+    shared = union(federation.test, 5)  # sizes 7, 4 and 6
+    assert shared.sizes.tolist() == [14] * 3 and shared.x.shape[:2] == (3, 14)
+    expected = torch.cat([federation.test.x[i, :n] for i, n in enumerate((5, 4, 5))])
+    for client in range(3):
+        assert torch.equal(shared.x[client], expected)
+    assert (shared.y >= 0).all()
+
+
+def few(*names):
+    return {name: M.METHODS[name] for name in names}
+
+
+@pytest.fixture
+def prepared(adapted, federation):
+    return lambda setting, seed: (adapted, federation)
+
+
+def test_a_sweep_gives_a_row_per_client_and_never_computes_twice(tmp_path, prepared):
+    calls = []
+
+    def counted(name):
+        def method(cell):
+            calls.append((name, cell.seed))
+            return M.METHODS[name](cell)
+
+        return method
+
+    names, settings = ("local", "uniform"), {"one": SETTING, "two, longer": replace(SETTING, rounds=3)}
+    methods = {name: counted(name) for name in names}
+    rows = sweep(methods, settings, [0, 1], tmp_path, prepare=prepared)
+    assert list(rows.columns) == COLUMNS and len(rows) == 2 * 2 * 2 * 3 and len(calls) == 8
+    assert rows.groupby(["federation", "method", "seed"]).client.apply(list).map(lambda c: c == [0, 1, 2]).all()
+    assert rows[rows.method == "uniform"].weight.eq(0.5).all() and rows[rows.method == "local"].weight.isna().all()
+    again = sweep(methods, settings, [0, 1], tmp_path, prepare=prepared)
+    pd.testing.assert_frame_equal(rows, again)
+    assert len(calls) == 8
+    more = sweep(methods, settings, [0, 1, 2], tmp_path, prepare=prepared, part=(1, 2))
+    assert calls[8:] == [("local", 2), ("uniform", 2)]  # of six cells the second, fourth and sixth
+    assert len(more) == len(finished(tmp_path)) == 30
+    with pytest.raises(ValueError, match="another setting"):
+        sweep(methods, {"one": replace(SETTING, lr=1e-3)}, [0], tmp_path, prepare=prepared)
+
+
+def test_what_was_interrupted_goes_on_and_half_a_file_is_not_read(tmp_path, prepared):
+    def broken(cell):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(few("local") | {"uniform": broken}, {"one": SETTING}, [0], tmp_path, prepare=prepared)
+    assert set(finished(tmp_path).method) == {"local"}
+    (tmp_path / "one" / "seed-0" / "uniform.csv.1.part").write_text("federation,method\none,unif")
+    rows = sweep(few("local", "uniform"), {"one": SETTING}, [0], tmp_path, prepare=prepared)
+    assert set(rows.method) == {"local", "uniform"} and len(rows) == 6 and not rows.accuracy.isna().any()
+    clean = sweep(few("local", "uniform"), {"one": SETTING}, [0], tmp_path / "clean", prepare=prepared)
+    pd.testing.assert_frame_equal(rows.drop(columns="seconds"), clean.drop(columns="seconds"))
+
+
+def test_rows_are_judged_on_the_split_that_is_asked_for(tmp_path, prepared, cell):
+    rows = sweep(
+        few("local"), {"one": SETTING}, [0], tmp_path, prepare=prepared, judge=lambda data: data.calibration, each=2
+    )
+    result = M.METHODS["local"](cell)
+    for client in range(3):
+        model = client_adapter(result.adapters, client)
+        for split, column in ((cell.federation.calibration, ""), (union(cell.federation.calibration, 2), "union_")):
+            x, y = split.client(client)
+            logits = cell.adapted(model, x)
+            assert rows[f"{column}loss"][client] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-4)
+            assert rows[f"{column}accuracy"][client] == pytest.approx(float((logits.argmax(1) == y).float().mean()))
+
+
+def table(accuracies, method, federation="f"):
+    """Rows of one method from a matrix of accuracies (seeds, clients)."""
+    lines = [
+        [federation, method, seed, client, value, 1 - value, value / 2, 1.0, np.nan, 10, 20, 5, 1.0]
+        for seed, row in enumerate(accuracies)
+        for client, value in enumerate(row)
+    ]
+    return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def test_the_leaderboard_by_hand():
+    local = table([[0.5, 0.7], [0.6, 0.8]], "local")
+    other = table([[0.6, 0.6], [0.9, 0.9]], "m")
+    board = leaderboard(pd.concat([local, other])).loc["f"]
+    assert list(board.index) == ["m", "local"]
+    row = board.loc["m"]
+    assert row.accuracy == pytest.approx(0.75) and row["±"] == pytest.approx(0.15)  # seed means 0.6 and 0.9
+    assert row.worst == pytest.approx(0.75) and row.bottom == pytest.approx(0.6)
+    assert row.better == pytest.approx(0.75) and board.loc["local"].better == 0
+    assert row["union"] == pytest.approx(0.375) and row["bytes"] == 30
+
+
+def test_the_bottom_tenth_is_of_all_clients_of_all_seeds():
+    values = np.linspace(0, 0.95, 20).reshape(2, 10)
+    board = leaderboard(pd.concat([table(values, "m"), table(values, "local")]))
+    assert board.loc[("f", "m")].bottom == pytest.approx((0.0 + 0.05) / 2)
+
+
+def test_paired_differences_are_a_paired_t_test_over_seeds_with_holms_correction():
+    rng = np.random.default_rng(0)
+    own, *others = (rng.normal(mean, 0.02, (5, 4)) for mean in (0.8, 0.7, 0.79, 0.8))
+    rows = pd.concat([table(own, "potara"), *(table(values, f"m{i}") for i, values in enumerate(others))])
+    found = against(rows)
+    p = [stats.ttest_rel(own.mean(1), values.mean(1)).pvalue for values in others]
+    np.testing.assert_allclose(found.p, p, rtol=1e-9)
+    order = np.argsort(p)
+    holm = np.empty(3)
+    holm[order] = np.minimum(np.maximum.accumulate(np.array(p)[order] * [3, 2, 1]), 1)
+    np.testing.assert_allclose(found["p (Holm)"], holm, rtol=1e-9)
+    np.testing.assert_allclose(found.difference, [(own - values).mean() for values in others], rtol=1e-9)
+
+
+def fake_cifar100(root, monkeypatch, train=400, test=200):
+    """Small files in the format of CIFAR-100's Python version, and the checksums that torchvision expects of them."""
+    import hashlib
+
+    from torchvision.datasets import CIFAR100
+
+    folder, rng, sums = root / "cifar-100-python", np.random.default_rng(0), {}
+    folder.mkdir()
+    for name, n in (("train", train), ("test", test)):
+        content = {
+            "data": rng.integers(0, 256, (n, 3072), dtype=np.uint8),
+            "fine_labels": (np.arange(n) % 100).tolist(),
+        }
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
+    for name in ("train", "test", "meta"):
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": sums["meta"]})
+
+
+def test_the_paper_scale_runs_on_files_in_the_format_of_cifar100(tmp_path, monkeypatch):
+    """Its own loader and backbone (random, and of two blocks) on a federation of two small clients."""
+    import torchvision
+
+    field = script("field")
+    fake_cifar100(tmp_path, monkeypatch)
+
+    def small(name, weights):
+        assert name == "vit_b_16"
+        return torchvision.models.VisionTransformer(224, 112, 2, 2, 8, 16)
+
+    monkeypatch.setattr(torchvision.models, "get_model", small)
+    setting = replace(
+        field.SCALES["paper"]["8 clients"], clients=2, train_size=6, calibration_size=4, test_size=6, rank=2,
+        batch_size=4, rounds=1, round_steps=2, local_steps=2,
+    )  # fmt: skip
+    load = lambda setting, seed: field.prepare_paper(str(tmp_path), setting, seed, weights=None, download=False)  # noqa: E731
+    adapted, federation = load(setting, 0)
+    assert federation.classes == 100 and federation.train.x.shape == (2, 6, 3, 32, 32)
+    rows = sweep(few("FedIT", "potara"), {"paper": setting}, [0], tmp_path / "out", prepare=load)
+    assert len(rows) == 4 and rows.loss.map(np.isfinite).all()
+
+
+def test_every_scale_has_the_same_methods_and_budgets_that_rounds_can_fill():
+    field = script("field")
+    for settings in field.SCALES.values():
+        for setting in settings.values():
+            steps = setting.rounds * setting.round_steps + setting.local_steps
+            assert steps % (2 * setting.round_steps) == 0 and (steps - setting.local_steps) % setting.round_steps == 0
+    paper = field.SCALES["paper"]
+    assert {s.clients for s in paper.values()} == {8, 20} and all(s.train_size == 1000 for s in paper.values())
+
+
+def test_the_script_runs_at_its_quick_scale(tmp_path, monkeypatch, capsys):
+    field = script("field")
+    monkeypatch.setattr(field, "HERE", tmp_path)
+    monkeypatch.setattr("sys.argv", ["field.py", "--scale", "quick", "--out", str(tmp_path / "field")])
+    field.main()
+    rows = pd.read_csv(tmp_path / "field-quick.csv.gz")
+    assert set(rows.method) == set(ALL) and len(rows) == 2 * len(ALL)
+    monkeypatch.setattr("sys.argv", ["field.py", "--scale", "quick", "--report", "--out", str(tmp_path / "field")])
+    field.main()
+    pd.testing.assert_frame_equal(rows, pd.read_csv(tmp_path / "field-quick.csv.gz"))
+    assert "potara" in capsys.readouterr().out
