@@ -20,11 +20,11 @@ from pathlib import Path
 from potara_lite import Setting, attach, from_torchvision, prepare, torchvision_vit
 from potara_lite import algorithms as A
 from potara_lite import baselines as B
-from potara_lite.methods import METHODS, REFERENCES, merging, played
+from potara_lite.methods import METHODS, REFERENCES, alone, merging, played
 from potara_lite.sweep import against, finished, leaderboard, sweep
 
 HERE = Path(__file__).parent
-LAB = Setting(test_size=200)
+LAB = Setting(test_size=200, rounds=24, local_steps=60)
 PAPER = Setting(
     train_size=1000, test_size=500, rank=16, batch_size=32, lr=1e-3, rounds=80, round_steps=5, local_steps=300
 )
@@ -82,6 +82,8 @@ def candidates() -> dict:
             "FedALT": A.fedalt(),
         }.items()
     }
+    for lr in (2e-3, 4e-3, 8e-3):
+        tried[f"local, lr={lr:g}"] = alone(lr=lr)
     for strength in (0.01, 0.1, 1.0):
         tried[f"FedProx, mu={strength:g}"] = played(A.fedprox(strength))
         tried[f"Ditto, strength={strength:g}"] = played(A.ditto(strength))

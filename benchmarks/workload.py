@@ -1,6 +1,6 @@
 """What the engine's benchmarks share: the clients, one client's plain training code, and paired timing.
 
-    python benchmarks/workload.py     # writes the table of benchmarks/README.md from the JSON files
+python benchmarks/workload.py     # writes the table of benchmarks/README.md from the JSON files
 """
 
 from __future__ import annotations

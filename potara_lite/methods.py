@@ -30,7 +30,7 @@ from .merging import from_delta, merge_exact, merge_factors
 from .rounds import Algorithm, run
 from .training import train
 
-__all__ = ["METHODS", "REFERENCES", "Cell", "Method", "Result", "merging", "played"]
+__all__ = ["METHODS", "REFERENCES", "Cell", "Method", "Result", "alone", "merging", "played"]
 
 
 @dataclass
@@ -107,15 +107,17 @@ def tuned_after(algorithm: Algorithm, **options) -> Method:
     return played(lambda setting: A.finetuned(algorithm, setting.local_steps), **options)
 
 
-def alone(cell: Cell) -> Result:
-    """Local training for all of the steps."""
-    clients, began = len(cell.federation), time.perf_counter()
-    initial = repeat_adapter(cell.adapted.initial, clients)
-    trained = train(
-        cell.adapted, initial, cell.federation.train, steps=cell.steps, seed=(cell.seed, 1), **cell.training
-    )
-    paid = Ledger.zeros(clients).add(torch.arange(clients), steps=cell.steps)
-    return Result(cell.adapted, trained.adapters, paid, time.perf_counter() - began)
+def alone(**options) -> Method:
+    """Local training for all of the steps; ``options`` (lr, …) replace the setting's."""
+
+    def method(cell: Cell) -> Result:
+        clients, began = len(cell.federation), time.perf_counter()
+        initial, training = repeat_adapter(cell.adapted.initial, clients), cell.training | options
+        trained = train(cell.adapted, initial, cell.federation.train, steps=cell.steps, seed=(cell.seed, 1), **training)
+        paid = Ledger.zeros(clients).add(torch.arange(clients), steps=cell.steps)
+        return Result(cell.adapted, trained.adapters, paid, time.perf_counter() - began)
+
+    return method
 
 
 def part(which: int) -> Method:
@@ -193,7 +195,7 @@ def best_on_test(cell: Cell) -> tuple[Adapter, E.Estimate]:
 
 
 METHODS: dict[str, Method] = {
-    "local": alone,
+    "local": alone(),
     "local part": part(1),
     "federated part": part(0),
     "FedIT": played(A.FEDIT),
