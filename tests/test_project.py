@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -101,3 +102,27 @@ def test_everything_public_exists():
     for module in (importlib.import_module(f"potara_lite.{name}") for name in names):
         assert module.__doc__ and all(hasattr(module, name) for name in module.__all__)
         assert all(getattr(module, name).__doc__ for name in module.__all__ if callable(getattr(module, name)))
+
+
+def test_the_engines_table_is_that_of_the_committed_figures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import workload
+
+    table = workload.table()
+    assert f"<!-- engine -->\n{table}\n<!-- /engine -->" in (ROOT / "benchmarks" / "README.md").read_text()
+
+
+def test_what_is_said_of_the_engine_holds_of_the_committed_figures():
+    rows = json.loads((ROOT / "benchmarks" / "engine.json").read_text())["rows"]
+    loops = {
+        (row["clients"], row["batch_size"]): row["ratio to engine"]["sequential"]["median"]
+        for row in rows
+        if row["what"] == "training"
+    }
+    assert all(loops[1, batch] < 1 for batch in (4, 8, 32))
+    for batch in (4, 8, 32):
+        assert loops[1, batch] < loops[8, batch] < loops[32, batch] < loops[128, batch]
+    for clients in (8, 32, 128):
+        assert loops[clients, 4] > loops[clients, 8] > loops[clients, 32]
+    flower = json.loads((ROOT / "benchmarks" / "engine_flower.json").read_text())["rows"][0]["ratio to engine"]
+    assert 1 < flower["flower, kept"]["median"] < flower["flower"]["median"]
