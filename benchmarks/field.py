@@ -21,7 +21,8 @@ from potara_lite import Setting, attach, from_torchvision, prepare, torchvision_
 from potara_lite import algorithms as A
 from potara_lite import baselines as B
 from potara_lite.methods import METHODS, REFERENCES, alone, merging, played
-from potara_lite.sweep import against, finished, leaderboard, sweep
+from potara_lite.plots import frontiers
+from potara_lite.sweep import against, efficient, finished, leaderboard, sweep
 
 HERE = Path(__file__).parent
 LAB = Setting(test_size=200, rounds=24, local_steps=60)
@@ -95,10 +96,12 @@ def candidates() -> dict:
 
 
 def report(rows, name: str) -> None:
-    """Write the rows, and print the two tables that are read off them."""
+    """Write the rows and the figure, and print the tables that are read off the rows."""
     rows.to_csv(HERE / f"field-{name}.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
-    print(leaderboard(rows).to_string(float_format="{:.3f}".format))
+    board = leaderboard(rows)
+    print(board.to_string(float_format="{:.3f}".format))
     if "potara" in set(rows.method):
+        frontiers(board, efficient(board)).savefig(HERE / f"field-{name}.png", dpi=120)
         print(against(rows).to_string(float_format="{:.4f}".format))
 
 

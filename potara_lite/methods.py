@@ -30,7 +30,7 @@ from .merging import from_delta, merge_exact, merge_factors
 from .rounds import Algorithm, run
 from .training import train
 
-__all__ = ["METHODS", "REFERENCES", "Cell", "Method", "Result", "alone", "merging", "played"]
+__all__ = ["METHODS", "REFERENCES", "Cell", "Result", "alone", "merging", "played"]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .data import Split
 
-__all__ = ["COLOURS", "along_weight", "frontier", "label_counts", "overview"]
+__all__ = ["COLOURS", "along_weight", "frontier", "frontiers", "label_counts", "overview"]
 
 COLOURS = {  # Okabe & Ito's palette, safe for colour-blind readers
     "federated": "#0072B2",
@@ -111,6 +111,33 @@ def _frontier(panel, table: pd.DataFrame) -> None:
     panel.set_ylabel("mean client accuracy (test)")
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(fontsize=8, frameon=False)
+
+
+def frontiers(board: pd.DataFrame, efficient: pd.Series, highlight: str = "potara") -> Figure:
+    """A panel per federation of a ``sweep.leaderboard``: mean client accuracy against megabytes per client.
+
+    The line joins the ``efficient`` methods, which are named; bars are standard errors over seeds.
+    """
+    names = list(dict.fromkeys(board.index.get_level_values("federation")))
+    figure = Figure(figsize=(4.6 * len(names), 5), layout="constrained")
+    for panel, name in zip(np.atleast_1d(figure.subplots(1, len(names), sharex=True)), names):
+        table = board.loc[name].assign(MB=lambda t: t["bytes"] / 1e6, best=efficient[name])
+        table = table[~table.index.str.contains("reference")]
+        for method, row in table.iterrows():
+            shade = COLOURS["federated"] if row["best"] else "#BBBBBB"
+            shade = COLOURS["potara"] if method == highlight else shade
+            error = None if np.isnan(row["±"]) else row["±"]
+            panel.errorbar(row["MB"], row["accuracy"], yerr=error, fmt="o", ms=5, color=shade, lw=1)
+        line = table[table["best"]].sort_values("MB")
+        panel.plot(line["MB"], line["accuracy"], color=COLOURS["federated"], lw=1, zorder=0, drawstyle="steps-post")
+        for method, row in table[table["best"] | (table.index == highlight)].iterrows():
+            panel.annotate(method, (row["MB"], row["accuracy"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        panel.set_xscale("symlog", linthresh=1)
+        panel.set_title(name, fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("communication per client, up + down (MB; linear below 1)", fontsize=9)
+    figure.supylabel("mean client accuracy (test)", fontsize=9)
+    return figure
 
 
 def overview(

@@ -24,7 +24,7 @@ from .data import Federation, Split
 from .methods import Cell, Method
 from .training import evaluate
 
-__all__ = ["COLUMNS", "against", "finished", "leaderboard", "sweep", "union"]
+__all__ = ["COLUMNS", "against", "efficient", "finished", "leaderboard", "sweep", "union"]
 
 COLUMNS = ["federation", "method", "seed", "client", "accuracy", "loss", "union_accuracy", "union_loss", "weight",
            "bytes_up", "bytes_down", "steps", "seconds"]  # fmt: skip
@@ -61,6 +61,17 @@ def sweep(
     settings, not the methods: when a method changes, delete its files.
 
     Raises ``ValueError`` when the folder holds a federation of the same name and another setting.
+
+    A method of your own beside one of the field (LG-FedAvg shares the head and keeps the rest; arXiv 2001.01523):
+
+    >>> import tempfile
+    >>> from potara_lite.methods import METHODS, played
+    >>> from potara_lite.rounds import Algorithm, is_head
+    >>> mine = {"LG-FedAvg": played(Algorithm("LG-FedAvg", travels=is_head)), "local": METHODS["local"]}
+    >>> tiny = Setting(clients=2, train_size=8, calibration_size=4, test_size=8, rounds=1, round_steps=1, local_steps=1)
+    >>> rows = sweep(mine, {"tiny": tiny}, seeds=[0, 1], folder=tempfile.mkdtemp())
+    >>> leaderboard(rows).loc["tiny", "bytes"].sort_index().tolist()
+    [25800.0, 0.0]
     """
     folder, cells = Path(folder), [(name, seed) for name in settings for seed in seeds]
     for name, setting in settings.items():
@@ -148,6 +159,19 @@ def leaderboard(rows: pd.DataFrame, local: str = "local") -> pd.DataFrame:
     names = list(dict.fromkeys(rows.federation))
     parts = [table.loc[[name]].sort_values("accuracy", ascending=False, kind="stable") for name in names]
     return pd.concat(parts)
+
+
+def efficient(board: pd.DataFrame) -> pd.Series:
+    """Which lines of a leaderboard no other of the same federation beats: none is as accurate for fewer bytes, or more
+    accurate for as many. References on test data do not count and are never efficient themselves."""
+    real = ~board.index.get_level_values("method").str.contains("reference")
+    result = pd.Series(False, index=board.index)
+    for line in board.index[real]:
+        one, others = board.loc[line], board[real & (board.index.get_level_values(0) == line[0])]
+        better = (others["bytes"] <= one["bytes"]) & (others.accuracy >= one.accuracy)
+        strictly = (others["bytes"] < one["bytes"]) | (others.accuracy > one.accuracy)
+        result[line] = not (better & strictly).any()
+    return result
 
 
 def against(rows: pd.DataFrame, method: str = "potara", score: str = "accuracy") -> pd.DataFrame:

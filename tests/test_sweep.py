@@ -17,7 +17,8 @@ from potara_lite.adapters import client_adapter, flatten, nbytes
 from potara_lite.benchmark import Setting, train_pair
 from potara_lite.federated import fedit
 from potara_lite.merging import merge_exact
-from potara_lite.sweep import COLUMNS, against, finished, leaderboard, sweep, union
+from potara_lite.plots import frontiers
+from potara_lite.sweep import COLUMNS, against, efficient, finished, leaderboard, sweep, union
 
 SETTING = Setting(clients=3, batch_size=4, lr=1e-2, rounds=2, round_steps=2, local_steps=4)
 ALL = M.METHODS | M.REFERENCES
@@ -192,6 +193,26 @@ def test_the_bottom_tenth_is_of_all_clients_of_all_seeds():
     assert board.loc[("f", "m")].bottom == pytest.approx((0.0 + 0.05) / 2)
 
 
+def test_what_no_method_beats_is_efficient():
+    def line(method, accuracy, size):
+        return table([[accuracy, accuracy], [accuracy, accuracy]], method).assign(bytes_up=size, bytes_down=0)
+
+    rows = pd.concat(
+        [
+            line("local", 0.5, 0), line("cheap", 0.7, 10), line("as good, dearer", 0.7, 20), line("worse", 0.6, 10),
+            line("best", 0.8, 30), line("twin of best", 0.8, 30), line("oracle (reference)", 0.9, 1),
+        ]
+    )  # fmt: skip
+    board = leaderboard(rows)
+    found = efficient(board)
+    assert set(found[found].index.get_level_values("method")) == {"local", "cheap", "best", "twin of best"}
+    figure = frontiers(board, found, highlight="worse")
+    panel = figure.axes[0]
+    assert {text.get_text() for text in panel.texts} == {"local", "cheap", "best", "twin of best", "worse"}
+    stairs = panel.lines[-1].get_xydata()
+    assert stairs[:, 1].tolist() == pytest.approx([0.5, 0.7, 0.8, 0.8])
+
+
 def test_paired_differences_are_a_paired_t_test_over_seeds_with_holms_correction():
     rng = np.random.default_rng(0)
     own, *others = (rng.normal(mean, 0.02, (5, 4)) for mean in (0.8, 0.7, 0.79, 0.8))
@@ -268,6 +289,7 @@ def test_the_script_runs_at_its_quick_scale(tmp_path, monkeypatch, capsys):
     field.main()
     rows = pd.read_csv(tmp_path / "field-quick.csv.gz")
     assert set(rows.method) == set(ALL) and len(rows) == 2 * len(ALL)
+    assert (tmp_path / "field-quick.png").stat().st_size > 10_000
     monkeypatch.setattr("sys.argv", ["field.py", "--scale", "quick", "--report", "--out", str(tmp_path / "field")])
     field.main()
     pd.testing.assert_frame_equal(rows, pd.read_csv(tmp_path / "field-quick.csv.gz"))
