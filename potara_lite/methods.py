@@ -2,9 +2,11 @@
 
 Every method gets the same optimiser steps per client: those of Potara's federated and local training together. A round
 of a method that trains two models costs twice the steps, so it plays half as many rounds. All methods see the same
-initial adapter, the same training examples and the same batch stream; calibration examples train nobody.
+initial adapter and the same training examples; federated ones read one batch stream, training alone has another.
+Calibration examples train nobody.
 
-Options that a method needs were chosen on calibration examples of other seeds (``benchmarks/field.py --tune``).
+Options of the methods are common ones, not tuned; ``benchmarks/field.py --tune`` tries some of them on
+calibration examples of another seed.
 """
 
 from __future__ import annotations
