@@ -1,5 +1,7 @@
 """Rounds with some of the clients, and what each client pays in each of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,9 +25,7 @@ def test_the_draws_of_these_tests_leave_out_more_than_one_client():
 
 @pytest.mark.parametrize("keep_optimizer", [True, False])
 def test_with_some_of_the_clients_it_is_fedit_still(adapted64, federation64, keep_optimizer):
-    import dataclasses
-
-    algorithm = dataclasses.replace(FEDIT, keep_optimizer=keep_optimizer)
+    algorithm = replace(FEDIT, keep_optimizer=keep_optimizer)
     one = run(algorithm, adapted64, federation64.train, rounds=4, **SOME)
     two = fedit(adapted64, federation64.train, rounds=4, keep_optimizer=keep_optimizer, **SOME)
     flat = flatten(repeat_adapter(two.adapter, 3))
