@@ -17,10 +17,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
+
 from potara_lite import Setting, attach, from_torchvision, prepare, torchvision_vit
-from potara_lite import algorithms as A
-from potara_lite import baselines as B
-from potara_lite.methods import METHODS, REFERENCES, alone, merging, played
+from potara_lite.methods import FAMILIES, METHODS, REFERENCES, Cell, Method, Result
 from potara_lite.plots import frontiers
 from potara_lite.sweep import against, efficient, finished, leaderboard, sweep
 
@@ -42,57 +42,89 @@ SCALES = {
     },
     "paper": {"8 clients": PAPER, "20 clients": replace(PAPER, clients=20)},
 }
+PAIR = "federated and local model of the merges"
 SEEDS = {"quick": range(1), "lab": range(5), "paper": range(5)}
 
 
 def prepare_paper(root: str, setting: Setting, seed: int, *, weights: str | None = "DEFAULT", download: bool = True):
     """CIFAR-100 and torchvision's ViT-B/16 with LoRA on its MLPs."""
-    federation = from_torchvision(
-        "CIFAR100",
-        root,
-        download=download,
-        clients=setting.clients,
-        train_size=setting.train_size,
-        calibration_size=setting.calibration_size,
-        test_size=setting.test_size,
-        alpha=setting.alpha,
-        shift=setting.shift,
-        seed=seed,
-    )
+    federation = from_torchvision("CIFAR100", root, download=download, **setting.partition, seed=seed)
     backbone = torchvision_vit(classes=federation.classes, weights=weights)
     adapted = attach(backbone, rank=setting.rank, targets=("mlp.0", "mlp.3"), head="heads.head", seed=seed)
     return adapted.to(setting.device), federation.to(setting.device)
 
 
-def candidates() -> dict:
-    """The options that were tried, a method each."""
-    tried = {
-        f"{name}, lr={lr:g}": played(algorithm, lr=lr)
-        for lr in (2e-3, 4e-3, 8e-3)
-        for name, algorithm in {
-            "FedIT": A.FEDIT,
-            "FFA-LoRA": A.FFA,
-            "FedEx-LoRA": A.FEDEX,
-            "FLoRA": A.FLORA,
-            "FlexLoRA": A.flexlora(),
-            "FedSA-LoRA": A.FEDSA,
-            "FedPer": A.FEDPER,
-            "FedRep": A.fedrep(),
-            "APFL": A.apfl(),
-            "FedDPA-T": A.feddpa(),
-            "FedALT": A.fedalt(),
-        }.items()
-    }
-    for lr in (2e-3, 4e-3, 8e-3):
-        tried[f"local, lr={lr:g}"] = alone(lr=lr)
-    for strength in (0.01, 0.1, 1.0):
-        tried[f"FedProx, mu={strength:g}"] = played(A.fedprox(strength))
-        tried[f"Ditto, strength={strength:g}"] = played(A.ditto(strength))
-    for value in (0.5, 0.6, 0.8, 1.0):
-        tried[f"task arithmetic, coefficient={value:g}"] = merging(
-            lambda cell, value=value: B.task_arithmetic((cell.pair.federated, cell.pair.local), value)
-        )
+RATES = 1, 0.5, 2
+OPTIONS = {  # what is tried: of each option first what the others are tried at
+    "local": {"lr": RATES},
+    "FedIT": {"lr": RATES},
+    "FedIT, fine-tuned": {"lr": RATES},
+    "WiSE-FT": {"lr": RATES, "weight": (0.5, 0.25, 0.75)},
+    "FedProx": {"lr": RATES, "mu": (0.1, 0.01, 1)},
+    "FedProx, fine-tuned": {"lr": RATES, "mu": (0.1, 0.01, 1)},
+    "FFA-LoRA": {"lr": RATES},
+    "FFA-LoRA, fine-tuned": {"lr": RATES},
+    "FedEx-LoRA": {"lr": RATES},
+    "FedEx-LoRA, fine-tuned": {"lr": RATES},
+    "FLoRA": {"lr": RATES},
+    "FLoRA, fine-tuned": {"lr": RATES},
+    "FlexLoRA": {"lr": RATES},
+    "FlexLoRA, fine-tuned": {"lr": RATES},
+    "FedSA-LoRA": {"lr": RATES},
+    "FedPer": {"lr": RATES},
+    "FedRep": {"lr": RATES, "head_share": (0.5, 0.2)},
+    "Ditto": {"lr": RATES, "strength": (0.1, 0.01, 1)},
+    "APFL": {"lr": RATES, "weight": (0.5, 0.25, 0.75)},
+    "FedDPA-T": {"lr": RATES, "weight": (0.5, 0.25, 0.75)},
+    "FedALT": {"lr": RATES},
+    "task arithmetic": {"coefficient": (0.5, 0.4, 0.6, 0.8, 1)},
+    "TIES": {"density": (0.2, 0.5, 1), "coefficient": (1, 0.7, 1.5)},
+    "DARE": {"drop": (0.9, 0.5, 0.2)},
+    PAIR: {"lr": RATES},
+}
+
+
+def equal_merge(lr: float = 1) -> Method:
+    """Half of each of the two models that all merges share, trained at another learning rate."""
+
+    def method(cell: Cell) -> Result:
+        return METHODS["uniform"](replace(cell, setting=replace(cell.setting, lr=lr * cell.setting.lr)))
+
+    return method
+
+
+def usual(options: dict[str, tuple]) -> dict[str, float]:
+    """What each option is while another one is tried."""
+    return {option: values[0] for option, values in options.items()}
+
+
+def label(name: str, options: dict[str, float]) -> str:
+    """A method and its options as a name."""
+    return f"{name} ({', '.join(f'{option}={value:g}' for option, value in options.items())})"
+
+
+def candidates() -> dict[str, Method]:
+    """The methods to be tuned, with one option at a time other than the first."""
+    tried = {}
+    for name, options in OPTIONS.items():
+        family = (FAMILIES | {PAIR: equal_merge})[name]
+        for option, values in options.items():
+            for value in values:
+                own = usual(options) | {option: value}
+                tried[label(name, own)] = family(**own)
     return tried
+
+
+def best(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Of each method's options the values with the highest mean accuracy, each chosen beside the others' first."""
+    accuracy, chosen = rows.groupby("method").accuracy.mean(), {}
+    for name, options in OPTIONS.items():
+
+        def score(option: str, value: float, name: str = name, options: dict = options) -> float:
+            return accuracy[label(name, usual(options) | {option: value})]
+
+        chosen[name] = {option: max(values, key=partial(score, option)) for option, values in options.items()}
+    return chosen
 
 
 def report(rows, name: str) -> None:
@@ -100,6 +132,9 @@ def report(rows, name: str) -> None:
     rows.to_csv(HERE / f"field-{name}.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
     board = leaderboard(rows)
     print(board.to_string(float_format="{:.3f}".format))
+    if name.endswith("tune"):
+        for method, options in best(rows).items():
+            print(f"{method}: {options}")
     if "potara" in set(rows.method):
         frontiers(board, efficient(board)).savefig(HERE / f"field-{name}.png", dpi=120)
         print(against(rows).to_string(float_format="{:.4f}".format))
@@ -117,8 +152,9 @@ def main() -> None:
     args = parser.parse_args()
     settings = {name: replace(setting, device=args.device) for name, setting in SCALES[args.scale].items()}
     methods, seeds, options = METHODS | REFERENCES, SEEDS[args.scale], {}
-    if args.tune:
+    if args.tune:  # calibration examples train nobody, and more of them cost next to nothing
         methods, seeds, options = candidates(), [100], {"judge": lambda federation: federation.calibration}
+        settings = {name: replace(setting, calibration_size=150) for name, setting in settings.items()}
     i, n = map(int, args.part.split("/"))
     name = f"{args.scale}-tune" if args.tune else args.scale
     if not args.report:

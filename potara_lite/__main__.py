@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 from dataclasses import asdict, fields
@@ -15,7 +14,7 @@ import torch
 
 from . import __version__
 from .adapters import client_adapter, save_adapter
-from .benchmark import ORACLE, Outcome, Setting, compare, prepare, summary
+from .benchmark import ORACLE, Outcome, Setting, compare, prepare, summary, write
 from .plots import overview
 
 
@@ -50,13 +49,6 @@ def check_device(name: str) -> None:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a reader or an interruption never sees half of it."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def save_models(out: Path, adapted, outcomes: dict[str, Outcome]) -> None:

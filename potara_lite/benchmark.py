@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -27,9 +29,11 @@ __all__ = [
     "Pair",
     "Setting",
     "compare",
+    "oracle_weight",
     "prepare",
     "summary",
     "train_pair",
+    "write",
 ]
 
 COLUMNS = ["method", "seed", "client", "accuracy", "loss", "weight", "bytes_up", "bytes_down", "steps", "seconds"]
@@ -65,6 +69,12 @@ class Setting:
         for name in ("alpha", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+    @property
+    def partition(self) -> dict:
+        """What a data set is told about the clients and their examples."""
+        names = "clients", "train_size", "calibration_size", "test_size", "alpha", "shift"
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -113,15 +123,7 @@ def prepare(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
 
     The inputs are the images' tokens: the backbone's frozen prefix is computed once (``LabViT.embed``).
     """
-    federation = fashion_mnist(
-        clients=setting.clients,
-        train_size=setting.train_size,
-        calibration_size=setting.calibration_size,
-        test_size=setting.test_size,
-        alpha=setting.alpha,
-        shift=setting.shift,
-        seed=seed,
-    )
+    federation = fashion_mnist(**setting.partition, seed=seed)
     backbone = lab_vit(federation.classes)
     adapted = attach(backbone, rank=setting.rank, seed=seed).to(setting.device)
     return adapted, federation.to(setting.device).map(backbone.to(setting.device).embed)
@@ -151,6 +153,11 @@ ESTIMATORS: dict[str, Callable[..., Estimate]] = {  # (adapted, federated, local
     "potara": lambda model, *pair, data: estimate_pooled(model, *pair, data.calibration, by=head_and_body),
 }
 ORACLE = "oracle weight (test data, reference)"
+
+
+def oracle_weight(weights: Tensor, loss: Tensor) -> Tensor:
+    """Each client's best of the ``weights`` ``(W,)`` by its test loss ``(C, W)``: a reference and never a method."""
+    return weights.to(loss.device)[loss.argmin(1)]
 
 
 def compare(
@@ -188,7 +195,7 @@ def compare(
     )
     ends = (personal.loss, general.loss), (personal.accuracy, general.accuracy)  # measured above
     loss, accuracy = (torch.cat([a[:, None], part, b[:, None]], dim=1) for part, (a, b) in zip(inner, ends))
-    best = weights.to(loss.device)[loss.argmin(1)]
+    best = oracle_weight(weights, loss)
     merged = merge_exact(pair.federated, pair.local, best)
     yield outcome(ORACLE, merged, both, trained, best, (weights, loss.cpu(), accuracy.cpu()))
 
@@ -208,3 +215,10 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     table = methods.mean()
     table["±"], table["± loss"] = methods.accuracy.sem(), methods.loss.sem()
     return table[["accuracy", "±", "worst", "loss", "± loss", "weight", "bytes", "steps", "seconds"]]
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a reader or an interruption never sees half of it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(text)
+    os.replace(partial, path)

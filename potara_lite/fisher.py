@@ -7,6 +7,7 @@ nothing, and means are over each client's real examples.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,17 +47,19 @@ def per_sample_gradients(
     clients, n = y.shape
     flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
     device, rows = next(iter(adapted.initial.values())).device, flat.new_empty(clients, n, flat.shape[1])
-    forward = grouped(adapted)
-    at_once, chunks = plan(
-        adapted, adapted, adapters, x.flatten(0, 1).unsqueeze(1),
-        batch_size=1, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory,
-        rows=2 if isinstance(forward, Grouped) else 10, known="logits in None",
+    forward, examples = grouped(adapted), x.flatten(0, 1).unsqueeze(1)
+    planned = partial(
+        plan, adapted, adapted, adapters, examples,
+        batch_size=1, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory, known="logits in None",
     )  # fmt: skip
-    forward = forward if at_once else adapted
+    at_once, chunks = planned(rows=2)
+    some = {name: tensor[:1].to(device) for name, tensor in adapters.items()}
+    if not (at_once and isinstance(forward, Grouped) and forward.agrees(some, examples[:2].to(device))):
+        forward, (at_once, chunks) = adapted, planned(rows=10)
     for block in _blocks(clients, n, chunks[0].stop):
         own, a, b = flat[block[0]].to(device), x[block].to(device), y[block].to(device)  # (K, P), (K, M, ...), (K, M)
         alone = a.flatten(0, 1).unsqueeze(1)  # (K M, 1, ...)
-        if isinstance(forward, Grouped) and forward.agrees(unflatten(own, like), alone):
+        if isinstance(forward, Grouped):
             grads = rows[block].to(device)  # on the same device, the rows themselves
             forward.per_sample_gradients(unflatten(own, like), a, b, out=grads)
         else:

@@ -5,8 +5,9 @@ of a method that trains two models costs twice the steps, so it plays half as ma
 initial adapter and the same training examples; federated ones read one batch stream, training alone has another.
 Calibration examples train nobody.
 
-Options of the methods are common ones, not tuned; ``benchmarks/field.py --tune`` tries some of them on
-calibration examples of another seed.
+``FAMILIES`` holds each method as a function of its options. Their defaults are the best of those tried by
+``benchmarks/field.py --tune``, one option at a time, on calibration examples of a seed that no table reports.
+Learning rates are in units of the setting's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from . import algorithms as A
 from . import baselines as B
 from . import estimators as E
 from .adapters import AdaptedBackbone, Adapter, repeat_adapter
-from .benchmark import Pair, Setting, train_pair
+from .benchmark import ESTIMATORS, ORACLE, Pair, Setting, oracle_weight, train_pair
 from .connectivity import along_segment, grid
 from .data import Federation
 from .federated import Ledger
@@ -32,7 +33,7 @@ from .merging import from_delta, merge_exact, merge_factors
 from .rounds import Algorithm, run
 from .training import train
 
-__all__ = ["METHODS", "REFERENCES", "Cell", "Result", "alone", "merging", "played"]
+__all__ = ["FAMILIES", "METHODS", "REFERENCES", "Cell", "Result", "alone", "merging", "played", "tuned_after"]
 
 
 @dataclass
@@ -50,13 +51,18 @@ class Cell:
         return train_pair(self.adapted, self.federation, self.setting, self.seed)
 
     @property
+    def models(self) -> tuple[Adapter, Adapter]:
+        """The pair's federated and local stacks."""
+        return self.pair.federated, self.pair.local
+
+    @property
     def steps(self) -> int:
         return self.setting.rounds * self.setting.round_steps + self.setting.local_steps
 
-    @property
-    def training(self) -> dict:
-        """What ``train`` is given."""
-        return dict(batch_size=self.setting.batch_size, lr=self.setting.lr, chunk_size=self.setting.chunk_size)
+    def training(self, lr: float = 1.0) -> dict:
+        """What ``train`` is given; ``lr`` in units of the setting's."""
+        setting = self.setting
+        return dict(batch_size=setting.batch_size, lr=lr * setting.lr, chunk_size=setting.chunk_size)
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,8 @@ class Result:
 Method = Callable[[Cell], Result]
 
 
-def played(algorithm: Algorithm | Callable[[Setting], Algorithm], **options) -> Method:
-    """An algorithm, for as many rounds as the cell's steps allow. ``options`` (lr, …) replace the setting's.
+def played(algorithm: Algorithm | Callable[[Setting], Algorithm], lr: float = 1.0) -> Method:
+    """An algorithm, for as many rounds as the cell's steps allow; ``lr`` in units of the setting's.
 
     Raises ``ValueError`` where whole rounds do not add up to the budget.
     """
@@ -97,24 +103,24 @@ def played(algorithm: Algorithm | Callable[[Setting], Algorithm], **options) -> 
             rounds=rounds,
             local_steps=cell.setting.round_steps,
             seed=cell.seed,
-            **cell.training | options,
+            **cell.training(lr),
         )
         return Result(result.adapted, result.personal, result.ledger, time.perf_counter() - began)
 
     return method
 
 
-def tuned_after(algorithm: Algorithm, **options) -> Method:
+def tuned_after(algorithm: Algorithm, lr: float = 1.0) -> Method:
     """The algorithm with Potara's local steps after its rounds."""
-    return played(lambda setting: A.finetuned(algorithm, setting.local_steps), **options)
+    return played(lambda setting: A.finetuned(algorithm, setting.local_steps), lr)
 
 
-def alone(**options) -> Method:
-    """Local training for all of the steps; ``options`` (lr, …) replace the setting's."""
+def alone(lr: float = 1.0) -> Method:
+    """Local training for all of the steps; ``lr`` in units of the setting's."""
 
     def method(cell: Cell) -> Result:
         clients, began = len(cell.federation), time.perf_counter()
-        initial, training = repeat_adapter(cell.adapted.initial, clients), cell.training | options
+        initial, training = repeat_adapter(cell.adapted.initial, clients), cell.training(lr)
         trained = train(cell.adapted, initial, cell.federation.train, steps=cell.steps, seed=(cell.seed, 1), **training)
         paid = Ledger.zeros(clients).add(torch.arange(clients), steps=cell.steps)
         return Result(cell.adapted, trained.adapters, paid, time.perf_counter() - began)
@@ -126,8 +132,7 @@ def part(which: int) -> Method:
     """One of the two models that Potara merges: 0 the federated, 1 the local one, at its part of the steps."""
 
     def method(cell: Cell) -> Result:
-        stack = (cell.pair.federated, cell.pair.local)[which]
-        return Result(cell.adapted, stack, cell.pair.ledgers[which], cell.pair.seconds[which])
+        return Result(cell.adapted, cell.models[which], cell.pair.ledgers[which], cell.pair.seconds[which])
 
     return method
 
@@ -151,25 +156,33 @@ def merging(function: Callable[[Cell], Adapter | tuple[Adapter, E.Estimate]]) ->
     return method
 
 
-def weighted(estimator: Callable[..., E.Estimate], split: str, merge=merge_exact, **options) -> Method:
-    """The pair merged with an estimated weight; ``split`` names the examples that the estimator sees."""
+def weighted(estimator: Callable[..., E.Estimate], merge=merge_exact) -> Method:
+    """The pair merged with an estimated weight; the estimator is one like those of ``benchmark.ESTIMATORS``."""
 
     def function(cell: Cell) -> tuple[Adapter, E.Estimate]:
-        models = cell.pair.federated, cell.pair.local
-        estimate = estimator(cell.adapted, *models, getattr(cell.federation, split), **options)
-        return merge(*models, estimate.weight), estimate
+        estimate = estimator(cell.adapted, *cell.models, data=cell.federation)
+        return merge(*cell.models, estimate.weight), estimate
 
     return merging(function)
 
 
+def fisher_by_layer(model: AdaptedBackbone, *pair: Adapter, data: Federation) -> E.Estimate:
+    """Our reading of the paper's estimator, a weight per layer."""
+    return E.estimate_fisher(model, *pair, data.train, by=E.by_layer)
+
+
+def one_pooled_weight(model: AdaptedBackbone, *pair: Adapter, data: Federation) -> E.Estimate:
+    """The default without its offset between head and body."""
+    return E.estimate_pooled(model, *pair, data.calibration)
+
+
 def by_fisher(cell: Cell) -> Adapter:
     """Fisher merging of the deltas, coordinate by coordinate, on the calibration examples; a client at a time."""
-    adapted, samples, models = cell.adapted, cell.federation.calibration, (cell.pair.federated, cell.pair.local)
-    merged = []
+    adapted, samples, merged = cell.adapted, cell.federation.calibration, []
     for client in range(len(samples)):
         split, rows = (
             samples.rows([client]),
-            [{n: t[client : client + 1] for n, t in model.items()} for model in models],
+            [{n: t[client : client + 1] for n, t in model.items()} for model in cell.models],
         )
         dense = [from_delta(B.delta(row, adapted.scaling), adapted.scaling, row) for row in rows]
         fishers = [diagonal_fisher(per_sample_gradients(adapted, one, split), split.sizes) for one in dense]
@@ -179,55 +192,59 @@ def by_fisher(cell: Cell) -> Adapter:
 
 def by_regmean(cell: Cell) -> Adapter:
     """RegMean on the client's training examples, as each of the two models sees them."""
-    models = cell.pair.federated, cell.pair.local
-    return B.regmean(models, [B.layer_grams(cell.adapted, model, cell.federation.train) for model in models])
+    grams = [B.layer_grams(cell.adapted, model, cell.federation.train) for model in cell.models]
+    return B.regmean(cell.models, grams)
 
 
 def by_entries(function: Callable[[Tensor], Tensor]) -> Method:
     """A merge of the task vectors entry by entry."""
-    return merging(lambda cell: B.merge_deltas((cell.pair.federated, cell.pair.local), cell.adapted.scaling, function))
+    return merging(lambda cell: B.merge_deltas(cell.models, cell.adapted.scaling, function))
 
 
 def best_on_test(cell: Cell) -> tuple[Adapter, E.Estimate]:
     """Each client's best weight of an 11-point grid on its test data: a reference and never a method."""
-    models, weights = (cell.pair.federated, cell.pair.local), grid(11)
-    loss, _ = along_segment(cell.adapted, *models, cell.federation.test, weights, chunk_size=cell.setting.chunk_size)
-    estimate = E.Estimate(weights.to(loss.device)[loss.argmin(1)])
-    return merge_exact(*models, estimate.weight), estimate
+    options = dict(chunk_size=cell.setting.chunk_size)
+    loss, _ = along_segment(cell.adapted, *cell.models, cell.federation.test, grid(11), **options)
+    estimate = E.Estimate(oracle_weight(grid(11), loss))
+    return merge_exact(*cell.models, estimate.weight), estimate
 
 
-METHODS: dict[str, Method] = {
-    "local": alone(),
-    "local part": part(1),
-    "federated part": part(0),
-    "FedIT": played(A.FEDIT),
-    "FedIT, fine-tuned": tuned_after(A.FEDIT),
-    "WiSE-FT": played(lambda setting: A.wise_ft(A.FEDIT, setting.local_steps)),
-    "FedProx": played(A.fedprox(0.1)),
-    "FFA-LoRA": played(A.FFA),
-    "FFA-LoRA, fine-tuned": tuned_after(A.FFA),
-    "FedEx-LoRA": played(A.FEDEX),
-    "FedEx-LoRA, fine-tuned": tuned_after(A.FEDEX),
-    "FLoRA": played(A.FLORA),
-    "FlexLoRA": played(A.flexlora()),
-    "FedSA-LoRA": played(A.FEDSA),
-    "FedPer": played(A.FEDPER),
-    "FedRep": played(A.fedrep()),
-    "Ditto": played(A.ditto(0.1)),
-    "APFL": played(A.apfl()),
-    "FedDPA-T": played(A.feddpa()),
-    "FedALT": played(A.fedalt()),
-    "uniform": weighted(E.estimate_uniform, "calibration"),
-    "task arithmetic": merging(lambda cell: B.task_arithmetic((cell.pair.federated, cell.pair.local), 0.6)),
-    "Fisher merging": merging(by_fisher),
-    "RegMean": merging(by_regmean),
-    "TIES": by_entries(lambda vectors: B.ties(vectors)),
-    "DARE": by_entries(lambda vectors: B.dare(vectors).mean(0)),
-    "potara-paper": weighted(E.estimate_fisher, "train"),
-    "potara-paper, factors": weighted(E.estimate_fisher, "train", merge_factors),
-    "potara-paper, by layer": weighted(E.estimate_fisher, "train", by=E.by_layer),
-    "potara, one weight": weighted(E.estimate_pooled, "calibration"),
-    "potara": weighted(E.estimate_pooled, "calibration", by=E.head_and_body),
-    "potara, factors": weighted(E.estimate_pooled, "calibration", merge_factors, by=E.head_and_body),
+FAMILIES: dict[str, Callable[..., Method]] = {
+    "local": lambda lr=1: alone(lr),
+    "local part": lambda: part(1),
+    "federated part": lambda: part(0),
+    "FedIT": lambda lr=1: played(A.FEDIT, lr),
+    "FedIT, fine-tuned": lambda lr=1: tuned_after(A.FEDIT, lr),
+    "WiSE-FT": lambda weight=0.5, lr=1: played(lambda setting: A.wise_ft(A.FEDIT, setting.local_steps, weight), lr),
+    "FedProx": lambda mu=0.1, lr=1: played(A.fedprox(mu), lr),
+    "FedProx, fine-tuned": lambda mu=0.1, lr=1: tuned_after(A.fedprox(mu), lr),
+    "FFA-LoRA": lambda lr=1: played(A.FFA, lr),
+    "FFA-LoRA, fine-tuned": lambda lr=1: tuned_after(A.FFA, lr),
+    "FedEx-LoRA": lambda lr=1: played(A.FEDEX, lr),
+    "FedEx-LoRA, fine-tuned": lambda lr=1: tuned_after(A.FEDEX, lr),
+    "FLoRA": lambda lr=1: played(A.FLORA, lr),
+    "FLoRA, fine-tuned": lambda lr=1: tuned_after(A.FLORA, lr),
+    "FlexLoRA": lambda lr=1: played(A.flexlora(), lr),
+    "FlexLoRA, fine-tuned": lambda lr=1: tuned_after(A.flexlora(), lr),
+    "FedSA-LoRA": lambda lr=1: played(A.FEDSA, lr),
+    "FedPer": lambda lr=1: played(A.FEDPER, lr),
+    "FedRep": lambda head_share=0.5, lr=1: played(A.fedrep(head_share), lr),
+    "Ditto": lambda strength=0.1, lr=1: played(A.ditto(strength), lr),
+    "APFL": lambda weight=0.5, lr=1: played(A.apfl(weight), lr),
+    "FedDPA-T": lambda weight=0.5, lr=1: played(A.feddpa(weight), lr),
+    "FedALT": lambda lr=1: played(A.fedalt(), lr),
+    "uniform": lambda: weighted(ESTIMATORS["uniform"]),
+    "task arithmetic": lambda coefficient=0.5: merging(lambda cell: B.task_arithmetic(cell.models, coefficient)),
+    "Fisher merging": lambda: merging(by_fisher),
+    "RegMean": lambda: merging(by_regmean),
+    "TIES": lambda density=0.2, coefficient=1: by_entries(partial(B.ties, density=density, coefficient=coefficient)),
+    "DARE": lambda drop=0.9: by_entries(lambda vectors: B.dare(vectors, drop).mean(0)),
+    "potara-paper": lambda: weighted(ESTIMATORS["potara-paper"]),
+    "potara-paper, factors": lambda: weighted(ESTIMATORS["potara-paper"], merge_factors),
+    "potara-paper, by layer": lambda: weighted(fisher_by_layer),
+    "potara, one weight": lambda: weighted(one_pooled_weight),
+    "potara": lambda: weighted(ESTIMATORS["potara"]),
+    "potara, factors": lambda: weighted(ESTIMATORS["potara"], merge_factors),
 }
-REFERENCES: dict[str, Method] = {"oracle weight (test data, reference)": merging(best_on_test)}
+METHODS: dict[str, Method] = {name: family() for name, family in FAMILIES.items()}
+REFERENCES: dict[str, Method] = {ORACLE: merging(best_on_test)}

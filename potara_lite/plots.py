@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .benchmark import ORACLE
 from .data import Split
 
 __all__ = ["COLOURS", "along_weight", "frontier", "frontiers", "label_counts", "overview"]
@@ -113,16 +114,19 @@ def _frontier(panel, table: pd.DataFrame) -> None:
     panel.legend(fontsize=8, frameon=False)
 
 
-def frontiers(board: pd.DataFrame, efficient: pd.Series, highlight: str = "potara") -> Figure:
+def frontiers(
+    board: pd.DataFrame, efficient: pd.Series, highlight: str = "potara", references: Collection[str] = (ORACLE,)
+) -> Figure:
     """A panel per federation of a ``sweep.leaderboard``: mean client accuracy against megabytes per client.
 
-    The line joins the ``efficient`` methods, which are named; bars are standard errors over seeds.
+    The line joins the ``efficient`` methods, which are named; bars are standard errors over seeds. ``references`` are
+    left out.
     """
     names = list(dict.fromkeys(board.index.get_level_values("federation")))
     figure = Figure(figsize=(4.6 * len(names), 5), layout="constrained")
     for panel, name in zip(np.atleast_1d(figure.subplots(1, len(names), sharex=True)), names):
         table = board.loc[name].assign(MB=lambda t: t["bytes"] / 1e6, best=efficient[name])
-        table = table[~table.index.str.contains("reference")]
+        table = table[~table.index.isin(references)]
         for method, row in table.iterrows():
             shade = COLOURS["federated"] if row["best"] else "#BBBBBB"
             shade = COLOURS["potara"] if method == highlight else shade

@@ -141,7 +141,9 @@ class Personalised:
 
 
 def _some(tensors: Adapter, rows: Tensor) -> Adapter:
-    """The tensors of some clients."""
+    """The tensors of some clients, in the stacks' order; of all clients, the stacks themselves."""
+    if all(len(rows) == len(tensor) for tensor in tensors.values()):
+        return tensors
     return {name: tensor[rows.to(tensor.device)] for name, tensor in tensors.items()}
 
 

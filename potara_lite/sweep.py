@@ -7,9 +7,8 @@ on where it stopped, nothing finished is computed again, and a half-written file
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from .adapters import AdaptedBackbone
-from .benchmark import Setting, prepare
+from .benchmark import ORACLE, Setting, prepare, write
 from .data import Federation, Split
 from .methods import Cell, Method
 from .training import evaluate
@@ -60,7 +59,8 @@ def sweep(
     every n-th pair of federation and seed from the i-th, to share the work between processes. The folder remembers the
     settings, not the methods: when a method changes, delete its files.
 
-    Raises ``ValueError`` when the folder holds a federation of the same name and another setting.
+    Raises ``ValueError`` when the folder holds a federation of the same name and another setting, and for names that
+    would share a file.
 
     A method of your own beside one of the field (LG-FedAvg shares the head and keeps the rest; arXiv 2001.01523):
 
@@ -74,12 +74,15 @@ def sweep(
     [25800.0, 0.0]
     """
     folder, cells = Path(folder), [(name, seed) for name in settings for seed in seeds]
+    for names in (methods, settings):
+        if len({_slug(name) for name in names}) < len(names):
+            raise ValueError(f"names must differ in letters or digits, unlike some of {list(names)}")
     for name, setting in settings.items():
         path, text = folder / _slug(name) / "setting.json", json.dumps(asdict(setting) | {"union": each}, indent=1)
         if path.is_file() and path.read_text() != text + "\n":
             raise ValueError(f"{path.parent} holds results of another setting; take another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, text + "\n")
+        write(path, text + "\n")
     bar = tqdm(total=len(methods) * len(cells[part[0] :: part[1]]), disable=not progress, unit="run")
     for name, seed in cells[part[0] :: part[1]]:
         cell, place = None, folder / _slug(name) / f"seed-{seed}"
@@ -89,7 +92,7 @@ def sweep(
             bar.set_description(f"{name}, seed {seed}, {method}")
             if not path.is_file():
                 cell = cell or Cell(*prepare(settings[name], seed), settings[name], seed)
-                _write(path, _rows(name, method, function, cell, judge, each).to_csv(index=False))
+                write(path, _rows(name, method, function, cell, judge, each).to_csv(index=False))
             bar.update()
     bar.close()
     return finished(folder)
@@ -102,15 +105,8 @@ def finished(folder: str | Path) -> pd.DataFrame:
 
 
 def _slug(name: str) -> str:
-    """A name as a file name; different names of a sweep must differ in letters or digits."""
+    """A name as a file name."""
     return re.sub(r"[^\w.=-]+", "-", name).strip("-")
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one step. Two processes never write the same part."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _rows(federation: str, name: str, method: Method, cell: Cell, judge, each: int) -> pd.DataFrame:
@@ -161,10 +157,10 @@ def leaderboard(rows: pd.DataFrame, local: str = "local") -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def efficient(board: pd.DataFrame) -> pd.Series:
+def efficient(board: pd.DataFrame, references: Collection[str] = (ORACLE,)) -> pd.Series:
     """Which lines of a leaderboard no other of the same federation beats: none is as accurate for fewer bytes, or more
-    accurate for as many. References on test data do not count and are never efficient themselves."""
-    real = ~board.index.get_level_values("method").str.contains("reference")
+    accurate for as many. ``references``, on test data, do not count and are never efficient themselves."""
+    real = ~board.index.get_level_values("method").isin(references)
     result = pd.Series(False, index=board.index)
     for line in board.index[real]:
         one, others = board.loc[line], board[real & (board.index.get_level_values(0) == line[0])]

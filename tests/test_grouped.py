@@ -128,6 +128,23 @@ def test_per_sample_gradients_are_those_of_each_example_alone(kind, federation64
         assert not gradients[client, n:].any()
 
 
+def test_a_network_that_disagrees_gets_chunks_for_copies_of_the_adapter(federation64, random_stack, monkeypatch):
+    """Ten rows of the adapter for each sample, as for a network that is refused at sight."""
+    from potara_lite import fisher
+
+    refused, own, chunks = attached(SequenceFirst), fisher.losses, []
+    refused.model.get_submodule("base_model.model.fc1").register_forward_hook(lambda module, inputs, output: None)
+    for adapted in (attached(SequenceFirst), refused):
+        seen = []
+        monkeypatch.setattr(
+            fisher, "losses", lambda *args, seen=seen, **rest: seen.append(len(args[2])) or own(*args, **rest)
+        )
+        stack = random_stack(adapted, 3, seed=1)
+        per_sample_gradients(adapted, stack, federation64.train, memory=2**15)
+        chunks.append(seen)
+    assert chunks[0] == chunks[1] and max(chunks[0]) < 13
+
+
 def test_it_is_taken_where_it_should_be(adapted64, federation64, random_stack):
     for adapted in (adapted64, attached(), attached(Twice)):
         forward = grouped(adapted)
