@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -38,17 +38,18 @@ __all__ = ["FAMILIES", "METHODS", "REFERENCES", "Cell", "Result", "alone", "merg
 
 @dataclass
 class Cell:
-    """One federation and seed. ``pair``: the two models of every client that all merges share, trained when first
-    asked for. ``steps``: the optimiser steps per client that a method has."""
+    """One federation and seed. ``pair``: the two models of every client that all merges share, made by ``make`` when
+    first asked for. ``steps``: the optimiser steps per client that a method has."""
 
     adapted: AdaptedBackbone
     federation: Federation
     setting: Setting
     seed: int
+    make: Callable[..., Pair] = train_pair
 
     @cached_property
     def pair(self) -> Pair:
-        return train_pair(self.adapted, self.federation, self.setting, self.seed)
+        return self.make(self.adapted, self.federation, self.setting, self.seed)
 
     @property
     def models(self) -> tuple[Adapter, Adapter]:
@@ -196,6 +197,20 @@ def by_regmean(cell: Cell) -> Adapter:
     return B.regmean(cell.models, grams)
 
 
+def onwards(method: Method) -> Method:
+    """A merge whose local models were trained from the federated one, so not independently of it."""
+
+    def changed(cell: Cell) -> Result:
+        def make(adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: int) -> Pair:
+            pair, began, steps = cell.pair, time.perf_counter(), setting.local_steps
+            trained = train(adapted, pair.federated, federation.train, steps=steps, seed=(seed, 1), **cell.training())
+            return replace(pair, local=trained.adapters, seconds=(pair.seconds[0], time.perf_counter() - began))
+
+        return method(replace(cell, make=make))
+
+    return changed
+
+
 def by_entries(function: Callable[[Tensor], Tensor]) -> Method:
     """A merge of the task vectors entry by entry."""
     return merging(lambda cell: B.merge_deltas(cell.models, cell.adapted.scaling, function))
@@ -244,6 +259,7 @@ FAMILIES: dict[str, Callable[..., Method]] = {
     "potara-paper, by layer": lambda: weighted(fisher_by_layer),
     "potara, one weight": lambda: weighted(one_pooled_weight),
     "potara": lambda: weighted(ESTIMATORS["potara"]),
+    "potara, local from federated": lambda: onwards(weighted(ESTIMATORS["potara"])),
     "potara, factors": lambda: weighted(ESTIMATORS["potara"], merge_factors),
 }
 METHODS: dict[str, Method] = {name: family() for name, family in FAMILIES.items()}

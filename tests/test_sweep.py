@@ -13,12 +13,14 @@ from torch.nn import functional as F
 
 from potara_lite import algorithms as A
 from potara_lite import methods as M
-from potara_lite.adapters import client_adapter, flatten, nbytes
+from potara_lite.adapters import client_adapter, delta, flatten, nbytes
 from potara_lite.benchmark import ESTIMATORS, ORACLE, Setting, train_pair
+from potara_lite.estimators import Estimate
 from potara_lite.federated import fedit
 from potara_lite.merging import merge_exact
 from potara_lite.plots import frontiers
 from potara_lite.sweep import COLUMNS, against, efficient, finished, leaderboard, sweep, union
+from potara_lite.training import evaluate, train
 
 SETTING = Setting(clients=3, batch_size=4, lr=1e-2, rounds=2, round_steps=2, local_steps=4)
 ALL = M.METHODS | M.REFERENCES
@@ -61,6 +63,18 @@ def test_methods_are_what_they_are_called(cell):
     assert all(torch.allclose(found[name][1], tensor, rtol=1e-5, atol=1e-7) for name, tensor in longer.items())
 
 
+def test_a_local_model_trained_from_the_federated_one_is_fine_tuning(cell):
+    """At weight 0 it is the fine-tuned model, but for the order of the batches; at weight 1 the federated one."""
+    zero, one = (M.onwards(M.weighted(lambda *models, data, w=w: Estimate(torch.full((3,), w)))) for w in (0.0, 1.0))
+    expected = train(
+        cell.adapted, cell.pair.federated, cell.federation.train, steps=4, batch_size=4, lr=1e-2, seed=(0, 1)
+    )
+    found = {name: delta(method(cell).adapters, cell.adapted.scaling) for name, method in (("0", zero), ("1", one))}
+    for name, adapters in (("0", expected.adapters), ("1", cell.pair.federated)):
+        torch.testing.assert_close(found[name], delta(adapters, cell.adapted.scaling), rtol=1e-5, atol=1e-6)
+    assert zero(cell).ledger.steps.tolist() == [cell.steps] * 3
+
+
 def test_a_budget_that_rounds_cannot_fill_is_refused(adapted, federation):
     cell = M.Cell(adapted, federation, replace(SETTING, local_steps=3), 0)
     with pytest.raises(ValueError, match="Ditto: rounds of 4 steps do not make 7"):
@@ -77,7 +91,6 @@ def test_learning_rates_are_in_units_of_the_settings(cell):
 
 def test_fisher_merging_of_one_client_is_fisher_merging(adapted64, federation64):
     """By hand: both deltas in full, the Fisher of every entry, their weighted mean; their mean where both are zero."""
-    from potara_lite.adapters import delta
     from potara_lite.fisher import delta_gradients
 
     cell = M.Cell(adapted64, federation64, SETTING, 0)
@@ -286,6 +299,48 @@ def test_every_scale_has_the_same_methods_and_budgets_that_rounds_can_fill():
             assert steps % (2 * setting.round_steps) == 0 and (steps - setting.local_steps) % setting.round_steps == 0
     paper = field.SCALES["paper"]
     assert {s.clients for s in paper.values()} == {8, 20} and all(s.train_size == 1000 for s in paper.values())
+
+
+def test_options_are_chosen_one_at_a_time_by_mean_accuracy(monkeypatch):
+    field = script("field")
+    monkeypatch.setattr(field, "OPTIONS", {"Ditto": {"lr": (1, 0.5), "strength": (0.1, 1, 2)}, "local": {"lr": (1, 2)}})
+    tried = {
+        "Ditto (lr=1, strength=0.1)": 0.5, "Ditto (lr=0.5, strength=0.1)": 0.4, "Ditto (lr=1, strength=1)": 0.6,
+        "Ditto (lr=1, strength=2)": 0.55, "local (lr=1)": 0.3, "local (lr=2)": 0.2,
+    }  # fmt: skip
+    assert list(field.candidates()) == list(tried)
+    spread = np.array([[-0.2, 0.2], [0.1, -0.1]])
+    rows = pd.concat([table(accuracy + spread, name) for name, accuracy in tried.items()])
+    assert field.best(rows) == {"Ditto": {"lr": 1, "strength": 1}, "local": {"lr": 1}}
+    for name, accuracy in tried.items():  # another federation speaks as loud
+        rows = pd.concat([rows, table(1 - 2 * accuracy + spread, name, federation="g")])
+    assert field.best(rows) == {"Ditto": {"lr": 0.5, "strength": 0.1}, "local": {"lr": 2}}
+
+
+def test_candidates_are_the_methods_with_these_options(cell):
+    field = script("field")
+    tried = field.candidates()
+    assert {name.split(" (")[0] for name in tried} == set(field.OPTIONS) and len(tried) > 80
+    half = replace(cell, setting=replace(cell.setting, lr=cell.setting.lr / 2))
+    found = tried[f"{field.PAIR} (lr=0.5)"](cell), M.METHODS["uniform"](half)
+    assert torch.equal(*(flatten(result.adapters) for result in found))
+    found = tried["Ditto (lr=1, strength=0.01)"](cell), M.played(A.ditto(0.01))(cell)
+    assert torch.equal(*(flatten(result.adapters) for result in found))
+
+
+def test_options_are_chosen_on_calibration_examples_of_another_seed(tmp_path, monkeypatch, capsys):
+    field = script("field")
+    monkeypatch.setattr(field, "HERE", tmp_path)
+    monkeypatch.setattr(field, "OPTIONS", {"local": {"lr": (1, 2)}})
+    monkeypatch.setattr("sys.argv", ["field.py", "--scale", "quick", "--tune", "--out", str(tmp_path / "field")])
+    field.main()
+    rows = pd.read_csv(tmp_path / "field-quick-tune.csv.gz")
+    assert set(rows.seed) == {100} and not set(rows.seed) & {s for seeds in field.SEEDS.values() for s in seeds}
+    setting = replace(field.SCALES["quick"]["label skew"], calibration_size=150)
+    cell = M.Cell(*field.prepare(setting, 100), setting, 100)
+    _, accuracy = evaluate(cell.adapted, M.alone(2)(cell).adapters, cell.federation.calibration)
+    assert rows[rows.method == "local (lr=2)"].accuracy.tolist() == pytest.approx(accuracy.tolist())
+    assert "local: {'lr': " in capsys.readouterr().out
 
 
 def test_the_script_runs_at_its_quick_scale(tmp_path, monkeypatch, capsys):
