@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch.func import functional_call
 __all__ = [
     "Adapter",
     "AdaptedBackbone",
+    "added",
     "attach",
     "check_same_base",
     "client_adapter",
@@ -200,6 +202,20 @@ def unfactored(adapter: Adapter) -> Adapter:
         result[f"{layer}.lora_A.weight"] = eye.expand(*a.shape[:lead], *eye.shape).clone()
         result[f"{layer}.lora_B.weight"] = product.reshape(*product.shape, *b.shape[lead + 2 :])
     return result
+
+
+@contextmanager
+def added(adapted: AdaptedBackbone, change: Adapter) -> Iterator[None]:
+    """The backbone with ``change``, the ``delta`` of one adapter, in the frozen weights of its adapted layers."""
+    weights = {name: adapted.model.get_submodule(name.removesuffix(".weight")).base_layer.weight for name in change}
+    before = {name: weight.data for name, weight in weights.items()}
+    try:
+        for name, weight in weights.items():
+            weight.data = before[name] + change[name].detach().view_as(weight)
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.data = before[name]
 
 
 def check_same_base(*adapters: Adapter) -> None:

@@ -63,6 +63,11 @@ FFA = Algorithm(
 mean of the products is the product of the means."""
 
 
+def shared_loss(f: Callable[[Adapter], Tensor], tensors: Adapter) -> Tensor:
+    """The loss of the shared adapter."""
+    return f(held(tensors))
+
+
 def squared_distance(tensors: Adapter, prefix: str) -> Tensor:
     """``|held(prefix) - anchor|²`` over all tensors of the two adapters."""
     one, anchor = held(tensors, prefix), held(tensors, "anchor")
@@ -104,15 +109,20 @@ def shares(sizes: Tensor) -> list[float]:
     return (sizes.double() / sizes.sum()).tolist()
 
 
+def folded(tensors: Adapter) -> Adapter:
+    """What was folded into the frozen weights."""
+    return held(tensors, "folded")
+
+
 def with_folded(tensors: Adapter) -> Adapter:
     """The shared adapter beside what was folded into the frozen weights."""
-    return beside(held(tensors), held(tensors, "folded"))
+    return beside(held(tensors), folded(tensors))
 
 
 def fold(tensors: Adapter, prefix: str) -> Adapter:
     """Add what came under ``prefix`` to what is folded already."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{prefix}:")}
-    return kept | put("folded", thin(beside(held(tensors, "folded"), held(tensors, prefix))))
+    return kept | put("folded", thin(beside(folded(tensors), held(tensors, prefix))))
 
 
 def mean_and_residual(stack: Adapter, sizes: Tensor) -> Adapter:
@@ -131,8 +141,10 @@ def mean_product(stack: Adapter, sizes: Tensor) -> Adapter:
 FEDEX = Algorithm(
     "FedEx-LoRA",
     travels=is_shared,
+    phases=(Phase(objective=shared_loss),),
     aggregate=mean_and_residual,
     settle=lambda tensors, number: fold(tensors, "residual"),
+    frozen=folded,
     personal=with_folded,
     federated=lambda tensors: client_adapter(with_folded(tensors), 0),
     all_listen=True,
@@ -237,11 +249,6 @@ def is_own(name: str) -> bool:
 def own(tensors: Adapter) -> Adapter:
     """The personal adapter."""
     return held(tensors, "own")
-
-
-def shared_loss(f: Callable[[Adapter], Tensor], tensors: Adapter) -> Tensor:
-    """The loss of the shared adapter."""
-    return f(held(tensors))
 
 
 TWO = replace(FEDIT, start=lambda stack: stack | put("own", stack))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapters import AdaptedBackbone, Adapter, client_adapter, repeat_adapter
+from .adapters import AdaptedBackbone, Adapter, added, client_adapter, delta, repeat_adapter
 from .data import Split
 from .federated import Ledger, average, participants
 from .merging import merge_exact
@@ -105,7 +105,8 @@ class Algorithm:
     number)``: what a client does with message ``number``, once it has overwritten what it names. ``personal``: what
     the clients hold to the models that are evaluated, a stack; it also takes one client's tensors. ``federated``: to
     the model of the federation, if there is one. ``backbone``: what runs the models. ``keep_optimizer``: AdamW's
-    memory outlives the round. ``finetune``: local steps after the last round. ``keep``: the weight that the model
+    memory outlives the round. ``frozen``: an adapter, the same for all, that is in the frozen weights while the phases
+    train. ``finetune``: local steps after the last round. ``keep``: the weight that the model
     before these steps has in the result. ``weigh``: the bytes of a message to or from each client. ``all_listen``: what
     clients hold is the sum of all messages, so those who sit a round out get its message none the less.
     """
@@ -120,6 +121,7 @@ class Algorithm:
     federated: Callable[[Adapter], Adapter] | None = None
     backbone: Callable[[AdaptedBackbone], AdaptedBackbone] = lambda adapted: adapted
     keep_optimizer: bool = True
+    frozen: Callable[[Adapter], Adapter] = lambda tensors: {}
     finetune: int = 0
     keep: float = 0.0
     weigh: Callable[[Adapter, int], Tensor] = weigh
@@ -208,18 +210,19 @@ def run(
             if memory[i] is None:
                 memory[i] = OptimizerState.zeros(flatten(moving))
             index = chosen.to(memory[i].steps.device)
-            trained = train(
-                model,
-                _some(moving, chosen),
-                part,
-                steps=count,
-                start=number * phase.steps(local_steps),
-                state=memory[i].rows(index),
-                seed=(seed, 0),
-                objective=phase.objective or (lambda f, mine: f(algorithm.personal(mine))),
-                fixed=_some({name: tensor for name, tensor in tensors.items() if name not in moving}, chosen),
-                **training,
-            )
+            with added(model, delta(client_adapter(algorithm.frozen(tensors), 0), model.scaling)):
+                trained = train(
+                    model,
+                    _some(moving, chosen),
+                    part,
+                    steps=count,
+                    start=number * phase.steps(local_steps),
+                    state=memory[i].rows(index),
+                    seed=(seed, 0),
+                    objective=phase.objective or (lambda f, mine: f(algorithm.personal(mine))),
+                    fixed=_some({name: tensor for name, tensor in tensors.items() if name not in moving}, chosen),
+                    **training,
+                )
             tensors = _with_rows(tensors, chosen, trained.adapters)
             memory[i] = memory[i].put(index, trained.state) if algorithm.keep_optimizer else None
             spent = spent.add(chosen, steps=count * phase.models)

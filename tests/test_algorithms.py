@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from potara_lite.adapters import (
     AdaptedBackbone,
+    added,
     attach,
     client_adapter,
     delta,
@@ -327,6 +328,28 @@ def test_fedex_adds_up_to_the_mean_of_the_products_after_every_round(adapted64, 
     assert max(t.abs().max() for t in folded.values()) > 1e-5
     ranks = {result.federated[f"{layer}.lora_A.weight"].shape[0] for layer in lora_layers(result.federated)}
     assert ranks == {2 + 16}
+
+
+@pytest.mark.parametrize("method", [FEDEX, FLORA, finetuned(FEDEX, 2)], ids=lambda method: method.name)
+def test_what_is_folded_may_as_well_be_an_adapter_of_its_own(adapted64, clients, method):
+    """In the frozen weights or beside the factors: the same model, and the backbone is as it was."""
+    before = {name: tensor.clone() for name, tensor in adapted64.model.named_parameters()}
+    one = run(method, adapted64, clients, rounds=3, **OPTIONS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapted64.model.named_parameters())
+    two = run(replace(method, phases=(Phase(),), frozen=lambda tensors: {}), adapted64, clients, rounds=3, **OPTIONS)
+    found, expected = (delta(result.personal, adapted64.scaling) for result in (one, two))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_the_backbone_is_as_it_was_after_a_failure(adapted64, clients):
+    before = {name: tensor.clone() for name, tensor in adapted64.model.named_parameters()}
+    deltas = delta(adapted64.initial, adapted64.scaling)
+    change = {name: torch.ones_like(tensor) for name, tensor in deltas.items() if "head" not in name}
+    with pytest.raises(ZeroDivisionError), added(adapted64, change):
+        moved = dict(adapted64.model.named_parameters())
+        assert sum(not torch.equal(tensor, before[name]) for name, tensor in moved.items()) == len(change)
+        raise ZeroDivisionError
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapted64.model.named_parameters())
 
 
 def test_fedex_trains_on_top_of_what_was_folded(adapted64, clients):
