@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from quick import markdown
 
 from potara_lite import Setting, attach, from_torchvision, prepare, torchvision_vit
 from potara_lite.methods import FAMILIES, METHODS, REFERENCES, Cell, Method, Result
@@ -127,8 +128,26 @@ def best(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
     return chosen
 
 
-def report(rows, name: str) -> None:
-    """Write the rows and the figure, and print the tables that are read off the rows."""
+def overview(board: pd.DataFrame) -> pd.DataFrame:
+    """A line per method, the most accurate on average first: megabytes, the accuracy on each federation and its
+    standard error over seeds, and means over the federations."""
+    federations = list(dict.fromkeys(board.index.get_level_values("federation")))
+    means = board.groupby("method").mean().sort_values("accuracy", ascending=False)
+    table = pd.DataFrame(index=means.index.rename("method"))
+    table["MB"] = (means["bytes"] / 1e6).map("{:.2f}".format)
+    for name in federations:
+        one = board.loc[name].reindex(table.index)
+        top = one.accuracy[~one.index.isin(REFERENCES)].max()
+        texts = [f"{a:.3f} ± {e:.3f}" for a, e in zip(one.accuracy, one["±"])]
+        table[name] = [f"**{text}**" if a == top else text for text, a in zip(texts, one.accuracy)]
+    columns = {"worst": "worst client", "better": "better than local", "union": "on all clients' data", "loss": "loss"}
+    for column, title in columns.items():
+        table[title] = means[column].map("{:.3f}".format)
+    return table
+
+
+def report(rows: pd.DataFrame, name: str) -> None:
+    """Write the rows, the tables that are read off them, and the figure."""
     rows.to_csv(HERE / f"field-{name}.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
     board = leaderboard(rows)
     print(board.to_string(float_format="{:.3f}".format))
@@ -136,8 +155,13 @@ def report(rows, name: str) -> None:
         for method, options in best(rows).items():
             print(f"{method}: {options}")
     if "potara" in set(rows.method):
-        frontiers(board, efficient(board)).savefig(HERE / f"field-{name}.png", dpi=120)
-        print(against(rows).to_string(float_format="{:.4f}".format))
+        frontiers(board, efficient(board)).savefig(HERE / f"field-{name}.png", dpi=100)
+        print((differences := against(rows)).to_string(float_format="{:.4f}".format))
+        parts = [f"Every method.\n\n{markdown(overview(board))}"]
+        for federation in dict.fromkeys(rows.federation):
+            table = markdown(differences.loc[federation].sort_values("difference"), digits=4)
+            parts.append(f"{federation.capitalize()}: accuracy of `potara` minus that of each method.\n\n{table}")
+        (HERE / f"field-{name}.md").write_text("\n\n".join(parts) + "\n")
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ def markdown(table: pd.DataFrame, digits: int = 3) -> str:
     lines = ["| " + " | ".join([table.index.name or "", *map(str, table.columns)]) + " |"]
     lines.append("|" + " --- |" * (table.shape[1] + 1))
 
-    def cell(v: float) -> str:
-        return "–" if v != v else str(v) if isinstance(v, int) else f"{v:.{0 if v == round(v) >= 2 else digits}f}"
+    def cell(v: float | str) -> str:
+        return "–" if v != v else str(v) if isinstance(v, int | str) else f"{v:.{0 if v == round(v) >= 2 else digits}f}"
 
     for name, *row in zip(table.index, *(table[column].tolist() for column in table)):
         lines.append("| " + " | ".join([str(name), *map(cell, row)]) + " |")

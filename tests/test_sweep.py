@@ -232,6 +232,20 @@ def test_what_no_method_beats_is_efficient():
     assert stairs[:, 1].tolist() == pytest.approx([0.5, 0.7, 0.8, 0.8])
 
 
+def test_the_overview_by_hand():
+    field = script("field")
+    rows = [
+        table([[0.5, 0.7], [0.7, 0.7]], "local"),
+        table([[0.6, 0.8], [0.9, 0.9]], "m"),
+        table([[0.95] * 2] * 2, ORACLE),
+    ]
+    rows += [table([[0.9, 0.9], [0.9, 0.9]], "local", "g"), table([[0.2, 0.4], [0.4, 0.6]], "m", "g")]
+    found = field.overview(leaderboard(pd.concat([*rows, table([[0.9] * 2] * 2, ORACLE, "g")])))
+    assert list(found.index) == [ORACLE, "local", "m"]
+    assert found.loc["m"].tolist() == ["0.00", "**0.800 ± 0.100**", "0.400 ± 0.100", "0.525", "0.500", "0.300", "0.400"]
+    assert found.loc["local", "g"] == "**0.900 ± 0.000**" and found.loc[ORACLE, "f"] == "0.950 ± 0.000"
+
+
 def test_paired_differences_are_a_paired_t_test_over_seeds_with_holms_correction():
     rng = np.random.default_rng(0)
     own, *others = (rng.normal(mean, 0.02, (5, 4)) for mean in (0.8, 0.7, 0.79, 0.8))
@@ -351,6 +365,8 @@ def test_the_script_runs_at_its_quick_scale(tmp_path, monkeypatch, capsys):
     rows = pd.read_csv(tmp_path / "field-quick.csv.gz")
     assert set(rows.method) == set(ALL) and len(rows) == 2 * len(ALL)
     assert (tmp_path / "field-quick.png").stat().st_size > 10_000
+    text = (tmp_path / "field-quick.md").read_text()
+    assert all(f"| {name} |" in text for name in ALL) and "**" in text
     monkeypatch.setattr("sys.argv", ["field.py", "--scale", "quick", "--report", "--out", str(tmp_path / "field")])
     field.main()
     pd.testing.assert_frame_equal(rows, pd.read_csv(tmp_path / "field-quick.csv.gz"))
