@@ -21,7 +21,7 @@ import pandas as pd
 from quick import markdown
 
 from potara_lite import Setting, attach, from_torchvision, prepare, torchvision_vit
-from potara_lite.methods import FAMILIES, METHODS, REFERENCES, Cell, Method, Result
+from potara_lite.methods import FAMILIES, METHODS, REFERENCES, Cell, Method, Result, onwards
 from potara_lite.plots import frontiers
 from potara_lite.sweep import against, efficient, finished, leaderboard, sweep
 
@@ -43,7 +43,8 @@ SCALES = {
     },
     "paper": {"8 clients": PAPER, "20 clients": replace(PAPER, clients=20)},
 }
-PAIR = "federated and local model of the merges"
+PAIR = "the two models of the merges"
+ONWARDS = "the two, local from federated"
 SEEDS = {"quick": range(1), "lab": range(5), "paper": range(5)}
 
 
@@ -56,42 +57,50 @@ def prepare_paper(root: str, setting: Setting, seed: int, *, weights: str | None
 
 
 RATES = 1, 0.5, 2
+HIGHER, LOWER = (*RATES, 4), (*RATES, 0.25)  # where the highest or the lowest was best
 OPTIONS = {  # what is tried: of each option first what the others are tried at
-    "local": {"lr": RATES},
-    "FedIT": {"lr": RATES},
-    "FedIT, fine-tuned": {"lr": RATES},
-    "WiSE-FT": {"lr": RATES, "weight": (0.5, 0.25, 0.75)},
-    "FedProx": {"lr": RATES, "mu": (0.1, 0.01, 1)},
-    "FedProx, fine-tuned": {"lr": RATES, "mu": (0.1, 0.01, 1)},
-    "FFA-LoRA": {"lr": RATES},
+    "local": {"lr": LOWER},
+    "FedIT": {"lr": HIGHER},
+    "FedIT, fine-tuned": {"lr": LOWER},
+    "WiSE-FT": {"lr": HIGHER, "weight": (0.5, 0.25, 0.75)},
+    "FedProx": {"lr": HIGHER, "mu": (0.1, 0.01, 1)},
+    "FedProx, fine-tuned": {"lr": HIGHER, "mu": (0.1, 0.01, 1)},
+    "FFA-LoRA": {"lr": HIGHER},
     "FFA-LoRA, fine-tuned": {"lr": RATES},
-    "FedEx-LoRA": {"lr": RATES},
-    "FedEx-LoRA, fine-tuned": {"lr": RATES},
-    "FLoRA": {"lr": RATES},
+    "FedEx-LoRA": {"lr": HIGHER},
+    "FedEx-LoRA, fine-tuned": {"lr": LOWER},
+    "FLoRA": {"lr": HIGHER},
     "FLoRA, fine-tuned": {"lr": RATES},
-    "FlexLoRA": {"lr": RATES},
+    "FlexLoRA": {"lr": HIGHER},
     "FlexLoRA, fine-tuned": {"lr": RATES},
-    "FedSA-LoRA": {"lr": RATES},
-    "FedPer": {"lr": RATES},
-    "FedRep": {"lr": RATES, "head_share": (0.5, 0.2)},
+    "FedSA-LoRA": {"lr": HIGHER},
+    "FedPer": {"lr": HIGHER},
+    "FedRep": {"lr": HIGHER, "head_share": (0.5, 0.2)},
     "Ditto": {"lr": RATES, "strength": (0.1, 0.01, 1)},
-    "APFL": {"lr": RATES, "weight": (0.5, 0.25, 0.75)},
+    "APFL": {"lr": HIGHER, "weight": (0.5, 0.25, 0.75)},
     "FedDPA-T": {"lr": RATES, "weight": (0.5, 0.25, 0.75)},
     "FedALT": {"lr": RATES},
     "task arithmetic": {"coefficient": (0.5, 0.4, 0.6, 0.8, 1)},
     "TIES": {"density": (0.2, 0.5, 1), "coefficient": (1, 0.7, 1.5)},
     "DARE": {"drop": (0.9, 0.5, 0.2)},
-    PAIR: {"lr": RATES},
+    PAIR: {"federated_lr": (1, 2, 4), "local_lr": (1, 0.5, 2), "rounds": (23, 19, 15, 11)},
+    ONWARDS: {"lr": RATES},
 }
 
 
-def equal_merge(lr: float = 1) -> Method:
-    """Half of each of the two models that all merges share, trained at another learning rate."""
+def equal_merge(federated_lr: float, local_lr: float, rounds: int) -> Method:
+    """Half of each of the two models that all merges share, trained otherwise; the steps of both stay as many."""
 
     def method(cell: Cell) -> Result:
-        return METHODS["uniform"](replace(cell, setting=replace(cell.setting, lr=lr * cell.setting.lr)))
+        local_steps = cell.steps - int(rounds) * cell.setting.round_steps
+        changes = dict(federated_lr=federated_lr, local_lr=local_lr, rounds=int(rounds), local_steps=local_steps)
+        return METHODS["uniform"](replace(cell, setting=replace(cell.setting, **changes)))
 
     return method
+
+
+# How the two models are trained is judged by their mean: it needs no calibration examples to weigh them.
+MERGED = {PAIR: equal_merge, ONWARDS: lambda lr: onwards(METHODS["uniform"], lr)}
 
 
 def usual(options: dict[str, tuple]) -> dict[str, float]:
@@ -108,7 +117,7 @@ def candidates() -> dict[str, Method]:
     """The methods to be tuned, with one option at a time other than the first."""
     tried = {}
     for name, options in OPTIONS.items():
-        family = (FAMILIES | {PAIR: equal_merge})[name]
+        family = (FAMILIES | MERGED)[name]
         for option, values in options.items():
             for value in values:
                 own = usual(options) | {option: value}

@@ -42,7 +42,7 @@ COLUMNS = ["method", "seed", "client", "accuracy", "loss", "weight", "bytes_up",
 @dataclass(frozen=True)
 class Setting:
     """One federation and how its models are trained. The defaults were chosen on calibration data of other seeds
-    (``benchmarks/choose_default.py``)."""
+    (``benchmarks/choose_default.py``). ``federated_lr`` and ``local_lr``, of the pair, are in units of ``lr``."""
 
     clients: int = 8
     train_size: int = 100
@@ -53,6 +53,8 @@ class Setting:
     rank: int = 4
     batch_size: int = 8
     lr: float = 4e-3
+    federated_lr: float = 1.0
+    local_lr: float = 1.0
     rounds: int = 40
     round_steps: int = 5
     local_steps: int = 100
@@ -66,7 +68,7 @@ class Setting:
         for name in ("rounds", "round_steps", "local_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        for name in ("alpha", "lr"):
+        for name in ("alpha", "lr", "federated_lr", "local_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
@@ -133,18 +135,16 @@ def train_pair(
     adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: int, progress: bool = False
 ) -> Pair:
     """Train the federated and the local models, each from the same initial adapter, with batches of its own."""
-    options = dict(batch_size=setting.batch_size, lr=setting.lr, chunk_size=setting.chunk_size, progress=progress)
-    clients = len(federation)
+    options = dict(batch_size=setting.batch_size, chunk_size=setting.chunk_size, progress=progress)
+    clients, alone = len(federation), dict(lr=setting.local_lr * setting.lr, steps=setting.local_steps, seed=(seed, 1))
+    together = dict(lr=setting.federated_lr * setting.lr, rounds=setting.rounds, seed=seed)
     began = time.perf_counter()
-    federated = fedit(
-        adapted, federation.train, rounds=setting.rounds, local_steps=setting.round_steps, seed=seed, **options
-    )
+    federated = fedit(adapted, federation.train, local_steps=setting.round_steps, **together, **options)
     middle = time.perf_counter()
-    initial = repeat_adapter(adapted.initial, clients)
-    local = train(adapted, initial, federation.train, steps=setting.local_steps, seed=(seed, 1), **options)
+    local = train(adapted, repeat_adapter(adapted.initial, clients), federation.train, **alone, **options)
     seconds = (middle - began, time.perf_counter() - middle)
-    alone = Ledger.zeros(clients).add(torch.arange(clients), steps=setting.local_steps)
-    return Pair(repeat_adapter(federated.adapter, clients), local.adapters, (federated.ledger, alone), seconds)
+    paid = Ledger.zeros(clients).add(torch.arange(clients), steps=setting.local_steps)
+    return Pair(repeat_adapter(federated.adapter, clients), local.adapters, (federated.ledger, paid), seconds)
 
 
 ESTIMATORS: dict[str, Callable[..., Estimate]] = {  # (adapted, federated, local, data=federation)

@@ -33,7 +33,18 @@ from .merging import from_delta, merge_exact, merge_factors
 from .rounds import Algorithm, run
 from .training import train
 
-__all__ = ["FAMILIES", "METHODS", "REFERENCES", "Cell", "Result", "alone", "merging", "played", "tuned_after"]
+__all__ = [
+    "FAMILIES",
+    "METHODS",
+    "REFERENCES",
+    "Cell",
+    "Result",
+    "alone",
+    "merging",
+    "onwards",
+    "played",
+    "tuned_after",
+]
 
 
 @dataclass
@@ -197,13 +208,14 @@ def by_regmean(cell: Cell) -> Adapter:
     return B.regmean(cell.models, grams)
 
 
-def onwards(method: Method) -> Method:
-    """A merge whose local models were trained from the federated one, so not independently of it."""
+def onwards(method: Method, lr: float = 1.0) -> Method:
+    """A merge whose local models were trained from the federated one, so not independently of it; ``lr``, of these
+    steps, in units of the setting's."""
 
     def changed(cell: Cell) -> Result:
         def make(adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: int) -> Pair:
             pair, began, steps = cell.pair, time.perf_counter(), setting.local_steps
-            trained = train(adapted, pair.federated, federation.train, steps=steps, seed=(seed, 1), **cell.training())
+            trained = train(adapted, pair.federated, federation.train, steps=steps, seed=(seed, 1), **cell.training(lr))
             return replace(pair, local=trained.adapters, seconds=(pair.seconds[0], time.perf_counter() - began))
 
         return method(replace(cell, make=make))
@@ -259,7 +271,7 @@ FAMILIES: dict[str, Callable[..., Method]] = {
     "potara-paper, by layer": lambda: weighted(fisher_by_layer),
     "potara, one weight": lambda: weighted(one_pooled_weight),
     "potara": lambda: weighted(ESTIMATORS["potara"]),
-    "potara, local from federated": lambda: onwards(weighted(ESTIMATORS["potara"])),
+    "potara, local from federated": lambda lr=1: onwards(weighted(ESTIMATORS["potara"]), lr),
     "potara, factors": lambda: weighted(ESTIMATORS["potara"], merge_factors),
 }
 METHODS: dict[str, Method] = {name: family() for name, family in FAMILIES.items()}

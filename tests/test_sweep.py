@@ -75,6 +75,16 @@ def test_a_local_model_trained_from_the_federated_one_is_fine_tuning(cell):
     assert zero(cell).ledger.steps.tolist() == [cell.steps] * 3
 
 
+def test_the_two_models_of_a_pair_may_have_learning_rates_of_their_own(adapted, federation):
+    one, two = (train_pair(adapted, federation, setting, 0) for setting in (SETTING, replace(SETTING, lr=5e-3)))
+    mixed = train_pair(adapted, federation, replace(SETTING, local_lr=0.5), 0)
+    assert torch.equal(flatten(mixed.federated), flatten(one.federated))
+    assert torch.equal(flatten(mixed.local), flatten(two.local))
+    mixed = train_pair(adapted, federation, replace(SETTING, federated_lr=0.5), 0)
+    assert torch.equal(flatten(mixed.federated), flatten(two.federated))
+    assert torch.equal(flatten(mixed.local), flatten(one.local))
+
+
 def test_a_budget_that_rounds_cannot_fill_is_refused(adapted, federation):
     cell = M.Cell(adapted, federation, replace(SETTING, local_steps=3), 0)
     with pytest.raises(ValueError, match="Ditto: rounds of 4 steps do not make 7"):
@@ -335,9 +345,10 @@ def test_candidates_are_the_methods_with_these_options(cell):
     field = script("field")
     tried = field.candidates()
     assert {name.split(" (")[0] for name in tried} == set(field.OPTIONS) and len(tried) > 80
-    half = replace(cell, setting=replace(cell.setting, lr=cell.setting.lr / 2))
-    found = tried[f"{field.PAIR} (lr=0.5)"](cell), M.METHODS["uniform"](half)
-    assert torch.equal(*(flatten(result.adapters) for result in found))
+    other = replace(SETTING, federated_lr=1, local_lr=0.5, rounds=1, local_steps=6)
+    longer = field.equal_merge(federated_lr=1, local_lr=0.5, rounds=1)(cell)
+    found = longer, M.METHODS["uniform"](replace(cell, setting=other))
+    assert torch.equal(*(flatten(result.adapters) for result in found)) and longer.ledger.steps[0] == cell.steps
     found = tried["Ditto (lr=1, strength=0.01)"](cell), M.played(A.ditto(0.01))(cell)
     assert torch.equal(*(flatten(result.adapters) for result in found))
 
