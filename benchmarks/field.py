@@ -60,10 +60,10 @@ RATES = 1, 0.5, 2
 HIGHER, LOWER = (*RATES, 4), (*RATES, 0.25)  # where the highest or the lowest was best
 OPTIONS = {  # what is tried: of each option first what the others are tried at
     "local": {"lr": LOWER},
-    "FedIT": {"lr": HIGHER},
+    "FedIT": {"lr": (*HIGHER, 8)},
     "FedIT, fine-tuned": {"lr": LOWER},
     "WiSE-FT": {"lr": HIGHER, "weight": (0.5, 0.25, 0.75)},
-    "FedProx": {"lr": HIGHER, "mu": (0.1, 0.01, 1)},
+    "FedProx": {"lr": (*HIGHER, 8), "mu": (0.1, 0.01, 1)},
     "FedProx, fine-tuned": {"lr": HIGHER, "mu": (0.1, 0.01, 1)},
     "FFA-LoRA": {"lr": HIGHER},
     "FFA-LoRA, fine-tuned": {"lr": RATES},
@@ -84,7 +84,7 @@ OPTIONS = {  # what is tried: of each option first what the others are tried at
     "TIES": {"density": (0.2, 0.5, 1), "coefficient": (1, 0.7, 1.5)},
     "DARE": {"drop": (0.9, 0.5, 0.2)},
     PAIR: {"federated_lr": (1, 2, 4), "local_lr": (1, 0.5, 2), "rounds": (23, 19, 15, 11)},
-    ONWARDS: {"lr": RATES},
+    ONWARDS: {"lr": RATES},  # with the pair as chosen
 }
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -57,6 +57,7 @@ class Cell:
     setting: Setting
     seed: int
     make: Callable[..., Pair] = train_pair
+    onward: dict[float, Cell] = field(default_factory=dict, init=False, repr=False)  # see ``onwards``
 
     @cached_property
     def pair(self) -> Pair:
@@ -210,7 +211,7 @@ def by_regmean(cell: Cell) -> Adapter:
 
 def onwards(method: Method, lr: float = 1.0) -> Method:
     """A merge whose local models were trained from the federated one, so not independently of it; ``lr``, of these
-    steps, in units of the setting's."""
+    steps, in units of the setting's. All such merges share the models, as those of the pair share it."""
 
     def changed(cell: Cell) -> Result:
         def make(adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: int) -> Pair:
@@ -218,7 +219,9 @@ def onwards(method: Method, lr: float = 1.0) -> Method:
             trained = train(adapted, pair.federated, federation.train, steps=steps, seed=(seed, 1), **cell.training(lr))
             return replace(pair, local=trained.adapters, seconds=(pair.seconds[0], time.perf_counter() - began))
 
-        return method(replace(cell, make=make))
+        if lr not in cell.onward:
+            cell.onward[lr] = replace(cell, make=make)
+        return method(cell.onward[lr])
 
     return changed
 
@@ -271,6 +274,8 @@ FAMILIES: dict[str, Callable[..., Method]] = {
     "potara-paper, by layer": lambda: weighted(fisher_by_layer),
     "potara, one weight": lambda: weighted(one_pooled_weight),
     "potara": lambda: weighted(ESTIMATORS["potara"]),
+    "uniform, local from federated": lambda lr=1: onwards(weighted(ESTIMATORS["uniform"]), lr),
+    "potara-paper, local from federated": lambda lr=1: onwards(weighted(ESTIMATORS["potara-paper"]), lr),
     "potara, local from federated": lambda lr=1: onwards(weighted(ESTIMATORS["potara"]), lr),
     "potara, factors": lambda: weighted(ESTIMATORS["potara"], merge_factors),
 }

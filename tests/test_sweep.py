@@ -65,7 +65,11 @@ def test_methods_are_what_they_are_called(cell):
 
 def test_a_local_model_trained_from_the_federated_one_is_fine_tuning(cell):
     """At weight 0 it is the fine-tuned model, but for the order of the batches; at weight 1 the federated one."""
-    zero, one = (M.onwards(M.weighted(lambda *models, data, w=w: Estimate(torch.full((3,), w)))) for w in (0.0, 1.0))
+
+    def nothing(*models, data):
+        return Estimate(torch.zeros(3))
+
+    zero, one = M.onwards(M.weighted(nothing)), M.onwards(M.weighted(lambda *models, data: Estimate(torch.ones(3))))
     expected = train(
         cell.adapted, cell.pair.federated, cell.federation.train, steps=4, batch_size=4, lr=1e-2, seed=(0, 1)
     )
@@ -73,6 +77,13 @@ def test_a_local_model_trained_from_the_federated_one_is_fine_tuning(cell):
     for name, adapters in (("0", expected.adapters), ("1", cell.pair.federated)):
         torch.testing.assert_close(found[name], delta(adapters, cell.adapted.scaling), rtol=1e-5, atol=1e-6)
     assert zero(cell).ledger.steps.tolist() == [cell.steps] * 3
+    expected = train(
+        cell.adapted, cell.pair.federated, cell.federation.train, steps=4, batch_size=4, lr=5e-3, seed=(0, 1)
+    )
+    half = replace(cell, setting=replace(SETTING, lr=5e-3, federated_lr=2.0))  # another cell has models of its own
+    for other in (zero(half), M.onwards(M.weighted(nothing), lr=0.5)(cell)):
+        found = delta(other.adapters, cell.adapted.scaling)
+        torch.testing.assert_close(found, delta(expected.adapters, cell.adapted.scaling), rtol=1e-5, atol=1e-6)
 
 
 def test_the_two_models_of_a_pair_may_have_learning_rates_of_their_own(adapted, federation):
