@@ -8,7 +8,6 @@ Runs ``python -m potara_lite --seeds 0 1 2 3 4`` and keeps its ``results.csv`` a
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -17,23 +16,11 @@ from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
+from pages import fill, markdown
 
 from potara_lite.benchmark import summary
 
 HERE = Path(__file__).parent
-
-
-def markdown(table: pd.DataFrame, digits: int = 3) -> str:
-    """A table with an index as GitHub Markdown."""
-    lines = ["| " + " | ".join([table.index.name or "", *map(str, table.columns)]) + " |"]
-    lines.append("|" + " --- |" * (table.shape[1] + 1))
-
-    def cell(v: float | str) -> str:
-        return "–" if v != v else str(v) if isinstance(v, int | str) else f"{v:.{0 if v == round(v) >= 2 else digits}f}"
-
-    for name, *row in zip(table.index, *(table[column].tolist() for column in table)):
-        lines.append("| " + " | ".join([str(name), *map(cell, row)]) + " |")
-    return "\n".join(lines)
 
 
 def paired(rows: pd.DataFrame) -> pd.DataFrame:
@@ -66,9 +53,7 @@ def main() -> None:
     (HERE / "quick.md").write_text(
         f"{table}\n\nPaired over the seeds (mean difference, standard error):\n\n{differences}\n"
     )
-    readme = HERE.parent / "README.md"
-    block = f"<!-- quick -->\n{table}\n<!-- /quick -->"
-    readme.write_text(re.sub(r"<!-- quick -->.*<!-- /quick -->", lambda _: block, readme.read_text(), flags=re.S))
+    fill(HERE.parent / "README.md", "quick", table)
     print(differences)
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from quick import markdown
+from pages import fill, markdown
 from safetensors.torch import load_file, save_file
 from scipy.interpolate import CubicSpline
 from torch import Tensor
@@ -367,8 +366,7 @@ def main() -> None:
     table = markdown(report(rows), digits=4)
     (HERE / "suite.md").write_text(table + "\n")
     if (page := HERE.parent / "docs" / "mixing_weight.md").exists():
-        block = f"<!-- suite -->\n{table}\n<!-- /suite -->"
-        page.write_text(re.sub(r"<!-- suite -->.*<!-- /suite -->", lambda _: block, page.read_text(), flags=re.S))
+        fill(page, "suite", table)
     figure(rows).savefig(HERE / "suite.png", dpi=80)
     print(report(rows).round(4).to_string())
 

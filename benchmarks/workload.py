@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pages import fill
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -136,6 +136,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    readme = HERE / "README.md"
-    block = f"<!-- engine -->\n{table()}\n<!-- /engine -->"
-    readme.write_text(re.sub(r"<!-- engine -->.*<!-- /engine -->", lambda _: block, readme.read_text(), flags=re.S))
+    fill(HERE / "README.md", "engine", table())

@@ -1,14 +1,17 @@
 """The benchmark of the field: equal budgets, rows that nobody computes twice, and tables checked by hand."""
 
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from test_benchmark import script
+from test_benchmark import ROOT, script
 from torch.nn import functional as F
 
 from potara_lite import algorithms as A
@@ -366,7 +369,6 @@ def test_candidates_are_the_methods_with_these_options(cell):
 
 def test_options_are_chosen_on_calibration_examples_of_another_seed(tmp_path, monkeypatch, capsys):
     field = script("field")
-    monkeypatch.setattr(field, "HERE", tmp_path)
     monkeypatch.setattr(field, "OPTIONS", {"local": {"lr": (1, 2)}})
     monkeypatch.setattr("sys.argv", ["field.py", "--scale", "quick", "--tune", "--out", str(tmp_path / "field")])
     field.main()
@@ -379,9 +381,34 @@ def test_options_are_chosen_on_calibration_examples_of_another_seed(tmp_path, mo
     assert "local: {'lr': " in capsys.readouterr().out
 
 
+def test_the_methods_have_the_best_options_of_those_that_were_tried():
+    field = script("field")
+    rows = pd.read_csv(field.HERE / "field-lab-tune.csv.gz")
+    assert set(rows.method) == set(field.candidates()) and set(rows.seed) == {100}
+    assert set(rows.federation) == set(field.SCALES["lab"])
+    chosen = field.best(rows)
+    pair, onwards = chosen.pop(field.PAIR), chosen.pop(field.ONWARDS)
+    assert pair == {name: getattr(field.LAB, name) for name in pair}
+    assert field.LAB.rounds * field.LAB.round_steps + field.LAB.local_steps == 180
+    found = {name: family for name, family in M.FAMILIES.items() if signature(family).parameters}
+    for name in [name for name in found if name.endswith(", local from federated")]:
+        assert defaults(found.pop(name)) == onwards
+    assert {name: defaults(family) for name, family in found.items()} == chosen
+
+
+def defaults(family):
+    return {name: parameter.default for name, parameter in signature(family).parameters.items()}
+
+
+def test_processes_share_the_work(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "field.py", "--scale", "quick", "--processes", "2"]
+    subprocess.run([*command, "--out", tmp_path / "field"], check=True, capture_output=True)
+    rows = pd.read_csv(tmp_path / "field-quick.csv.gz")
+    assert set(rows.method) == set(ALL) and len(rows) == 2 * len(ALL)
+
+
 def test_the_script_runs_at_its_quick_scale(tmp_path, monkeypatch, capsys):
     field = script("field")
-    monkeypatch.setattr(field, "HERE", tmp_path)
     monkeypatch.setattr("sys.argv", ["field.py", "--scale", "quick", "--out", str(tmp_path / "field")])
     field.main()
     rows = pd.read_csv(tmp_path / "field-quick.csv.gz")
