@@ -63,18 +63,18 @@ HIGHER, LOWER = (*RATES, 4), (*RATES, 0.25)  # where the highest or the lowest w
 OPTIONS = {  # what is tried: of each option first what the others are tried at
     "local": {"lr": LOWER},
     "FedIT": {"lr": (*HIGHER, 8)},
-    "FedIT, fine-tuned": {"lr": LOWER},
-    "WiSE-FT": {"lr": HIGHER, "weight": (0.5, 0.25, 0.75)},
-    "FedProx": {"lr": (*HIGHER, 8), "mu": (0.1, 0.01, 1)},
-    "FedProx, fine-tuned": {"lr": HIGHER, "mu": (0.1, 0.01, 1)},
+    "FedIT, fine-tuned": {"lr": LOWER, "rounds": (1, 1.5)},
+    "WiSE-FT": {"lr": HIGHER, "weight": (0.5, 0.25, 0.75), "rounds": (1, 1.5)},
+    "FedProx": {"lr": (*HIGHER, 8, 16), "mu": (0.1, 0.01, 1)},
+    "FedProx, fine-tuned": {"lr": LOWER, "mu": (0.1, 0.01, 1), "rounds": (1, 1.5)},
     "FFA-LoRA": {"lr": HIGHER},
-    "FFA-LoRA, fine-tuned": {"lr": RATES},
+    "FFA-LoRA, fine-tuned": {"lr": HIGHER, "rounds": (1, 1.5)},
     "FedEx-LoRA": {"lr": HIGHER},
-    "FedEx-LoRA, fine-tuned": {"lr": LOWER},
+    "FedEx-LoRA, fine-tuned": {"lr": LOWER, "rounds": (1, 1.5)},
     "FLoRA": {"lr": HIGHER},
-    "FLoRA, fine-tuned": {"lr": RATES},
+    "FLoRA, fine-tuned": {"lr": RATES, "rounds": (1, 1.5)},
     "FlexLoRA": {"lr": HIGHER},
-    "FlexLoRA, fine-tuned": {"lr": RATES},
+    "FlexLoRA, fine-tuned": {"lr": LOWER, "rounds": (1, 1.5)},
     "FedSA-LoRA": {"lr": HIGHER},
     "FedPer": {"lr": HIGHER},
     "FedRep": {"lr": HIGHER, "head_share": (0.5, 0.2)},
@@ -86,7 +86,17 @@ OPTIONS = {  # what is tried: of each option first what the others are tried at
     "TIES": {"density": (0.2, 0.5, 1), "coefficient": (1, 0.7, 1.5)},
     "DARE": {"drop": (0.9, 0.5, 0.2)},
     PAIR: {"federated_lr": (1, 2, 4, 8), "local_lr": (1, 0.5, 2, 4), "rounds": (23, 19, 15, 11)},
-    ONWARDS: {"lr": RATES},  # with the pair as chosen
+    ONWARDS: {"lr": HIGHER},  # with the pair as chosen
+}
+TOGETHER = {  # what was best alone, together
+    "FedIT, fine-tuned": [{"lr": 0.5, "rounds": 1.5}],
+    "WiSE-FT": [{"lr": 1, "weight": 0.25, "rounds": 1.5}, {"lr": 2, "weight": 0.5, "rounds": 1.5}],
+    "FedProx": [{"lr": 4, "mu": 0.01}, {"lr": 8, "mu": 0.01}],
+    "FedProx, fine-tuned": [{"lr": 0.5, "mu": 0.01, "rounds": 1.5}],
+    "FFA-LoRA, fine-tuned": [{"lr": 2, "rounds": 1.5}],
+    "FedEx-LoRA, fine-tuned": [{"lr": 0.5, "rounds": 1.5}],
+    "FlexLoRA, fine-tuned": [{"lr": 0.5, "rounds": 1.5}],
+    PAIR: [{"federated_lr": 4, "local_lr": 2, "rounds": 15}],
 }
 
 
@@ -115,28 +125,23 @@ def label(name: str, options: dict[str, float]) -> str:
     return f"{name} ({', '.join(f'{option}={value:g}' for option, value in options.items())})"
 
 
+def tried(name: str) -> list[dict[str, float]]:
+    """The options of a method that are tried: one at a time other than the first, and what follows from these."""
+    options = OPTIONS[name]
+    single = [usual(options) | {option: value} for option, values in options.items() for value in values]
+    return [*{label(name, own): own for own in single}.values(), *TOGETHER.get(name, [])]
+
+
 def candidates() -> dict[str, Method]:
-    """The methods to be tuned, with one option at a time other than the first."""
-    tried = {}
-    for name, options in OPTIONS.items():
-        family = (FAMILIES | MERGED)[name]
-        for option, values in options.items():
-            for value in values:
-                own = usual(options) | {option: value}
-                tried[label(name, own)] = family(**own)
-    return tried
+    """The methods to be tuned, with every choice of options that is tried."""
+    families = FAMILIES | MERGED
+    return {label(name, own): families[name](**own) for name in OPTIONS for own in tried(name)}
 
 
 def best(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Of each method's options the values with the highest mean accuracy, each chosen beside the others' first."""
-    accuracy, chosen = rows.groupby("method").accuracy.mean(), {}
-    for name, options in OPTIONS.items():
-
-        def score(option: str, value: float, name: str = name, options: dict = options) -> float:
-            return accuracy[label(name, usual(options) | {option: value})]
-
-        chosen[name] = {option: max(values, key=partial(score, option)) for option, values in options.items()}
-    return chosen
+    """Of each method's options those with the highest mean accuracy."""
+    accuracy = rows.groupby("method").accuracy.mean()
+    return {name: max(tried(name), key=lambda own: accuracy[label(name, own)]) for name in OPTIONS}
 
 
 def overview(board: pd.DataFrame) -> pd.DataFrame:

@@ -123,9 +123,20 @@ def played(algorithm: Algorithm | Callable[[Setting], Algorithm], lr: float = 1.
     return method
 
 
-def tuned_after(algorithm: Algorithm, lr: float = 1.0) -> Method:
-    """The algorithm with Potara's local steps after its rounds."""
-    return played(lambda setting: A.finetuned(algorithm, setting.local_steps), lr)
+def remaining(setting: Setting, rounds: float) -> int:
+    """The local steps that are left after ``rounds`` times the setting's rounds."""
+    return setting.local_steps + (setting.rounds - round(rounds * setting.rounds)) * setting.round_steps
+
+
+def tuned_after(algorithm: Algorithm, lr: float = 1.0, rounds: float = 1.0) -> Method:
+    """The algorithm with local steps after its rounds; both are Potara's, or ``rounds`` times as many rounds and what
+    is left of the steps."""
+    return played(lambda setting: A.finetuned(algorithm, remaining(setting, rounds)), lr)
+
+
+def wise(weight: float, lr: float, rounds: float) -> Method:
+    """The straight line between FedIT and what the fine-tuning makes of it; ``weight`` is on FedIT's model."""
+    return played(lambda setting: A.wise_ft(A.FEDIT, remaining(setting, rounds), weight), lr)
 
 
 def alone(lr: float = 1.0) -> Method:
@@ -240,43 +251,43 @@ def best_on_test(cell: Cell) -> tuple[Adapter, E.Estimate]:
 
 
 FAMILIES: dict[str, Callable[..., Method]] = {
-    "local": lambda lr=1: alone(lr),
+    "local": lambda lr=0.5: alone(lr),
     "local part": lambda: part(1),
     "federated part": lambda: part(0),
-    "FedIT": lambda lr=1: played(A.FEDIT, lr),
-    "FedIT, fine-tuned": lambda lr=1: tuned_after(A.FEDIT, lr),
-    "WiSE-FT": lambda weight=0.5, lr=1: played(lambda setting: A.wise_ft(A.FEDIT, setting.local_steps, weight), lr),
-    "FedProx": lambda mu=0.1, lr=1: played(A.fedprox(mu), lr),
-    "FedProx, fine-tuned": lambda mu=0.1, lr=1: tuned_after(A.fedprox(mu), lr),
-    "FFA-LoRA": lambda lr=1: played(A.FFA, lr),
-    "FFA-LoRA, fine-tuned": lambda lr=1: tuned_after(A.FFA, lr),
-    "FedEx-LoRA": lambda lr=1: played(A.FEDEX, lr),
-    "FedEx-LoRA, fine-tuned": lambda lr=1: tuned_after(A.FEDEX, lr),
-    "FLoRA": lambda lr=1: played(A.FLORA, lr),
-    "FLoRA, fine-tuned": lambda lr=1: tuned_after(A.FLORA, lr),
-    "FlexLoRA": lambda lr=1: played(A.flexlora(), lr),
-    "FlexLoRA, fine-tuned": lambda lr=1: tuned_after(A.flexlora(), lr),
-    "FedSA-LoRA": lambda lr=1: played(A.FEDSA, lr),
-    "FedPer": lambda lr=1: played(A.FEDPER, lr),
-    "FedRep": lambda head_share=0.5, lr=1: played(A.fedrep(head_share), lr),
-    "Ditto": lambda strength=0.1, lr=1: played(A.ditto(strength), lr),
-    "APFL": lambda weight=0.5, lr=1: played(A.apfl(weight), lr),
+    "FedIT": lambda lr=4: played(A.FEDIT, lr),
+    "FedIT, fine-tuned": lambda lr=0.5, rounds=1: tuned_after(A.FEDIT, lr, rounds),
+    "WiSE-FT": lambda weight=0.5, lr=2, rounds=1.5: wise(weight, lr, rounds),
+    "FedProx": lambda mu=0.1, lr=8: played(A.fedprox(mu), lr),
+    "FedProx, fine-tuned": lambda mu=0.01, lr=0.5, rounds=1.5: tuned_after(A.fedprox(mu), lr, rounds),
+    "FFA-LoRA": lambda lr=2: played(A.FFA, lr),
+    "FFA-LoRA, fine-tuned": lambda lr=2, rounds=1: tuned_after(A.FFA, lr, rounds),
+    "FedEx-LoRA": lambda lr=2: played(A.FEDEX, lr),
+    "FedEx-LoRA, fine-tuned": lambda lr=0.5, rounds=1: tuned_after(A.FEDEX, lr, rounds),
+    "FLoRA": lambda lr=2: played(A.FLORA, lr),
+    "FLoRA, fine-tuned": lambda lr=1, rounds=1: tuned_after(A.FLORA, lr, rounds),
+    "FlexLoRA": lambda lr=2: played(A.flexlora(), lr),
+    "FlexLoRA, fine-tuned": lambda lr=0.5, rounds=1: tuned_after(A.flexlora(), lr, rounds),
+    "FedSA-LoRA": lambda lr=2: played(A.FEDSA, lr),
+    "FedPer": lambda lr=2: played(A.FEDPER, lr),
+    "FedRep": lambda head_share=0.5, lr=2: played(A.fedrep(head_share), lr),
+    "Ditto": lambda strength=0.01, lr=1: played(A.ditto(strength), lr),
+    "APFL": lambda weight=0.5, lr=2: played(A.apfl(weight), lr),
     "FedDPA-T": lambda weight=0.5, lr=1: played(A.feddpa(weight), lr),
     "FedALT": lambda lr=1: played(A.fedalt(), lr),
     "uniform": lambda: weighted(ESTIMATORS["uniform"]),
     "task arithmetic": lambda coefficient=0.5: merging(lambda cell: B.task_arithmetic(cell.models, coefficient)),
     "Fisher merging": lambda: merging(by_fisher),
     "RegMean": lambda: merging(by_regmean),
-    "TIES": lambda density=0.2, coefficient=1: by_entries(partial(B.ties, density=density, coefficient=coefficient)),
-    "DARE": lambda drop=0.9: by_entries(lambda vectors: B.dare(vectors, drop).mean(0)),
+    "TIES": lambda density=0.2, coefficient=0.7: by_entries(partial(B.ties, density=density, coefficient=coefficient)),
+    "DARE": lambda drop=0.2: by_entries(lambda vectors: B.dare(vectors, drop).mean(0)),
     "potara-paper": lambda: weighted(ESTIMATORS["potara-paper"]),
     "potara-paper, factors": lambda: weighted(ESTIMATORS["potara-paper"], merge_factors),
     "potara-paper, by layer": lambda: weighted(fisher_by_layer),
     "potara, one weight": lambda: weighted(one_pooled_weight),
     "potara": lambda: weighted(ESTIMATORS["potara"]),
-    "uniform, local from federated": lambda lr=1: onwards(weighted(ESTIMATORS["uniform"]), lr),
-    "potara-paper, local from federated": lambda lr=1: onwards(weighted(ESTIMATORS["potara-paper"]), lr),
-    "potara, local from federated": lambda lr=1: onwards(weighted(ESTIMATORS["potara"]), lr),
+    "uniform, local from federated": lambda lr=2: onwards(weighted(ESTIMATORS["uniform"]), lr),
+    "potara-paper, local from federated": lambda lr=2: onwards(weighted(ESTIMATORS["potara-paper"]), lr),
+    "potara, local from federated": lambda lr=2: onwards(weighted(ESTIMATORS["potara"]), lr),
     "potara, factors": lambda: weighted(ESTIMATORS["potara"], merge_factors),
 }
 METHODS: dict[str, Method] = {name: family() for name, family in FAMILIES.items()}
