@@ -5,9 +5,9 @@ of a method that trains two models costs twice the steps, so it plays half as ma
 initial adapter and the same training examples; federated ones read one batch stream, training alone has another.
 Calibration examples train nobody.
 
-``FAMILIES`` holds each method as a function of its options. Their defaults are the best of those tried by
-``benchmarks/field.py --tune``, one option at a time, on calibration examples of a seed that no table reports.
-Learning rates are in units of the setting's.
+``FAMILIES`` holds each method as a function of its options, with those defaults that did best among what
+``benchmarks/field.py --tune`` tries, on calibration examples of a seed that no table reports. Learning rates are in
+units of the setting's, rounds too.
 """
 
 from __future__ import annotations
