@@ -174,7 +174,7 @@ def against(rows: pd.DataFrame, method: str = "potara", score: str = "accuracy")
     """``method`` minus each other method, paired by seed: ``difference`` of the mean client ``score``, ``±`` its
     standard error, ``p`` of a two-sided paired t-test over the seeds, and ``p (Holm)``, corrected for the number of
     methods in that federation (Holm, 1979). One line per federation and other method."""
-    seeds = rows.groupby(["federation", "method", "seed"], sort=False)[score].mean()
+    seeds = rows.groupby(["federation", "method", "seed"])[score].mean()
     lines = []
     for federation in dict.fromkeys(rows.federation):
         own = seeds[federation, method]
