@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -119,23 +120,23 @@ def frontiers(
 ) -> Figure:
     """A panel per federation of a ``sweep.leaderboard``: mean client accuracy against megabytes per client.
 
-    The line joins the ``efficient`` methods, which are named; bars are standard errors over seeds. ``references`` are
-    left out.
+    The line joins the ``efficient`` methods. They and ``highlight`` are named and have standard errors over seeds as
+    bars; ``references`` are left out.
     """
     names = list(dict.fromkeys(board.index.get_level_values("federation")))
-    figure = Figure(figsize=(4.6 * len(names), 5), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(names), 6), layout="constrained")
     for panel, name in zip(np.atleast_1d(figure.subplots(1, len(names), sharex=True)), names):
         table = board.loc[name].assign(MB=lambda t: t["bytes"] / 1e6, best=efficient[name])
         table = table[~table.index.isin(references)]
-        for method, row in table.iterrows():
-            shade = COLOURS["federated"] if row["best"] else "#BBBBBB"
-            shade = COLOURS["potara"] if method == highlight else shade
-            error = None if np.isnan(row["±"]) else row["±"]
-            panel.errorbar(row["MB"], row["accuracy"], yerr=error, fmt="o", ms=5, color=shade, lw=1)
+        named = table["best"] | (table.index == highlight)
+        panel.plot(table["MB"][~named], table["accuracy"][~named], "o", ms=5, color="#CCCCCC", zorder=0)
         line = table[table["best"]].sort_values("MB")
-        panel.plot(line["MB"], line["accuracy"], color=COLOURS["federated"], lw=1, zorder=0, drawstyle="steps-post")
-        for method, row in table[table["best"] | (table.index == highlight)].iterrows():
-            panel.annotate(method, (row["MB"], row["accuracy"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        panel.plot(line["MB"], line["accuracy"], color="#888888", lw=1, zorder=1, drawstyle="steps-post")
+        for (method, row), marker in zip(table[named].sort_values("MB").iterrows(), itertools.cycle("osD^vPX<>")):
+            shade = COLOURS["potara"] if method == highlight else COLOURS["federated"]
+            error = None if np.isnan(row["±"]) else row["±"]
+            panel.errorbar(row["MB"], row["accuracy"], yerr=error, fmt=marker, ms=7, color=shade, lw=1, label=method)
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=8, frameon=False)
         panel.set_xscale("symlog", linthresh=1)
         panel.set_title(name, fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)

@@ -62,7 +62,7 @@ def test_methods_are_what_they_are_called(cell):
     half = merge_exact(pair.federated, pair.local, 0.5)
     torch.testing.assert_close(flatten(M.METHODS["uniform"](cell).adapters), flatten(half), rtol=1e-5, atol=1e-7)
     longer = fedit(cell.adapted, cell.federation.train, rounds=4, local_steps=2, batch_size=4, lr=1e-2).adapter
-    found = M.METHODS["FedIT"](cell).adapters
+    found = M.FAMILIES["FedIT"](lr=1)(cell).adapters
     assert all(torch.allclose(found[name][1], tensor, rtol=1e-5, atol=1e-7) for name, tensor in longer.items())
 
 
@@ -251,8 +251,14 @@ def test_what_no_method_beats_is_efficient():
     assert set(found[found].index.get_level_values("method")) == {"local", "cheap", "best", "twin of best"}
     figure = frontiers(board, found, highlight="worse")
     panel = figure.axes[0]
-    assert {text.get_text() for text in panel.texts} == {"local", "cheap", "best", "twin of best", "worse"}
-    stairs = panel.lines[-1].get_xydata()
+    assert {text.get_text() for text in panel.get_legend().get_texts()} == {
+        "local",
+        "cheap",
+        "best",
+        "twin of best",
+        "worse",
+    }
+    stairs = next(line for line in panel.lines if line.get_drawstyle() == "steps-post").get_xydata()
     assert stairs[:, 1].tolist() == pytest.approx([0.5, 0.7, 0.8, 0.8])
 
 
@@ -406,6 +412,88 @@ def test_processes_share_the_work(tmp_path):
     subprocess.run([*command, "--out", tmp_path / "field"], check=True, capture_output=True)
     rows = pd.read_csv(tmp_path / "field-quick.csv.gz")
     assert set(rows.method) == set(ALL) and len(rows) == 2 * len(ALL)
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return pd.read_csv(ROOT / "benchmarks" / "field-lab.csv.gz")
+
+
+def test_the_committed_rows_are_whole_and_the_page_has_their_table(committed):
+    field = script("field")
+    assert set(committed.method) == set(ALL) and set(committed.federation) == set(field.SCALES["lab"])
+    cells = committed.groupby(["federation", "method"])[["seed", "client"]].nunique()
+    assert (cells.seed == 5).all() and (cells.client == 8).all() and len(committed) == len(cells) * 40
+    assert committed[~committed.method.isin(PARTS)].steps.eq(180).all()
+    table = field.markdown(field.overview(leaderboard(committed)))
+    for page in (ROOT / "docs" / "field.md", ROOT / "benchmarks" / "field-lab.md"):
+        assert table in page.read_text()
+
+
+def test_the_pages_say_what_the_rows_say(committed):
+    page, readme = (" ".join((ROOT / name).read_text().split()) for name in ("docs/field.md", "README.md"))
+    skew, strong, shift = "label skew", "strong label skew", "label skew and feature shift"
+    board, ours = leaderboard(committed), "potara, local from federated"
+    accuracy, bytes_of = board.accuracy, board["bytes"] / board["bytes"].xs("FedIT", level=1).iloc[0]
+    seeds = committed.groupby(["method", "seed"]).accuracy.mean().unstack("method")
+    weight = committed.groupby(["federation", "method"]).weight.mean()
+
+    def three(name):
+        return [f"{accuracy[federation, name]:.3f}" for federation in (skew, strong, shift)]
+
+    def above(one, other):
+        difference = seeds[one] - seeds[other]
+        return f"{difference.mean():.3f} ± {difference.sem():.3f}"
+
+    def percent(name):
+        return f"{100 * bytes_of[skew, name]:.0f} %"
+
+    default, oracle, alone, mine, part = (three(n) for n in ("potara", ORACLE, "local", ours, "local part"))
+    for text in (
+        f"At {percent('potara')} of FedIT's bytes it reaches {default[0]} with label skew (WiSE-FT "
+        f"{three('WiSE-FT')[0]} at {percent('WiSE-FT')}), {default[1]} with strong label skew (FedPer "
+        f"{three('FedPer')[1]} at {percent('FedPer')}, training alone {alone[1]} at none) and {default[2]} with "
+        f"feature shift, where training alone has {alone[2]}.",
+        f"the same two models reach {', '.join(oracle[:2])} and {oracle[2]}",
+        f"with label skew {part[0]} alone, where all of the steps give {alone[0]}",
+        f"`{ours}` has {', '.join(mine[:2])} and {mine[2]}",
+        f"above the default by {above(ours, 'potara')}, FedPer by {above(ours, 'FedPer')}, WiSE-FT by "
+        f"{above(ours, 'WiSE-FT')}, training alone by {above(ours, 'local')} and fine-tuned FedIT by "
+        f"{above(ours, 'FedIT, fine-tuned')}",
+        f"above λ = ½ by {above('potara', 'uniform')} on average and above our reading of the paper's estimator by "
+        f"{above('potara', 'potara-paper')}",
+        f"λ = {weight[strong, 'potara-paper']:.2f} on average, the oracle with {weight[strong, ORACLE]:.2f}",
+        f"({above(ours, 'uniform, local from federated')} below)",
+        f"gains {above('potara', 'potara, factors')} with the default's weights",
+        f"(FedIT {', '.join(three('FedIT')[:2])} and {three('FedIT')[2]})",
+        f"at {bytes_of[skew, 'FedEx-LoRA']:.1f} times its bytes, FLoRA below it at {bytes_of[skew, 'FLoRA']:.1f} times",
+        f"(TIES {three('TIES')[1]}, Fisher merging {three('Fisher merging')[1]}): it ends near the federated model "
+        f"({three('federated part')[1]}), where the local one has {part[1]}",
+    ):
+        assert text in page, text
+    union = board.groupby("method")["union"].mean()
+    figures = [f"{union[name]:.3f}" for name in ("FedIT", "local", "FedPer", ours)]
+    assert (
+        f"{figures[0]} on all clients' data, where training alone has {figures[1]}, FedPer {figures[2]} and "
+        f"`{ours}` {figures[3]}" in page
+    )
+    one_adapter = union[["FedIT", "FedProx", "FFA-LoRA", "FedEx-LoRA", "FLoRA", "FlexLoRA", "federated part"]]
+    assert union["FedIT"] == union.max() and one_adapter.min() > union.drop(one_adapter.index).max()
+    default_against = against(committed)
+    assert not ((default_against["p (Holm)"] < 0.05) & (default_against.difference < 0)).any()
+    means = seeds.mean().drop(ORACLE).sort_values(ascending=False)
+    assert means.index[0] == ours and means.index[1] == "uniform, local from federated"
+    for federation in (skew, strong, shift):
+        assert abs(accuracy[federation, "FedEx-LoRA"] - accuracy[federation, "FedIT"]) < 0.013
+        assert accuracy[federation, "FLoRA"] < accuracy[federation, "FedIT"]
+        assert abs(accuracy[federation, "potara"] - accuracy[federation, ORACLE]) < 0.006
+        best = accuracy[federation].drop(ORACLE).idxmax()
+        assert f"{best} ({accuracy[federation, best]:.3f}" in readme
+    assert (accuracy[strong] > accuracy[strong].max() - 0.002).sum() == 5 and f"beat ({alone[2]})" in readme
+    assert readme.count("Thirty-eight rows of methods") == 1 and len(M.METHODS) == 38
+    assert f"{percent('potara')} of FedIT's bytes" in readme and f"{above(ours, 'potara')}" in readme
+    for text in (", ".join(default[:2]) + f" and {default[2]}", ", ".join(mine[:2]) + f" and {mine[2]}"):
+        assert text in readme
 
 
 def test_the_script_runs_at_its_quick_scale(tmp_path, monkeypatch, capsys):
