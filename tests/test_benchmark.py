@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from potara_lite.benchmark import COLUMNS, ORACLE, Setting, summary
+from potara_lite.benchmark import COLUMNS, ORACLE, Setting, prepare, summary
 from potara_lite.plots import along_weight
 
 ROOT = Path(__file__).parents[1]
@@ -123,3 +123,14 @@ def test_the_thousand_clients_are_those_of_the_committed_run():
     text = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
     assert f"take {row['seconds']:.0f} s and {row['peak_bytes'] / 1e9:.1f} GB on two cores" in text
     assert f"costs {ratio:.2f} times what it costs among 125" in text
+
+
+def test_a_setting_reaches_its_federation():
+    tiny = dict(clients=3, train_size=40, calibration_size=5, test_size=6)
+    _, even = prepare(Setting(**tiny, alpha=100.0), seed=0)
+    _, skewed = prepare(Setting(**tiny, alpha=0.05), seed=0)
+    classes = [sum(len(federation.train.client(i)[1].unique()) for i in range(3)) for federation in (even, skewed)]
+    assert classes[0] > 2 * classes[1]
+    assert even.train.y.shape == (3, 40) and even.calibration.y.shape == (3, 5) and even.test.y.shape == (3, 6)
+    _, shifted = prepare(Setting(**tiny, alpha=100.0, shift=True), seed=0)
+    assert torch.equal(shifted.train.y, even.train.y) and not torch.allclose(shifted.train.x, even.train.x)

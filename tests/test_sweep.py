@@ -99,6 +99,15 @@ def test_the_two_models_of_a_pair_may_have_learning_rates_of_their_own(adapted, 
     assert torch.equal(flatten(mixed.local), flatten(one.local))
 
 
+@pytest.mark.parametrize("family", ["FedIT, fine-tuned", "FedProx, fine-tuned", "WiSE-FT"])
+def test_more_rounds_leave_fewer_steps_for_the_fine_tuning(cell, family):
+    """Two or three rounds of two steps, of eight steps in all."""
+    size = nbytes(cell.adapted.initial)
+    for rounds, number in ((1, 2), (1.5, 3)):
+        result = M.FAMILIES[family](lr=1, rounds=rounds)(cell)
+        assert result.ledger.up.tolist() == [number * size] * 3 and result.ledger.steps.tolist() == [8] * 3
+
+
 def test_a_budget_that_rounds_cannot_fill_is_refused(adapted, federation):
     cell = M.Cell(adapted, federation, replace(SETTING, local_steps=3), 0)
     with pytest.raises(ValueError, match="Ditto: rounds of 4 steps do not make 7"):
@@ -260,6 +269,8 @@ def test_what_no_method_beats_is_efficient():
     }
     stairs = next(line for line in panel.lines if line.get_drawstyle() == "steps-post").get_xydata()
     assert stairs[:, 1].tolist() == pytest.approx([0.5, 0.7, 0.8, 0.8])
+    drawn = np.concatenate([line.get_ydata() for line in panel.lines])
+    assert drawn.min() == pytest.approx(0.5) and drawn.max() == pytest.approx(0.8)  # not the reference
 
 
 def test_the_overview_by_hand():
