@@ -499,8 +499,11 @@ def test_the_pages_say_what_the_rows_say(committed):
         assert accuracy[federation, "FLoRA"] < accuracy[federation, "FedIT"]
         assert abs(accuracy[federation, "potara"] - accuracy[federation, ORACLE]) < 0.006
         best = accuracy[federation].drop(ORACLE).idxmax()
-        assert f"{best} ({accuracy[federation, best]:.3f}" in readme
-    assert (accuracy[strong] > accuracy[strong].max() - 0.002).sum() == 5 and f"beat ({alone[2]})" in readme
+        megabytes = board["bytes"][federation, best] / 1e6
+        assert f"{best} ({accuracy[federation, best]:.3f} for {megabytes:.1f} MB" in readme
+    level = accuracy[strong][accuracy[strong] > accuracy[strong].max() - 0.002].index
+    assert len(level) == 5 and (board["bytes"][strong][level].round(-5) == 3.2e6).sum() == 2
+    assert f"FedIT sends {board['bytes'][strong, 'FedIT'] / 1e6:.1f} MB" in readme and f"beat ({alone[2]})" in readme
     assert readme.count("Thirty-eight rows of methods") == 1 and len(M.METHODS) == 38
     assert f"{percent('potara')} of FedIT's bytes" in readme and f"{above(ours, 'potara')}" in readme
     for text in (", ".join(default[:2]) + f" and {default[2]}", ", ".join(mine[:2]) + f" and {mine[2]}"):
