@@ -506,6 +506,11 @@ def test_the_pages_say_what_the_rows_say(committed):
     assert f"FedIT sends {board['bytes'][strong, 'FedIT'] / 1e6:.1f} MB" in readme and f"beat ({alone[2]})" in readme
     assert readme.count("Thirty-eight rows of methods") == 1 and len(M.METHODS) == 38
     assert f"{percent('potara')} of FedIT's bytes" in readme and f"{above(ours, 'potara')}" in readme
+    loss = board.groupby("method").loss.mean()
+    nats = [f"{loss[name]:.3f}" for name in (ours, "WiSE-FT", "potara", "FedPer", "local")]
+    words = "`{}` has {} nats, WiSE-FT {}, `potara` {}, FedPer {}, training alone {}"
+    assert words.format(ours, *nats) in page
+    assert f"with it the same models reach {', '.join(oracle[:2])} and {oracle[2]}" in readme
     for text in (", ".join(default[:2]) + f" and {default[2]}", ", ".join(mine[:2]) + f" and {mine[2]}"):
         assert text in readme
 
