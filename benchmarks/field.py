@@ -6,8 +6,7 @@
     python benchmarks/field.py --tune             # the methods' options, by calibration examples of seed 100
     python benchmarks/field.py --report           # tables and figure from what is finished
 
-Interrupted, it goes on where it stopped (``field/``). Processes share the federations and seeds, and the cores:
-networks as small as this one gain little from a second thread.
+Interrupted, it goes on where it stopped (``field/``). Processes share the federations and seeds, and the cores.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -132,7 +133,9 @@ def test_a_later_seed_that_fails_leaves_the_earlier_ones(tmp_path, monkeypatch):
 
 def test_ctrl_c_leaves_what_was_finished(tmp_path):
     arguments = [*SMALL, "--local-steps", "100000", "--out", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, "-m", "potara_lite", *arguments], stderr=subprocess.PIPE, text=True)
+    command_line = [sys.executable, "-m", "potara_lite", *arguments]
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True, preexec_fn=listen)  # also behind an "&"
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "results.csv").exists() and time.monotonic() < deadline:
