@@ -1,0 +1,97 @@
+"""Does ``torch.compile`` pay? One training step of all clients, as the engine takes it and compiled.
+
+    python benchmarks/engine_compile.py            # minutes, most of them the compiler's
+    python benchmarks/engine_compile.py --smoke    # its figures mean nothing
+
+A step is the losses of all clients and their gradients. The engine replaces the forward of every adapted layer
+(``grouped.py``), which a compiler cannot follow; what is compiled is the step through ``vmap`` over the backbone as it
+is, forwards and backwards. ``vmap`` itself is timed, too. ``start-up`` is the first call less a later one: seconds that
+a run must save before compiling pays; ``pays after`` says in how many steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from workload import HERE, Load, apart, compared, make, paired, write
+
+from potara_lite import repeat_adapter
+from potara_lite.adapters import client_adapter, flatten, unflatten
+from potara_lite.grouped import grouped
+from potara_lite.training import losses
+
+TOLERANCE = 1e-5  # of losses and gradients
+
+
+def row(load: Load, repeats: int) -> dict:
+    """The step of the engine, of ``vmap`` and of the compiler, on the same clients and batch."""
+    adapted, split = make(load)
+    flat = flatten(repeat_adapter(adapted.initial, load.clients))
+    flat = flat + 0.02 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
+    like, x, y = (
+        client_adapter(repeat_adapter(adapted.initial, 1), 0),
+        *(t[:, : load.batch_size] for t in (split.x, split.y)),
+    )
+
+    def step(forward, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = flat.detach().requires_grad_()
+        value = losses(forward, unflatten(flat, like), x, y)
+        return value.detach(), torch.autograd.grad(value.sum(), flat)[0]
+
+    compiled = torch.compile(lambda tensors: losses(adapted, tensors, x, y), dynamic=False)
+
+    def compiled_step(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = flat.detach().requires_grad_()
+        value = compiled(unflatten(flat, like))
+        return value.detach(), torch.autograd.grad(value.sum(), flat)[0]
+
+    steps = {
+        "engine": lambda: step(grouped(adapted), flat),
+        "vmap": lambda: step(adapted, flat),
+        "compiled": lambda: compiled_step(flat),
+    }
+    began = time.perf_counter()
+    results = {"compiled": compiled_step(flat)}
+    first = time.perf_counter() - began
+    results |= {name: run() for name, run in steps.items() if name != "compiled"}
+    different = [
+        apart(one, two, TOLERANCE)
+        for name in ("vmap", "compiled")
+        for one, two in zip(results["engine"], results[name])
+    ]
+    many = {name: lambda run=run: [run() for _ in range(load.steps)] for name, run in steps.items()}
+    for run in many.values():
+        run()
+    result = compared(paired(many, repeats, load.device), "engine")
+    each = {name: spread["median"] / load.steps for name, spread in result["seconds"].items()}
+    start, saved = first - each["compiled"], each["engine"] - each["compiled"]
+    return (
+        {"what": "training step", **vars(load), "different": max(different)}
+        | result
+        | {"start-up": start, "pays after": start / saved if saved > 0 else None}
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.smoke:
+        args.clients, args.steps, args.repeats = [2], 1, 2
+    rows = [row(Load(clients, steps=args.steps, device=args.device), args.repeats) for clients in args.clients]
+    ratios = {f"{n}, {r['clients']} clients": v["median"] for r in rows for n, v in r["ratio to engine"].items()}
+    name = "engine_compile" + ("" if args.device == "cpu" else f"-{args.device.split(':')[0]}")
+    options = {key: value for key, value in vars(args).items() if key != "out"}
+    write(args.out or HERE / f"{name}{'-smoke' if args.smoke else ''}.json", options, rows, ratios)
+
+
+if __name__ == "__main__":
+    main()
