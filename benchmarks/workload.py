@@ -124,9 +124,9 @@ def write(path: Path, options: dict, rows: list[dict], ratios: dict[str, float],
 
 
 def table() -> str:
-    """The ratios of ``engine.json`` and ``engine_flower.json`` as Markdown: median, least and most."""
+    """The ratios of the engine's JSON files as Markdown: median, least and most."""
     lines = ["| work | clients | batch | against | times the engine's seconds |", "| --- | --- | --- | --- | --- |"]
-    for name in ("engine", "engine_flower"):
+    for name in ("engine", "engine_flower", "engine_compile"):
         for row in json.loads((HERE / f"{name}.json").read_text())["rows"]:
             for other, ratio in row["ratio to engine"].items():
                 spread = f"{ratio['median']:.2f} ({ratio['least']:.2f}–{ratio['most']:.2f})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -158,6 +159,12 @@ def losses(
     return each(one, adapters, x, y, at_once=at_once)
 
 
+@cache
+def compiled_losses() -> Callable[..., Tensor]:
+    """``losses``, compiled for every combination of shapes, backbone and objective that it meets."""
+    return torch.compile(losses, dynamic=False)
+
+
 def train(
     adapted: AdaptedBackbone,
     adapters: Adapter,
@@ -178,6 +185,7 @@ def train(
     loss: Loss = F.cross_entropy,
     objective: Objective = plain_loss,
     fixed: Adapter | None = None,
+    compile: bool = False,
     progress: bool = False,
 ) -> Trained:
     """Train each client's adapter on its own examples with AdamW, all clients in one batched program.
@@ -191,7 +199,9 @@ def train(
     ``chunk_size`` clients are trained at a time, by default as many as fit in ``memory`` bytes (see ``plan``).
     Adapters, data and optimiser state may lie on the CPU and visit the backbone's device chunk by chunk. ``at_once``:
     whether a chunk is one batched program; by default wherever ``vmap`` takes the backbone, else the clients are
-    trained one after another and a warning says why. ``autocast=torch.bfloat16`` computes in bf16 where that is safe.
+    trained one after another and a warning says why. ``compile`` gives that program to ``torch.compile``: seconds at
+    first for each new combination of shapes, less for every step (``benchmarks/engine_compile.py``).
+    ``autocast=torch.bfloat16`` computes in bf16 where that is safe.
 
     Raises ``DivergedError`` (a ``ValueError``) naming the client and the step when a loss is not finite; the result for
     the other clients is in its ``trained``.
@@ -210,7 +220,8 @@ def train(
         batch_size=batch_size, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory,
         known=f"loss in {autocast}" if objective is plain_loss else None,
     )  # fmt: skip
-    forward = in_precision(grouped(adapted), autocast) if at_once else alone
+    forward = in_precision(grouped(adapted), autocast) if at_once and not compile else alone
+    losses_of = compiled_losses() if at_once and compile else losses
     bar = tqdm(total=steps * clients, disable=not progress, unit="step", desc="training")
     for chunk in chunks:
         part = split.rows(chunk).to(device)
@@ -223,7 +234,7 @@ def train(
         for step in range(steps):
             x, y = part.x[row, index[:, step]], part.y[row, index[:, step]]  # (K, B, ...), (K, B)
             now = now.requires_grad_()
-            value = losses(forward, unflatten(now, like) | still, x, y, loss, objective, at_once=at_once)
+            value = losses_of(forward, unflatten(now, like) | still, x, y, loss, objective, at_once=at_once)
             (grad,) = torch.autograd.grad(value.sum(), now)
             if clip is not None:
                 grad = grad * (clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp_max(1)  # as clip_grad_norm_ does

@@ -2,10 +2,13 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from potara_lite.adapters import attach, client_adapter, flatten, repeat_adapter
 from potara_lite.batching import each, plan
 from potara_lite.data import Split
 from potara_lite.fisher import directional_derivatives, per_sample_gradients
-from potara_lite.training import DivergedError, OptimizerState, evaluate, train, train_sequentially
+from potara_lite.training import DivergedError, OptimizerState, compiled_losses, evaluate, train, train_sequentially
 
 OPTIONS = dict(steps=6, batch_size=4, lr=2e-3, seed=3)
 
@@ -396,3 +399,43 @@ def test_a_trial_is_made_once_for_each_model_and_shape(adapted, backbone, federa
     assert len(size(8, "f")[1]) >= len(first[1]) and len(calls) == 2  # other shapes are another trial
     size(2, None), size(2, None), size(2, "g")
     assert len(calls) == 5
+
+
+def test_compiled_steps_are_the_programs_own(adapted64, federation64, random_stack, monkeypatch):
+    """The compiler is given every step of every chunk, through the backbone itself; here it compiles nothing."""
+    seen = []
+
+    def compiler(function, dynamic):
+        def compiled(forward, *args, **options):
+            seen.append((forward, dynamic))
+            return function(forward, *args, **options)
+
+        return compiled
+
+    compiled_losses.cache_clear()
+    monkeypatch.setattr(torch, "compile", compiler)
+    stack = random_stack(adapted64, 3, seed=0)
+    plain = train(adapted64, stack, federation64.train, **OPTIONS)
+    assert not seen
+    found = train(adapted64, stack, federation64.train, compile=True, chunk_size=2, **OPTIONS)
+    compiled_losses.cache_clear()
+    assert seen == [(adapted64, False)] * 2 * OPTIONS["steps"]
+    torch.testing.assert_close(flatten(found.adapters), flatten(plain.adapters), rtol=1e-9, atol=1e-12)
+    alone = train(adapted64, stack, federation64.train, compile=True, at_once=False, **OPTIONS)
+    assert len(seen) == 2 * OPTIONS["steps"]  # a loop over the clients is not compiled
+    torch.testing.assert_close(flatten(alone.adapters), flatten(plain.adapters), rtol=1e-9, atol=1e-12)
+
+
+HEADER = Path(sysconfig.get_path("include")) / "Python.h"
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and HEADER.exists()), reason="compiling needs g++ and Python's headers")
+def test_compiled_training_is_that_of_the_engine_and_compiles_once(adapted64, federation64, random_stack):
+    stack = random_stack(adapted64, 3, seed=0)
+    plain = train(adapted64, stack, federation64.train, **OPTIONS)
+    found = train(adapted64, stack, federation64.train, compile=True, **OPTIONS)
+    torch.testing.assert_close(found.losses, plain.losses, rtol=1e-9, atol=0)
+    torch.testing.assert_close(flatten(found.adapters), flatten(plain.adapters), rtol=1e-7, atol=1e-10)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        again = train(adapted64, stack, federation64.train, compile=True, **OPTIONS)
+    assert torch.equal(flatten(again.adapters), flatten(found.adapters))
