@@ -12,6 +12,8 @@ empty cache: seconds that a run must save before compiling pays; ``pays after`` 
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 from workload import HERE, Load, apart, compared, make, paired, write
 
 from potara_lite import repeat_adapter
-from potara_lite.adapters import client_adapter, flatten, unflatten
+from potara_lite.adapters import flatten, unflatten
 from potara_lite.grouped import grouped
 from potara_lite.training import compiled_losses, losses
 
@@ -32,14 +34,11 @@ def row(load: Load, repeats: int) -> dict:
     adapted, split = make(load)
     flat = flatten(repeat_adapter(adapted.initial, load.clients))
     flat = flat + 0.02 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
-    like, x, y = (
-        client_adapter(repeat_adapter(adapted.initial, 1), 0),
-        *(t[:, : load.batch_size] for t in (split.x, split.y)),
-    )
+    x, y = (tensor[:, : load.batch_size] for tensor in (split.x, split.y))
 
     def step(losses_of: Callable, forward: Callable) -> tuple[torch.Tensor, torch.Tensor]:
         own = flat.detach().requires_grad_()
-        value = losses_of(forward, unflatten(own, like), x, y)
+        value = losses_of(forward, unflatten(own, adapted.initial), x, y)
         return value.detach(), torch.autograd.grad(value.sum(), own)[0]
 
     steps = {
@@ -80,7 +79,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.clients, args.steps, args.repeats = [2], 1, 2
-    rows = [row(Load(clients, steps=args.steps, device=args.device), args.repeats) for clients in args.clients]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # nothing of an earlier run
+        rows = [row(Load(clients, steps=args.steps, device=args.device), args.repeats) for clients in args.clients]
     ratios = {f"{n}, {r['clients']} clients": v["median"] for r in rows for n, v in r["ratio to engine"].items()}
     name = "engine_compile" + ("" if args.device == "cpu" else f"-{args.device.split(':')[0]}")
     options = {key: value for key, value in vars(args).items() if key != "out"}

@@ -12,14 +12,16 @@ Interrupted, it goes on where it stopped (``field/``). Processes share the feder
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
-from pages import fill, markdown
+from pages import facts, fill, markdown
 
 from potara_lite import Setting, attach, from_torchvision, prepare, torchvision_vit
 from potara_lite.methods import FAMILIES, METHODS, REFERENCES, Cell, Method, Result, onwards
@@ -161,25 +163,22 @@ def overview(board: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def keep(rows: pd.DataFrame, path: Path) -> None:
+    """Write the rows; the same rows are the same bytes."""
+    rows.to_csv(path, index=False, compression={"method": "gzip", "mtime": 0})
+
+
 def report(rows: pd.DataFrame, name: str, folder: Path) -> None:
     """Write the rows, the tables that are read off them, and the figure."""
-    rows.to_csv(folder / f"field-{name}.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
-    board = leaderboard(rows)
-    print(board.to_string(float_format="{:.3f}".format))
-    if name.endswith("tune"):
-        for method, options in best(rows).items():
-            print(f"{method}: {options}")
-    if "potara" in set(rows.method):
-        frontiers(board, efficient(board)).savefig(folder / f"field-{name}.png", dpi=100)
-        print((differences := against(rows)).to_string(float_format="{:.4f}".format))
-        table = markdown(overview(board))
-        if name == "lab" and folder == HERE:
-            fill(HERE.parent / "docs" / "field.md", "field", table)
-        parts = [f"Every method.\n\n{table}"]
-        for federation in dict.fromkeys(rows.federation):
-            table = markdown(differences.loc[federation].sort_values("difference"), digits=4)
-            parts.append(f"{federation.capitalize()}: accuracy of `potara` minus that of each method.\n\n{table}")
-        (folder / f"field-{name}.md").write_text("\n\n".join(parts) + "\n")
+    keep(rows, folder / f"field-{name}.csv.gz")
+    board, differences = leaderboard(rows), against(rows)
+    frontiers(board, efficient(board)).savefig(folder / f"field-{name}.png", dpi=100)
+    parts = [f"Every method.\n\n{markdown(overview(board))}"]
+    for federation in dict.fromkeys(rows.federation):
+        table = markdown(differences.loc[federation].sort_values("difference"), digits=4)
+        parts.append(f"{federation.capitalize()}: accuracy of `potara` minus that of each method.\n\n{table}")
+    (folder / f"field-{name}.md").write_text("\n\n".join(parts) + "\n")
+    print(board.to_string(float_format="{:.3f}".format), differences.to_string(float_format="{:.4f}".format), sep="\n")
 
 
 def work(number: int, args: argparse.Namespace) -> None:
@@ -206,11 +205,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "field", help="for what is finished; tables go beside it")
     args = parser.parse_args()
     args.name = f"{args.scale}-tune" if args.tune else args.scale
-    if args.processes > 1 and not args.report:
-        torch.multiprocessing.spawn(work, (args,), nprocs=args.processes)
-    elif not args.report:
-        work(0, args)
-    report(finished(args.out / args.name), args.name, args.out.parent)
+    folder, began = args.out.parent, time.perf_counter()
+    if not args.report:
+        before = len(finished(args.out / args.name))
+        torch.multiprocessing.spawn(work, (args,), nprocs=args.processes) if args.processes > 1 else work(0, args)
+        run = {"processes": args.processes, "rows before": before, "minutes": (time.perf_counter() - began) / 60}
+        (folder / f"field-{args.name}.json").write_text(json.dumps(run | facts(), indent=1) + "\n")
+    rows = finished(args.out / args.name)
+    if args.tune:
+        keep(rows, folder / f"field-{args.name}.csv.gz")
+        print(*(f"{method}: {options}" for method, options in best(rows).items()), sep="\n")
+    else:
+        report(rows, args.name, folder)
+    if args.name == "lab" and folder == HERE:
+        fill(HERE.parent / "docs" / "field.md", "field", markdown(overview(leaderboard(rows))))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python benchmarks/workload.py     # writes the table of benchmarks/README.md fro
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -16,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pages import fill
+from pages import facts, fill
 from torch import Tensor
 from torch.nn import functional as F
 
-from potara_lite import AdaptedBackbone, Split, __version__, attach, lab_vit
+from potara_lite import AdaptedBackbone, Split, attach, lab_vit
 from potara_lite.backbones import LabViT
 from potara_lite.data import check_file, data_path
 
@@ -114,11 +113,7 @@ def compared(seconds: dict[str, list[float]], fast: str) -> dict:
 
 def write(path: Path, options: dict, rows: list[dict], ratios: dict[str, float], **versions: str) -> None:
     """The rows, options, versions and threads as JSON in ``path``; the ratios as one line of JSON on stdout."""
-    versions = {"potara_lite": __version__, "torch": torch.__version__, "python": platform.python_version()} | versions
-    machine = {"processor": platform.machine(), "threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name()
-    result = {"options": options, "versions": versions, "machine": machine, "ratios": ratios, "rows": rows}
+    result = {"options": options, **facts(**versions), "ratios": ratios, "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({"benchmark": path.stem, "ratios": {name: round(r, 3) for name, r in ratios.items()}}))
 

@@ -52,9 +52,11 @@ def per_sample_gradients(
         plan, adapted, adapted, adapters, examples,
         batch_size=1, backward=True, at_once=at_once, chunk_size=chunk_size, memory=memory, known="logits in None",
     )  # fmt: skip
-    at_once, chunks = planned(rows=2)
+    at_once, chunks = planned(rows=2 if isinstance(forward, Grouped) else 10)
     some = {name: tensor[:1].to(device) for name, tensor in adapters.items()}
-    if not (at_once and isinstance(forward, Grouped) and forward.agrees(some, examples[:2].to(device))):
+    if not at_once:
+        forward = adapted
+    elif isinstance(forward, Grouped) and not forward.agrees(some, examples[:2].to(device)):
         forward, (at_once, chunks) = adapted, planned(rows=10)
     for block in _blocks(clients, n, chunks[0].stop):
         own, a, b = flat[block[0]].to(device), x[block].to(device), y[block].to(device)  # (K, P), (K, M, ...), (K, M)

@@ -401,6 +401,13 @@ def test_a_trial_is_made_once_for_each_model_and_shape(adapted, backbone, federa
     assert len(calls) == 5
 
 
+def test_a_backbone_that_vmap_cannot_take_is_complained_of_once(federation64, random_stack):
+    adapted = attach(Item().double(), rank=2, targets=["fc1"])
+    with pytest.warns(UserWarning, match="one after another") as warned:
+        per_sample_gradients(adapted, random_stack(adapted, 3, seed=0), federation64.train)
+    assert len([one for one in warned if "one after another" in str(one.message)]) == 1
+
+
 def test_compiled_steps_are_the_programs_own(adapted64, federation64, random_stack, monkeypatch):
     """The compiler is given every step of every chunk, through the backbone itself; here it compiles nothing."""
     seen = []

@@ -132,6 +132,7 @@ def test_what_is_said_of_the_engine_holds_of_the_committed_figures():
     assert [r["clients"] for r in rows] == [1, 8, 32, 128] and list(ratios) == sorted(ratios)
     assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of the engine's seconds for a step" in page
     assert f"compiling takes {min(starts):.0f} to {max(starts):.0f} seconds" in page
+    assert starts[0] == max(starts) and "the longest for the first program of a run, which pays" in page
     assert f"after {pays[-1]:.0f} steps of 128 clients and {pays[0]:,.0f} of one" in page
     flower = json.loads((ROOT / "benchmarks" / "engine_flower.json").read_text())["rows"][0]["ratio to engine"]
     assert 1 < flower["flower, kept"]["median"] < flower["flower"]["median"]
