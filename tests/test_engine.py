@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_benchmark import script
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,7 +24,15 @@ from potara_lite.adapters import attach, client_adapter, flatten, repeat_adapter
 from potara_lite.batching import each, plan
 from potara_lite.data import Split
 from potara_lite.fisher import directional_derivatives, per_sample_gradients
-from potara_lite.training import DivergedError, OptimizerState, compiled_losses, evaluate, train, train_sequentially
+from potara_lite.training import (
+    DivergedError,
+    OptimizerState,
+    compiled_losses,
+    evaluate,
+    losses,
+    train,
+    train_sequentially,
+)
 
 OPTIONS = dict(steps=6, batch_size=4, lr=2e-3, seed=3)
 
@@ -446,3 +456,20 @@ def test_compiled_training_is_that_of_the_engine_and_compiles_once(adapted64, fe
     with torch.compiler.set_stance("fail_on_recompile"):
         again = train(adapted64, stack, federation64.train, compile=True, **OPTIONS)
     assert torch.equal(flatten(again.adapters), flatten(found.adapters))
+
+
+def test_what_compiling_costs_is_set_against_what_it_saves(monkeypatch):
+    """With a compiler that does nothing but take its time at first."""
+    bench, calls = script("engine_compile"), []
+
+    def slow(*args):
+        calls.append(args)
+        time.sleep(2.0 if len(calls) == 1 else 0.0)
+        return losses(*args)
+
+    monkeypatch.setattr(bench, "compiled_losses", lambda: slow)
+    row = bench.row(bench.Load(2, steps=1), 2)
+    assert set(row["ratio to engine"]) == {"vmap", "compiled"} and row["different"] <= bench.TOLERANCE
+    assert row["start-up"] > 1.9 and len(calls) == 1 + 3 * row["steps"]
+    saved = row["seconds"]["engine"]["median"] - row["seconds"]["compiled"]["median"]
+    assert row["pays after"] == (pytest.approx(row["start-up"] / saved) if saved > 0 else None)
