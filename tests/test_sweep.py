@@ -30,6 +30,7 @@ from potara_lite.training import evaluate, train
 
 SETTING = Setting(clients=3, batch_size=4, lr=1e-2, rounds=2, round_steps=2, local_steps=4)
 ALL = M.METHODS | M.REFERENCES
+PAGE = ROOT / "docs" / "field.md"
 PARTS = {"federated part": 4, "local part": 4}
 
 
@@ -407,6 +408,10 @@ def test_the_methods_have_the_best_options_of_those_that_were_tried():
     rows = pd.read_csv(field.HERE / "field-lab-tune.csv.gz")
     assert set(rows.method) == set(field.candidates()) and set(rows.seed) == {100}
     assert set(rows.federation) == set(field.SCALES["lab"])
+    many = {name: len(field.tried(name)) for name in field.OPTIONS}
+    assert f"the best of {min(many.values())} to {max(many.values())} candidates" in (page := PAGE.read_text())
+    assert f"{many[field.PAIR]} for the two models that are merged, {many['FedProx']} for FedProx" in page
+    assert f"{many['WiSE-FT']} for WiSE-FT" in page and sorted(many.values())[-3:] == [9, 10, many[field.PAIR]]
     chosen = field.best(rows)
     pair, onwards = chosen.pop(field.PAIR), chosen.pop(field.ONWARDS)
     assert pair == {name: getattr(field.LAB, name) for name in pair}
