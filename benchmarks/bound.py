@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from potara_lite import Moments, Setting, evaluate, fedit, grid, merge_exact, plots, prepare, repeat_adapter, train
+from potara_lite import Moments, Setting, evaluate, fedit, merge_exact, prepare, repeat_adapter, train, weight_grid
 from potara_lite.data import Split
 from potara_lite.estimators import estimate_ensemble
+from potara_lite.teaching import plots
 
 HERE = Path(__file__).parent
 SEED, RUNS, POOL = 0, 8, 1000
@@ -57,7 +58,7 @@ def measure(runs: int = RUNS, pool: int = POOL, setting: Setting | None = None) 
             part = train(adapted, stack, few, **more)
             stack, state, done = part.adapters, part.state, length
             pairs[regime].append((general, stack))
-    weights, rows = grid(11), []
+    weights, rows = weight_grid(11), []
     least, _ = evaluate(adapted, optimum, federation.test)
     for regime, models in pairs.items():
         losses = [[evaluate(adapted, merge_exact(*pair, w), federation.test)[0] for w in weights.tolist()]

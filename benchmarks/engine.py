@@ -5,7 +5,7 @@
     python benchmarks/engine.py --device cuda --shape vit-b-16 --clients 8 32 --batch-sizes 8
     python benchmarks/engine.py --smoke                            # seconds; its figures mean nothing
 
-Contestants: the engine; the sequential loop over one PEFT model (``train_sequentially``); a loop in the style of
+Contestants: the engine; the sequential loop over one PEFT model (as in ``potara.py``); a loop in the style of
 PFLlib (an object per client with a deep copy of the model and a DataLoader, at 32 clients and batch 8); for the
 Fisher, batches of one example, and Opacus' ``GradSampleModule`` where ``opacus`` is installed. All of them take the
 same batches of the same tokens; their results are compared before anything is timed.
@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from workload import HERE, LR, Load, apart, client_steps, compared, make, paired, write
 
-from potara_lite import per_sample_gradients, repeat_adapter, train, train_sequentially
+from potara_lite import Execution, per_sample_gradients, repeat_adapter, train
 from potara_lite.adapters import client_adapter, flatten
-from potara_lite.training import batch_indices
+from potara_lite.data import batch_indices
 
 WORK = 6_400  # examples that one contestant of one row sees, at most; the number of steps follows
 TOLERANCE = 2e-4  # of adapters and losses, after at most 50 steps of 2e-3
@@ -45,11 +45,11 @@ class PFLClient:
 
     def train(self) -> list:
         order = batch_indices(len(self.data), 0, self.load.steps, self.load.batch_size, [0, self.id])
-        weights = [self.model.get_parameter(name).requires_grad_() for name in self.adapted.parameters.values()]
+        weights = [self.model.get_parameter(name).requires_grad_() for name in self.adapted.parameter_names.values()]
         return client_steps(self.model, weights, DataLoader(self.data, batch_sampler=order.tolist()))
 
     def weights(self) -> torch.Tensor:
-        names = (self.adapted.parameters[name] for name in self.adapted.initial)
+        names = (self.adapted.parameter_names[name] for name in self.adapted.initial)
         return torch.cat([self.model.get_parameter(name).detach().flatten() for name in names])
 
 
@@ -62,23 +62,37 @@ def pfl_round(adapted, split, initial, load: Load) -> tuple[torch.Tensor, torch.
     return torch.stack([client.weights() for client in clients]), torch.stack(curves)
 
 
+def sequential(adapted, initial, split, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
+    """One client after another in PEFT's own model, as in ``potara.py``: adapters ``(C, P)`` and losses."""
+    model, rows, curves = adapted.model, [], []
+    weights = [model.get_parameter(name).requires_grad_() for name in adapted.parameter_names.values()]
+    for row, number in enumerate(split.ids):
+        set_peft_model_state_dict(model, client_adapter(initial, row))
+        x, y = split.client(row)
+        batches = batch_indices(len(y), 0, load.steps, load.batch_size, [0, number]).to(y.device)
+        curves.append(torch.stack(client_steps(model, weights, ((x[batch], y[batch]) for batch in batches))))
+        rows.append(torch.cat([weight.detach().flatten() for weight in weights]))
+    model.requires_grad_(False)
+    set_peft_model_state_dict(model, adapted.initial)
+    return torch.stack(rows), torch.stack(curves)
+
+
 def training(load: Load, repeats: int, *, pfl: bool, memory: float | None) -> dict:
     """One row: the engine and the loops on the same clients."""
     adapted, split = make(load)
     initial = repeat_adapter(adapted.initial, load.clients)
     options = dict(steps=load.steps, batch_size=load.batch_size, lr=LR, seed=0)
     contestants = {
-        "engine": lambda: train(adapted, initial, split, memory=memory, **options),
-        "sequential": lambda: train_sequentially(adapted, initial, split, **options),
+        "engine": lambda: train(adapted, initial, split, execution=Execution(memory_bytes=memory), **options),
+        "sequential": lambda: sequential(adapted, initial, split, load),
     }
-    fast, slow = (run() for run in contestants.values())
-    different = [apart(flatten(fast.adapters), flatten(slow.adapters), TOLERANCE)]
-    different.append(apart(fast.losses, slow.losses, TOLERANCE))
     if pfl:
         contestants["pfllib-style"] = lambda: pfl_round(adapted, split, initial, load)
-        weights, curves = contestants["pfllib-style"]()
+    fast, different = contestants["engine"](), []
+    for loop in list(contestants.values())[1:]:
+        weights, curves = loop()
         different += [apart(flatten(fast.adapters), weights, TOLERANCE), apart(fast.losses, curves, TOLERANCE)]
-    del fast, slow
+    del fast, weights, curves
     result = compared(paired(contestants, repeats, load.device), "engine")
     return {"what": "training", **vars(load), "different": max(different)} | result
 
@@ -86,7 +100,7 @@ def training(load: Load, repeats: int, *, pfl: bool, memory: float | None) -> di
 def micro_batches(adapted, stack, split) -> torch.Tensor:
     """Per-sample gradients ``(C, N, P)`` by batches of one example."""
     rows, model = [], adapted.model
-    weights = [model.get_parameter(adapted.parameters[name]).requires_grad_() for name in stack]
+    weights = [model.get_parameter(adapted.parameter_names[name]).requires_grad_() for name in stack]
     for client in range(len(split)):
         set_peft_model_state_dict(model, client_adapter(stack, client))
         for x, y in zip(split.x[client], split.y[client]):
@@ -105,7 +119,7 @@ def with_opacus(adapted, stack, split):
     except ImportError:
         return "opacus is not installed"
     model = copy.deepcopy(adapted.model).train()
-    weights = [model.get_parameter(adapted.parameters[name]).requires_grad_() for name in stack]
+    weights = [model.get_parameter(adapted.parameter_names[name]).requires_grad_() for name in stack]
     wrapped = GradSampleModule(model, loss_reduction="sum")
 
     def run() -> torch.Tensor:
@@ -127,7 +141,7 @@ def fisher(load: Load, repeats: int, *, samples: int, memory: float | None) -> d
     split = type(split)(split.x[:, :samples], split.y[:, :samples], split.sizes.clamp_max(samples), split.ids)
     stack = train(adapted, repeat_adapter(adapted.initial, load.clients), split, steps=5, lr=LR).adapters
     contestants = {
-        "engine": lambda: per_sample_gradients(adapted, stack, split, memory=memory),
+        "engine": lambda: per_sample_gradients(adapted, stack, split, execution=Execution(memory_bytes=memory)),
         "micro-batches": lambda: micro_batches(adapted, stack, split),
     }
     opacus, note = with_opacus(adapted, stack, split), {}

@@ -23,8 +23,8 @@ from workload import HERE, Load, apart, compared, make, paired, write
 
 from potara_lite import repeat_adapter
 from potara_lite.adapters import flatten, unflatten
-from potara_lite.grouped import grouped
-from potara_lite.training import compiled_losses, losses
+from potara_lite.engine.one_batch import as_one_batch
+from potara_lite.engine.training import compiled_losses, losses
 
 TOLERANCE = 1e-5  # of losses and gradients
 
@@ -42,7 +42,7 @@ def row(load: Load, repeats: int) -> dict:
         return value.detach(), torch.autograd.grad(value.sum(), own)[0]
 
     steps = {
-        "engine": lambda: step(losses, grouped(adapted)),
+        "engine": lambda: step(losses, as_one_batch(adapted)),
         "vmap": lambda: step(losses, adapted),
         "compiled": lambda: step(compiled_losses(), adapted),
     }

@@ -42,7 +42,7 @@ def client_app(load: Load) -> ClientApp:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
         from workload import client_steps, make
 
-        from potara_lite.training import batch_indices
+        from potara_lite.data import batch_indices
 
         torch.set_num_threads(1)
         row = int(context.node_config["partition-id"])
@@ -50,7 +50,7 @@ def client_app(load: Load) -> ClientApp:
         adapted, split = make(load) if kept else make.__wrapped__(load)  # kept in the actor's process
         model = adapted.model
         set_peft_model_state_dict(model, message.content["adapter"].to_torch_state_dict())
-        weights = [model.get_parameter(name).requires_grad_() for name in adapted.parameters.values()]
+        weights = [model.get_parameter(name).requires_grad_() for name in adapted.parameter_names.values()]
         x, y = split.client(row)
         order = batch_indices(len(y), 0, load.steps, load.batch_size, [0, split.ids[row]])
         curve = client_steps(model, weights, ((x[index], y[index]) for index in order))

@@ -1,4 +1,4 @@
-"""The field, side by side: every method of ``potara_lite.methods`` on the same federations, at the same steps.
+"""The field, side by side: every method of ``potara_lite.field.methods`` on the same federations, at the same steps.
 
     python benchmarks/field.py --processes 2      # lab: Fashion-MNIST, the lab ViT, two CPU cores
     python benchmarks/field.py --scale quick      # seconds; its figures mean nothing
@@ -24,12 +24,16 @@ import torch
 from pages import facts, fill, markdown
 
 from potara_lite import Setting, attach, from_torchvision, prepare, torchvision_vit
-from potara_lite.methods import FAMILIES, METHODS, REFERENCES, Cell, Method, Result, onwards
-from potara_lite.plots import frontiers
-from potara_lite.sweep import against, efficient, finished, leaderboard, sweep
+from potara_lite.experiment import Method, Result, Trial
+from potara_lite.field.methods import FAMILIES, METHODS, REFERENCES
+from potara_lite.field.sweep import read_results, sweep
+from potara_lite.results import leaderboard, paired_differences, pareto_front
+from potara_lite.teaching.plots import frontiers
 
 HERE = Path(__file__).parent
-LAB = Setting(test_size=200, rounds=15, local_steps=105, federated_lr=4, local_lr=2)  # these four as tuned below
+LAB = Setting(
+    test_size=200, rounds=15, local_steps=105, federated_lr_scale=4, local_lr_scale=2
+)  # these four as tuned below
 PAPER = Setting(
     train_size=1000, test_size=500, rank=16, batch_size=32, lr=1e-3, rounds=80, round_steps=5, local_steps=300
 )
@@ -47,7 +51,7 @@ SCALES = {
     "paper": {"8 clients": PAPER, "20 clients": replace(PAPER, clients=20)},
 }
 PAIR = "the two models of the merges"
-ONWARDS = "the two, local from federated"
+FROM_FEDERATED = "the two, local from federated"
 SEEDS = {"quick": range(1), "lab": range(5), "paper": range(5)}
 
 
@@ -62,58 +66,62 @@ def prepare_paper(root: str, setting: Setting, seed: int, *, weights: str | None
 RATES = 1, 0.5, 2
 HIGHER, LOWER = (*RATES, 4), (*RATES, 0.25)  # where the highest or the lowest was best
 OPTIONS = {  # what is tried: of each option first what the others are tried at
-    "local": {"lr": LOWER},
-    "FedIT": {"lr": (*HIGHER, 8)},
-    "FedIT, fine-tuned": {"lr": LOWER, "rounds": (1, 1.5)},
-    "WiSE-FT": {"lr": HIGHER, "weight": (0.5, 0.25, 0.75), "rounds": (1, 1.5)},
-    "FedProx": {"lr": (*HIGHER, 8, 16), "mu": (0.1, 0.01, 1)},
-    "FedProx, fine-tuned": {"lr": LOWER, "mu": (0.1, 0.01, 1), "rounds": (1, 1.5)},
-    "FFA-LoRA": {"lr": HIGHER},
-    "FFA-LoRA, fine-tuned": {"lr": HIGHER, "rounds": (1, 1.5)},
-    "FedEx-LoRA": {"lr": HIGHER},
-    "FedEx-LoRA, fine-tuned": {"lr": LOWER, "rounds": (1, 1.5)},
-    "FLoRA": {"lr": HIGHER},
-    "FLoRA, fine-tuned": {"lr": RATES, "rounds": (1, 1.5)},
-    "FlexLoRA": {"lr": HIGHER},
-    "FlexLoRA, fine-tuned": {"lr": LOWER, "rounds": (1, 1.5)},
-    "FedSA-LoRA": {"lr": HIGHER},
-    "FedPer": {"lr": HIGHER},
-    "FedRep": {"lr": HIGHER, "head_share": (0.5, 0.2)},
-    "Ditto": {"lr": RATES, "strength": (0.1, 0.01, 1)},
-    "APFL": {"lr": HIGHER, "weight": (0.5, 0.25, 0.75)},
-    "FedDPA-T": {"lr": RATES, "weight": (0.5, 0.25, 0.75)},
-    "FedALT": {"lr": RATES},
+    "local": {"lr_scale": LOWER},
+    "FedIT": {"lr_scale": (*HIGHER, 8)},
+    "FedIT, fine-tuned": {"lr_scale": LOWER, "rounds_scale": (1, 1.5)},
+    "WiSE-FT": {"lr_scale": HIGHER, "weight": (0.5, 0.25, 0.75), "rounds_scale": (1, 1.5)},
+    "FedProx": {"lr_scale": (*HIGHER, 8, 16), "mu": (0.1, 0.01, 1)},
+    "FedProx, fine-tuned": {"lr_scale": LOWER, "mu": (0.1, 0.01, 1), "rounds_scale": (1, 1.5)},
+    "FFA-LoRA": {"lr_scale": HIGHER},
+    "FFA-LoRA, fine-tuned": {"lr_scale": HIGHER, "rounds_scale": (1, 1.5)},
+    "FedEx-LoRA": {"lr_scale": HIGHER},
+    "FedEx-LoRA, fine-tuned": {"lr_scale": LOWER, "rounds_scale": (1, 1.5)},
+    "FLoRA": {"lr_scale": HIGHER},
+    "FLoRA, fine-tuned": {"lr_scale": RATES, "rounds_scale": (1, 1.5)},
+    "FlexLoRA": {"lr_scale": HIGHER},
+    "FlexLoRA, fine-tuned": {"lr_scale": LOWER, "rounds_scale": (1, 1.5)},
+    "FedSA-LoRA": {"lr_scale": HIGHER},
+    "FedPer": {"lr_scale": HIGHER},
+    "FedRep": {"lr_scale": HIGHER, "head_share": (0.5, 0.2)},
+    "Ditto": {"lr_scale": RATES, "strength": (0.1, 0.01, 1)},
+    "APFL": {"lr_scale": HIGHER, "weight": (0.5, 0.75, 0.25)},
+    "FedDPA-T": {"lr_scale": RATES, "weight": (0.5, 0.75, 0.25)},
+    "FedALT": {"lr_scale": RATES},
     "task arithmetic": {"coefficient": (0.5, 0.4, 0.6, 0.8, 1)},
     "TIES": {"density": (0.2, 0.5, 1), "coefficient": (1, 0.7, 1.5)},
     "DARE": {"drop": (0.9, 0.5, 0.2)},
-    PAIR: {"federated_lr": (1, 2, 4, 8), "local_lr": (1, 0.5, 2, 4), "rounds": (23, 19, 15, 11)},
-    ONWARDS: {"lr": HIGHER},  # with the pair as chosen
+    PAIR: {"federated_lr_scale": (1, 2, 4, 8), "local_lr_scale": (1, 0.5, 2, 4), "rounds": (23, 19, 15, 11)},
+    FROM_FEDERATED: {"lr_scale": HIGHER},  # with the pair as chosen
 }
 TOGETHER = {  # what was best alone, together
-    "FedIT, fine-tuned": [{"lr": 0.5, "rounds": 1.5}],
-    "WiSE-FT": [{"lr": 1, "weight": 0.25, "rounds": 1.5}, {"lr": 2, "weight": 0.5, "rounds": 1.5}],
-    "FedProx": [{"lr": 4, "mu": 0.01}, {"lr": 8, "mu": 0.01}],
-    "FedProx, fine-tuned": [{"lr": 0.5, "mu": 0.01, "rounds": 1.5}],
-    "FFA-LoRA, fine-tuned": [{"lr": 2, "rounds": 1.5}],
-    "FedEx-LoRA, fine-tuned": [{"lr": 0.5, "rounds": 1.5}],
-    "FlexLoRA, fine-tuned": [{"lr": 0.5, "rounds": 1.5}],
-    PAIR: [{"federated_lr": 4, "local_lr": 2, "rounds": 15}],
+    "FedIT, fine-tuned": [{"lr_scale": 0.5, "rounds_scale": 1.5}],
+    "WiSE-FT": [
+        {"lr_scale": 1, "weight": 0.25, "rounds_scale": 1.5},
+        {"lr_scale": 2, "weight": 0.5, "rounds_scale": 1.5},
+    ],
+    "FedProx": [{"lr_scale": 4, "mu": 0.01}, {"lr_scale": 8, "mu": 0.01}],
+    "FedProx, fine-tuned": [{"lr_scale": 0.5, "mu": 0.01, "rounds_scale": 1.5}],
+    "FFA-LoRA, fine-tuned": [{"lr_scale": 2, "rounds_scale": 1.5}],
+    "FedEx-LoRA, fine-tuned": [{"lr_scale": 0.5, "rounds_scale": 1.5}],
+    "FlexLoRA, fine-tuned": [{"lr_scale": 0.5, "rounds_scale": 1.5}],
+    PAIR: [{"federated_lr_scale": 4, "local_lr_scale": 2, "rounds": 15}],
 }
 
 
-def equal_merge(federated_lr: float, local_lr: float, rounds: int) -> Method:
+def equal_merge(federated_lr_scale: float, local_lr_scale: float, rounds: int) -> Method:
     """Half of each of the two models that all merges share, trained otherwise; the steps of both stay as many."""
 
-    def method(cell: Cell) -> Result:
-        local_steps = cell.steps - int(rounds) * cell.setting.round_steps
-        changes = dict(federated_lr=federated_lr, local_lr=local_lr, rounds=int(rounds), local_steps=local_steps)
-        return METHODS["uniform"](replace(cell, setting=replace(cell.setting, **changes)))
+    def method(trial: Trial) -> Result:
+        local_steps = trial.setting.total_steps - int(rounds) * trial.setting.round_steps
+        changes = dict(rounds=int(rounds), local_steps=local_steps)
+        changes |= dict(federated_lr_scale=federated_lr_scale, local_lr_scale=local_lr_scale)
+        return METHODS["uniform"](replace(trial, setting=replace(trial.setting, **changes)))
 
     return method
 
 
 # How the two models are trained is judged by their mean: it needs no calibration examples to weigh them.
-MERGED = {PAIR: equal_merge, ONWARDS: lambda lr: onwards(METHODS["uniform"], lr)}
+MERGED = {PAIR: equal_merge, FROM_FEDERATED: FAMILIES["uniform, local from federated"]}
 
 
 def usual(options: dict[str, tuple]) -> dict[str, float]:
@@ -171,12 +179,14 @@ def keep(rows: pd.DataFrame, path: Path) -> None:
 def report(rows: pd.DataFrame, name: str, folder: Path) -> None:
     """Write the rows, the tables that are read off them, and the figure."""
     keep(rows, folder / f"field-{name}.csv.gz")
-    board, differences = leaderboard(rows), against(rows)
-    frontiers(board, efficient(board)).savefig(folder / f"field-{name}.png", dpi=100)
+    board, differences = leaderboard(rows), paired_differences(rows)
+    frontiers(board, pareto_front(board), references=REFERENCES).savefig(folder / f"field-{name}.png", dpi=100)
     parts = [f"Every method.\n\n{markdown(overview(board))}"]
     for federation in dict.fromkeys(rows.federation):
         table = markdown(differences.loc[federation].sort_values("difference"), digits=4)
-        parts.append(f"{federation.capitalize()}: accuracy of `potara` minus that of each method.\n\n{table}")
+        parts.append(
+            f"{federation.capitalize()}: accuracy of `potara-calibrated` minus that of each method.\n\n{table}"
+        )
     (folder / f"field-{name}.md").write_text("\n\n".join(parts) + "\n")
     print(board.to_string(float_format="{:.3f}".format), differences.to_string(float_format="{:.4f}".format), sep="\n")
 
@@ -188,10 +198,10 @@ def work(number: int, args: argparse.Namespace) -> None:
     settings = {name: replace(setting, device=args.device) for name, setting in SCALES[args.scale].items()}
     methods, seeds, options = METHODS | REFERENCES, SEEDS[args.scale], {}
     if args.tune:  # calibration examples train nobody, and more of them cost next to nothing
-        methods, seeds, options = candidates(), [100], {"judge": lambda federation: federation.calibration}
+        methods, seeds, options = candidates(), [100], {"eval_split": lambda federation: federation.calibration}
         settings = {name: replace(setting, calibration_size=150) for name, setting in settings.items()}
-    load, part = partial(prepare_paper, args.data) if args.scale == "paper" else prepare, (number, args.processes)
-    sweep(methods, settings, seeds, args.out / args.name, prepare=load, part=part, progress=True, **options)
+    load, shard = partial(prepare_paper, args.data) if args.scale == "paper" else prepare, (number, args.processes)
+    sweep(methods, settings, seeds, args.out / args.name, prepare=load, shard=shard, progress=True, **options)
 
 
 def main() -> None:
@@ -207,11 +217,11 @@ def main() -> None:
     args.name = f"{args.scale}-tune" if args.tune else args.scale
     folder, began = args.out.parent, time.perf_counter()
     if not args.report:
-        before = len(finished(args.out / args.name))
+        before = len(read_results(args.out / args.name))
         torch.multiprocessing.spawn(work, (args,), nprocs=args.processes) if args.processes > 1 else work(0, args)
         run = {"processes": args.processes, "rows before": before, "minutes": (time.perf_counter() - began) / 60}
         (folder / f"field-{args.name}.json").write_text(json.dumps(run | facts(), indent=1) + "\n")
-    rows = finished(args.out / args.name)
+    rows = read_results(args.out / args.name)
     if args.tune:
         keep(rows, folder / f"field-{args.name}.csv.gz")
         print(*(f"{method}: {options}" for method, options in best(rows).items()), sep="\n")

@@ -3,7 +3,7 @@
     python benchmarks/quick.py
 
 Runs ``python -m potara_lite --seeds 0 1 2 3 4`` and keeps its ``results.csv`` and ``config.json`` as ``quick.csv`` and
-``quick.json``; writes the summary into the README and, with the paired differences between rows, into ``quick.md``.
+``quick.json``; writes the summary and a figure into the README and, with the paired differences, into ``quick.md``.
 """
 
 from __future__ import annotations
@@ -12,28 +12,32 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
+import torch
+from matplotlib.figure import Figure
 from pages import fill, markdown
 
-from potara_lite.benchmark import summary
+from potara_lite import ESTIMATORS, Setting, Trial, prepare
+from potara_lite.experiment import oracle_weight
+from potara_lite.results import paired_differences, summary
+from potara_lite.teaching.plots import along_weight
 
 HERE = Path(__file__).parent
 
 
 def paired(rows: pd.DataFrame) -> pd.DataFrame:
     """For each pair of methods, the mean difference of accuracy and loss over seeds with its standard error."""
-    seeds = rows.groupby(["seed", "method"], sort=False)[["accuracy", "loss"]].mean().unstack("method")
-    lines = {}
-    for one, two in combinations(rows.method.unique(), 2):
-        difference = {score: seeds[score][one] - seeds[score][two] for score in ("accuracy", "loss")}
-        lines[f"{one} − {two}"] = {
-            f"{score}{suffix}": value
-            for score, d in difference.items()
-            for suffix, value in (("", d.mean()), (" ±", d.sem()))
-        }
+    lines, methods = {}, list(rows.method.unique())
+    for number, one in enumerate(methods[:-1]):
+        tables = {score: paired_differences(rows, one, score) for score in ("accuracy", "loss")}
+        for two in methods[number + 1 :]:
+            lines[f"{one} − {two}"] = {
+                f"{score}{suffix}": table.loc[two, column]
+                for score, table in tables.items()
+                for suffix, column in (("", "difference"), (" ±", "±"))
+            }
     return pd.DataFrame(lines).T
 
 
@@ -41,6 +45,15 @@ def tables(rows: pd.DataFrame) -> tuple[str, str]:
     """The README's table and the paired differences, as Markdown."""
     table = summary(rows).assign(MB=lambda t: t["bytes"] / 1e6).drop(columns=["bytes", "seconds"])
     return markdown(table), markdown(paired(rows[rows.method != "backbone"]), digits=4)
+
+
+def figure() -> Figure:
+    """The README's figure: test loss along λ of the clients of seed 0, with three choices of λ."""
+    trial = Trial(*prepare(Setting(), 0), Setting(), 0)
+    weights, loss, _ = trial.test_curve
+    estimate = ESTIMATORS["potara-paper"](trial.adapted, *trial.pair.models, trial.federation)
+    chosen = {"uniform": torch.full((len(loss),), 0.5), "potara-paper": estimate.weight}
+    return along_weight(weights, loss, chosen | {"oracle": oracle_weight(weights, loss)})
 
 
 def main() -> None:
@@ -54,6 +67,7 @@ def main() -> None:
         f"{table}\n\nPaired over the seeds (mean difference, standard error):\n\n{differences}\n"
     )
     fill(HERE.parent / "README.md", "quick", table)
+    figure().savefig(HERE.parent / "docs" / "quick.png", dpi=90)
     print(differences)
 
 

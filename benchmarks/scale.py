@@ -22,13 +22,13 @@ from pathlib import Path
 
 from workload import HERE, LR, Load, make, write
 
-from potara_lite import fedit, repeat_adapter, train
+from potara_lite import Execution, fedit, repeat_adapter, train
 
 
 def measure(load: Load, rounds: int, memory: float | None) -> dict:
     """Train once in this process: all clients, or with ``rounds`` a twentieth of them in each round."""
     adapted, split = make(load)
-    options = dict(batch_size=load.batch_size, lr=LR, memory=memory)
+    options = dict(batch_size=load.batch_size, lr=LR, execution=Execution(memory_bytes=memory))
     train(adapted, repeat_adapter(adapted.initial, 2), split.rows(slice(0, 2)), steps=1, **options)
     began = time.perf_counter()
     if rounds:

@@ -23,8 +23,10 @@ import argparse
 import json
 import platform
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from inspect import ismodule
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -38,10 +40,23 @@ from safetensors.torch import load_file, save_file
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-from potara_lite import Setting, evaluate, fedit, merge_exact, prepare, repeat_adapter, train, train_pair
-from potara_lite import estimators as E
+from potara_lite import Setting, estimators, evaluate, fedit, merge_exact, prepare, repeat_adapter, train, train_pair
 from potara_lite.adapters import Adapter
-from potara_lite.connectivity import along_segment, grid
+from potara_lite.connectivity import along_segment, weight_grid
+from potara_lite.estimators import (
+    Estimate,
+    by_layer,
+    estimate_calibrated,
+    estimate_combined,
+    estimate_curve,
+    estimate_gauss_newton,
+    estimate_gradient,
+    estimate_laplace,
+    estimate_paper,
+    estimate_pooled,
+    estimate_shrinkage,
+    estimate_uniform,
+)
 
 HERE = Path(__file__).parent
 MODELS = HERE / "models"
@@ -80,65 +95,67 @@ ROUNDS = {"under-trained": 15, "well-trained": 60}
 STEPS = {"early-stopped": (60, 60), "over-fitted": (300, 600)}  # up to 100 examples per client, and above
 
 
-def best_single(model, federated, local, data) -> E.Estimate:
+def best_single(model, federated, local, data) -> Estimate:
     """One weight for all clients, from all their held-out samples."""
-    curve = E.estimate_curve(model, federated, local, data.calibration).details
-    best = curve["weights"][curve["loss"].mean(0).argmin()]
-    return E.Estimate(torch.full((len(data.calibration),), float(best), dtype=torch.float64))
+    curve = estimate_curve(model, federated, local, data.calibration).details
+    return everyone(curve["weights"][curve["loss"].mean(0).argmin()], data)
+
+
+def everyone(weight: float, data) -> Estimate:
+    """The same weight for every client."""
+    return Estimate(torch.full((len(data.calibration),), float(weight), dtype=torch.float64))
+
+
+def held_out(estimate: Callable[..., Estimate], **options) -> Callable[..., Estimate]:
+    """An estimator on the calibration samples."""
+    return lambda model, f, p, data: estimate(model, f, p, data.calibration, **options)
+
+
+def on_few(estimate: Callable[..., Estimate], **options) -> Callable[..., Estimate]:
+    """An estimator on as many training samples."""
+    return lambda model, f, p, data: estimate(model, f, p, data.few, **options)
+
+
+def with_sizes(estimate: Callable[..., Estimate]) -> Callable[..., Estimate]:
+    """An estimator on the calibration samples that is told how many samples each client trained on."""
+    return lambda model, f, p, data: estimate(model, f, p, data.calibration, train_sizes=data.train_sizes)
+
+
+def with_prior(prior: Callable[..., Estimate]) -> Callable[..., Estimate]:
+    """Another estimator's weight against the curve."""
+    return lambda model, f, p, data: estimate_combined(
+        model, f, p, data.calibration, prior=prior(model, f, p, data.calibration).weight
+    )
 
 
 SINGLE = "best single λ (test data, reference)"
 ESTIMATORS = {
-    "local alone": lambda m, f, p, data: E.Estimate(torch.zeros(len(data.calibration), dtype=torch.float64)),
-    "federated alone": lambda m, f, p, data: E.Estimate(torch.ones(len(data.calibration), dtype=torch.float64)),
-    "uniform": lambda m, f, p, data: E.estimate_uniform(m, f, p, data.calibration),
-    SINGLE: lambda m, f, p, data: E.Estimate(
-        torch.full((len(data.calibration),), FINE[data.test_curve.mean(0).argmin()], dtype=torch.float64)
-    ),
+    "local alone": lambda model, f, p, data: everyone(0, data),
+    "federated alone": lambda model, f, p, data: everyone(1, data),
+    "uniform": held_out(estimate_uniform),
+    SINGLE: lambda model, f, p, data: everyone(FINE[data.test_curve.mean(0).argmin()], data),
     "best single λ, held-out": best_single,
-    "fisher, training samples, damping 1e-8": lambda m, f, p, data: E.estimate_fisher(
-        m, f, p, data.few, damping=1e-8, relative=False
-    ),
-    "fisher, training samples (potara-paper)": lambda m, f, p, data: E.estimate_fisher(m, f, p, data.few),
-    "fisher, held-out": lambda m, f, p, data: E.estimate_fisher(m, f, p, data.calibration),
-    "fisher, held-out, sampled labels": lambda m, f, p, data: E.estimate_fisher(
-        m, f, p, data.calibration, sample_labels=0
-    ),
-    "fisher on the deltas, held-out": lambda m, f, p, data: E.estimate_fisher(m, f, p, data.calibration, on_delta=True),
-    "laplace, held-out": lambda m, f, p, data: E.estimate_laplace(
-        m, f, p, data.calibration, train_sizes=data.train_sizes
-    ),
-    "gradient, training samples": lambda m, f, p, data: E.estimate_gradient(
-        m, f, p, data.few, unbiased=False, damping=None
-    ),
-    "gradient, held-out": lambda m, f, p, data: E.estimate_gradient(
-        m, f, p, data.calibration, unbiased=False, damping=None
-    ),
-    "gradient, held-out, unbiased, inverse-Fisher metric": lambda m, f, p, data: E.estimate_gradient(
-        m, f, p, data.calibration
-    ),
-    "gradient, held-out, cross-fitted inverse-Fisher metric": lambda m, f, p, data: E.estimate_gradient(
-        m, f, p, data.calibration, cross_fit=True
-    ),
-    "gauss-newton, held-out": lambda m, f, p, data: E.estimate_gauss_newton(m, f, p, data.calibration),
-    "james-stein, held-out": lambda m, f, p, data: E.estimate_shrinkage(
-        m, f, p, data.calibration, train_sizes=data.train_sizes
-    ),
-    "curve, parabola": lambda m, f, p, data: E.estimate_curve(m, f, p, data.calibration, points=5, parabola=True),
-    "curve, grid": lambda m, f, p, data: E.estimate_curve(m, f, p, data.calibration),
-    "combined, ½ and curve": lambda m, f, p, data: E.estimate_combined(m, f, p, data.calibration),
-    "combined, fisher and curve": lambda m, f, p, data: E.estimate_combined(
-        m, f, p, data.calibration, prior=E.estimate_fisher(m, f, p, data.calibration).weight
-    ),
-    "combined, gauss-newton and curve": lambda m, f, p, data: E.estimate_combined(
-        m, f, p, data.calibration, prior=E.estimate_gauss_newton(m, f, p, data.calibration).weight
-    ),
-    "pooled": lambda m, f, p, data: E.estimate_pooled(m, f, p, data.calibration),
-    "pooled, head and body apart": lambda m, f, p, data: E.estimate_pooled(
-        m, f, p, data.calibration, by=E.head_and_body
-    ),
-    "gauss-newton by layer": lambda m, f, p, data: E.estimate_gauss_newton(m, f, p, data.calibration, by=E.by_layer),
-    "fisher by layer, held-out": lambda m, f, p, data: E.estimate_fisher(m, f, p, data.calibration, by=E.by_layer),
+    "fisher, training samples, damping 1e-8": on_few(estimate_paper, damping=1e-8, relative=False),
+    "fisher, training samples (potara-paper)": on_few(estimate_paper),
+    "fisher, held-out": held_out(estimate_paper),
+    "fisher, held-out, sampled labels": held_out(estimate_paper, sample_labels=0),
+    "fisher on the deltas, held-out": held_out(estimate_paper, on_delta=True),
+    "laplace, held-out": with_sizes(estimate_laplace),
+    "gradient, training samples": on_few(estimate_gradient, unbiased=False, damping=None),
+    "gradient, held-out": held_out(estimate_gradient, unbiased=False, damping=None),
+    "gradient, held-out, unbiased, inverse-Fisher metric": held_out(estimate_gradient),
+    "gradient, held-out, cross-fitted inverse-Fisher metric": held_out(estimate_gradient, cross_fit=True),
+    "gauss-newton, held-out": held_out(estimate_gauss_newton),
+    "james-stein, held-out": with_sizes(estimate_shrinkage),
+    "curve, parabola": held_out(estimate_curve, points=5, parabola=True),
+    "curve, grid": held_out(estimate_curve),
+    "combined, ½ and curve": held_out(estimate_combined),
+    "combined, fisher and curve": with_prior(estimate_paper),
+    "combined, gauss-newton and curve": with_prior(estimate_gauss_newton),
+    "pooled": held_out(estimate_pooled),
+    "pooled, head and body apart": held_out(estimate_calibrated),
+    "gauss-newton by layer": held_out(estimate_gauss_newton, by=by_layer),
+    "fisher by layer, held-out": held_out(estimate_paper, by=by_layer),
 }
 
 
@@ -174,9 +191,13 @@ def remembering():
 
         return call
 
-    with patch.object(E, "per_sample_gradients", shared(E.per_sample_gradients)):
-        with patch.object(E, "segment_losses", shared(E.segment_losses)):
-            yield
+    with ExitStack() as stack:
+        for name in ("per_sample_gradients", "segment_losses"):
+            modules = [module for module in vars(estimators).values() if hasattr(module, name) and ismodule(module)]
+            memory = shared(getattr(modules[0], name))
+            for module in modules:
+                stack.enter_context(patch.object(module, name, memory))
+        yield
 
 
 def settings(data: Data) -> Setting:
@@ -213,7 +234,7 @@ def trained(data: Data, seed: int) -> tuple[dict[str, Adapter], dict[str, Adapte
         tensors |= {f"local/{kind}/{name}": t for kind, stack in local.items() for name, t in stack.items()}
         for general, f in federated.items():
             for personal, p in local.items():
-                pair = along_segment(adapted, f, p, federation.test, grid(POINTS))
+                pair = along_segment(adapted, f, p, federation.test, weight_grid(POINTS))
                 for name, values in zip(("loss", "accuracy"), pair):
                     tensors[f"test/{general}/{personal}/{name}"] = values
         MODELS.mkdir(parents=True, exist_ok=True)
@@ -250,7 +271,7 @@ def cell(data: Data, seed: int, estimators=ESTIMATORS) -> pd.DataFrame:
                 found, hit = (t.numpy() for t in evaluate(adapted, merge_exact(f, p, estimate.weight), federation.test))
             else:
                 weight = estimate.weight.numpy()
-                found, hit = (each(weight)[client, client] for each in (loss, accuracy))
+                found, hit = (spline(weight)[client, client] for spline in (loss, accuracy))
             least = np.minimum(curve[:, 0], curve[:, -1])
             columns = dict(
                 client=client, weight=weight, oracle=FINE[best], loss=found, regret=found - curve[client, best],

@@ -1,71 +1,70 @@
 """potara_lite: a notebook-first toolkit for personalised federated LoRA.
 
 Each client of a federation gets a model merged from a federated LoRA model (general knowledge) and its own local one
-(personal knowledge), with a closed-form mixing weight: Potara (arXiv 2602.18658). Every file is one idea; read them in
-the order ``data, backbones, adapters, grouped, batching, training, federated, fisher, mixing, merging, connectivity,
-benchmark``. The methods that it is compared with are in ``rounds, algorithms, baselines, methods, sweep``.
+(personal knowledge), with a closed-form mixing weight: Potara (arXiv 2602.18658). Every file is one idea; in reading
+order:
+
+    potara.py, setting.py, data.py, backbones.py, adapters.py, merging.py, moments.py, engine/one_batch.py,
+    engine/batching.py, engine/training.py, engine/federated.py, engine/gradients.py, connectivity.py,
+    estimators/estimate.py, estimators/gauss_newton.py, estimators/curve.py, estimators/calibrated.py,
+    estimators/combined.py, estimators/paper.py, estimators/laplace.py, estimators/gradient.py,
+    estimators/shrinkage.py, estimators/ensemble.py, experiment.py, results.py, field/rounds.py,
+    field/algorithms.py, field/baselines.py, field/methods.py, field/sweep.py, teaching/plots.py,
+    teaching/widgets.py, teaching/exercises/quickstart.py, __main__.py
+
+What is below is imported when it is first used, so that ``import potara_lite`` costs nothing.
 """
 
-from .adapters import AdaptedBackbone, attach, delta, load_adapter, nbytes, repeat_adapter, save_adapter, stack_adapters
-from .backbones import lab_vit, torchvision_vit
-from .benchmark import Setting, compare, prepare, summary, train_pair
-from .connectivity import along_segment, barrier, grid
-from .data import Federation, Split, fashion_mnist, from_tensors, from_torchvision, partition
-from .estimators import Estimate, estimate_curve, estimate_fisher, estimate_pooled, estimate_uniform
-from .federated import fedit
-from .fisher import diagonal_fisher, per_sample_gradients
-from .merging import combine, compress, merge_exact, merge_factors
-from .mixing import Moments, combination_weights
-from .rounds import Algorithm, Personalised, Phase, run
-from .training import DivergedError, evaluate, train, train_sequentially
+from importlib import import_module
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AdaptedBackbone",
-    "Algorithm",
-    "DivergedError",
-    "Estimate",
-    "Federation",
-    "Moments",
-    "Personalised",
-    "Phase",
-    "Setting",
-    "Split",
-    "along_segment",
-    "attach",
-    "barrier",
-    "combination_weights",
-    "combine",
-    "compare",
-    "compress",
-    "delta",
-    "diagonal_fisher",
-    "estimate_curve",
-    "estimate_fisher",
-    "estimate_pooled",
-    "estimate_uniform",
-    "evaluate",
-    "fashion_mnist",
-    "fedit",
-    "from_tensors",
-    "from_torchvision",
-    "grid",
-    "lab_vit",
-    "load_adapter",
-    "merge_exact",
-    "merge_factors",
-    "nbytes",
-    "partition",
-    "per_sample_gradients",
-    "prepare",
-    "repeat_adapter",
-    "run",
-    "save_adapter",
-    "stack_adapters",
-    "summary",
-    "torchvision_vit",
-    "train",
-    "train_pair",
-    "train_sequentially",
-]
+_PUBLIC = {
+    "setting": ["Setting"],
+    "data": ["Federation", "Split", "fashion_mnist", "from_tensors", "from_torchvision", "partition"],
+    "backbones": ["lab_vit", "torchvision_vit"],
+    "adapters": [
+        "AdaptedBackbone",
+        "adapter_bytes",
+        "attach",
+        "client_adapter",
+        "delta",
+        "load_adapter",
+        "repeat_adapter",
+        "save_adapter",
+        "stack_adapters",
+    ],
+    "merging": ["combine_adapters", "compress", "merge_exact", "merge_factors"],
+    "moments": ["Moments", "combination_weights"],
+    "engine.batching": ["Execution"],
+    "engine.training": ["DivergedError", "evaluate", "train"],
+    "engine.federated": ["Ledger", "fedit"],
+    "engine.gradients": ["diagonal_fisher", "per_sample_gradients"],
+    "connectivity": ["along_segment", "barrier", "weight_grid"],
+    "estimators": [
+        "ESTIMATORS",
+        "Estimate",
+        "estimate_calibrated",
+        "estimate_curve",
+        "estimate_paper",
+        "estimate_pooled",
+        "estimate_uniform",
+    ],
+    "experiment": ["Pair", "Result", "Trial", "prepare", "train_pair"],
+    "results": ["compare", "leaderboard", "paired_differences", "summary"],
+    "field.rounds": ["Algorithm", "Phase", "run_algorithm"],
+    "field.methods": ["METHODS"],
+    "field.sweep": ["sweep"],
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

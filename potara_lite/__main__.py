@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import pandas as pd
-import torch
-
 from . import __version__
-from .adapters import client_adapter, save_adapter
-from .benchmark import ORACLE, Outcome, Setting, compare, prepare, summary, write
-from .plots import overview
+from .setting import Setting  # torch and the rest are imported once the options are known to be good
+
+DEVICES = r"(cpu|cuda|mps|xpu)(:\d+)?"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,58 +41,76 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def setting_of(args: argparse.Namespace) -> Setting:
+    """The setting that the options ask for. Raises ``ValueError`` for what can be refused without torch."""
+    if not re.fullmatch(DEVICES, args.device):
+        raise ValueError(f"device {args.device!r} cannot be used: it is none of cpu, cuda, cuda:1, mps, xpu")
+    names = {field.name for field in fields(Setting)}
+    return Setting(**{name: value for name, value in vars(args).items() if name in names})
+
+
 def check_device(name: str) -> None:
-    """Raise ``ValueError`` for a device that torch does not know or this machine does not have."""
+    """Raise ``ValueError`` for a device that this machine does not have."""
+    import torch
+
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def save_models(out: Path, adapted, outcomes: dict[str, Outcome]) -> None:
-    """The adapters of one seed as PEFT folders: ``federated``, and ``client-i/local``, ``client-i/potara``."""
-    seed = outcomes["federated"].seed
-    folder = out / "adapters" / f"seed-{seed}"
-    save_adapter(adapted, client_adapter(outcomes["federated"].adapters, 0), folder / "federated")
-    for method in ("local", "potara"):
-        for client in range(len(outcomes[method].loss)):
-            adapter = client_adapter(outcomes[method].adapters, client)
-            save_adapter(adapted, adapter, folder / f"client-{client}" / method)
+def configuration(setting: Setting, seeds: list[int]) -> str:
+    """What the run was made with, as JSON."""
+    import torch
 
-
-def run(args: argparse.Namespace) -> pd.DataFrame:
-    """Run the benchmark, writing each method's rows to ``results.csv`` as soon as they are there."""
-    check_device(args.device)
-    names = {field.name for field in fields(Setting)}
-    setting = Setting(**{name: value for name, value in vars(args).items() if name in names})
-    seeds = args.seeds or [args.seed]
-    args.out.mkdir(parents=True, exist_ok=True)
     facts = {
         "setting": asdict(setting),
         "seeds": seeds,
         "versions": {"potara_lite": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
     }
-    write(args.out / "config.json", json.dumps(facts, indent=2) + "\n")
-    frames: list[pd.DataFrame] = []
-    for number, seed in enumerate(seeds):
-        adapted, federation = prepare(setting, seed)
-        outcomes: dict[str, Outcome] = {}
-        for outcome in compare(adapted, federation, setting, seed, progress=not args.quiet):
-            outcomes[outcome.method] = outcome
-            frames.append(outcome.frame())
-            write(args.out / "results.csv", pd.concat(frames).to_csv(index=False))
-        save_models(args.out, adapted, outcomes)
-        if number == 0:
-            marked = {"potara": "potara", "potara-paper": "potara-paper", "oracle": ORACLE}
-            points = {name: (outcomes[key].weight, outcomes[key].loss, outcomes[key].accuracy)
-                      for name, key in marked.items()}  # fmt: skip
-            figure = overview(*outcomes[ORACLE].curve, points, summary(pd.concat(frames)))
-            figure.savefig(args.out / "figure.png", dpi=120)
-    return pd.concat(frames)
+    return json.dumps(facts, indent=2) + "\n"
 
 
-def as_text(table: pd.DataFrame) -> str:
+def save_models(out: Path, name: str, trial, result) -> None:
+    """A seed's adapters as PEFT folders: ``federated``, and ``client-i/local`` and ``client-i/potara-calibrated``."""
+    from .adapters import client_adapter, save_adapter
+
+    folder = out / "adapters" / f"seed-{trial.seed}"
+    if name == "federated":
+        save_adapter(trial.adapted, client_adapter(result.adapters, 0), folder / name)
+    if name in ("local", "potara-calibrated"):
+        for client in range(len(trial.federation)):
+            save_adapter(trial.adapted, client_adapter(result.adapters, client), folder / f"client-{client}" / name)
+
+
+def run(args: argparse.Namespace):
+    """Run the methods, writing each one's rows to ``results.csv`` as soon as they are there; the rows."""
+    setting, seeds = setting_of(args), args.seeds or [args.seed]
+    check_device(args.device)
+
+    import pandas as pd
+
+    from .experiment import ORACLE, run_methods
+    from .results import result_rows, summary, write_atomically
+    from .teaching.plots import overview
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.out / "config.json", configuration(setting, seeds))
+    frames, chosen = [], {}
+    for name, trial, result in run_methods(setting, seeds, progress=not args.quiet):
+        frames.append(result_rows(name, trial, result))
+        rows = pd.concat(frames)
+        write_atomically(args.out / "results.csv", rows.to_csv(index=False))
+        save_models(args.out, name, trial, result)
+        if trial.seed == seeds[0] and name in ("potara-paper", "potara-calibrated", ORACLE):
+            chosen[name.split()[0]] = result.weight, *(frames[-1][score].to_numpy() for score in ("loss", "accuracy"))
+        if trial.seed == seeds[0] and name == ORACLE:
+            overview(*trial.test_curve, chosen, summary(rows)).savefig(args.out / "figure.png", dpi=120)
+    return rows
+
+
+def as_text(table) -> str:
     """The summary as people read it: fractions to three digits, bytes as megabytes."""
     table = table.assign(MB=table["bytes"] / 1e6).drop(columns="bytes")
     digits = {"weight": 2, "steps": 0, "seconds": 1, "MB": 1}
@@ -113,6 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"potara_lite: {error}", file=sys.stderr)
         return 2
+    from .results import summary
+
     table = summary(rows)
     if args.json:
         print(json.dumps({"out": str(args.out), "methods": json.loads(table.to_json(orient="index"))}, indent=2))

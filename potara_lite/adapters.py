@@ -2,7 +2,8 @@
 
 An *adapter* is what PEFT says it is: the names and tensors of ``get_peft_model_state_dict``, that is the LoRA factors
 ``A`` (r, in) and ``B`` (out, r) of every adapted layer and the directly trained weights (the new head). A *stack* is
-the same dictionary with the clients on dim 0. ``AdaptedBackbone`` runs any of them.
+the same dictionary with the clients on dim 0. ``AdaptedBackbone`` runs any of them. What a tensor's name and shape say
+(``is_lora``, ``layer_of``, ``factors``, ``rank_dim``) is known here and nowhere else.
 """
 
 from __future__ import annotations
@@ -20,27 +21,37 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = [
-    "Adapter",
-    "AdaptedBackbone",
-    "added",
-    "attach",
-    "check_same_base",
-    "client_adapter",
-    "delta",
-    "delta_products",
-    "flatten",
-    "load_adapter",
-    "lora_layers",
-    "nbytes",
-    "repeat_adapter",
-    "save_adapter",
-    "stack_adapters",
-    "unfactored",
-    "unflatten",
-]
-
 Adapter = dict[str, Tensor]
+
+
+def is_lora(name: str, factor: str = "") -> bool:
+    """Whether a tensor of this name is a LoRA factor: of either kind, or of the kind ``"A"`` or ``"B"``."""
+    return f".lora_{factor}" in name
+
+
+def layer_of(name: str) -> str:
+    """The adapted layer that a LoRA factor belongs to; of a directly trained tensor, its own name."""
+    return name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
+
+
+def factor_names(layer: str) -> tuple[str, str]:
+    """The names of an adapted layer's two factors."""
+    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+
+
+def client_dims(tensor: Tensor) -> int:
+    """1 for a stack, 0 for one adapter: a LoRA factor has 2 dimensions of its own, a convolution's has 4."""
+    return tensor.dim() % 2
+
+
+def rank_dim(name: str, tensor: Tensor) -> int:
+    """Which dimension of a LoRA factor is the rank."""
+    return client_dims(tensor) + is_lora(name, "B")
+
+
+def factors(adapter: Adapter, layer: str) -> tuple[Tensor, Tensor]:
+    """A layer's factors as matrices, A ``(..., r, in)`` and B ``(..., out, r)``; a kernel is flattened into ``in``."""
+    return tuple(adapter[name].flatten(client_dims(adapter[name]) + 1) for name in factor_names(layer))
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,20 +60,19 @@ class AdaptedBackbone:
 
     ``model``: the PEFT model, in eval mode, no parameter of it requires a gradient.
     ``initial``: the adapter that ``attach`` drew; its LoRA ``B`` and head are zero.
-    ``parameters``: the model's parameter behind each adapter tensor.
+    ``parameter_names``: the model's parameter behind each adapter tensor.
     ``scaling``: ``alpha / r`` (or ``alpha / sqrt(r)`` with rsLoRA) of each adapted layer.
     """
 
     model: PeftModel
     initial: Adapter
-    parameters: dict[str, str]
+    parameter_names: dict[str, str]
     scaling: dict[str, float]
 
     def __repr__(self) -> str:  # short and cheap: vmap asks for it at every call
         name = type(self.model.get_base_model()).__name__
-        return (
-            f"AdaptedBackbone({name}, {len(self.scaling)} layers, rank {self.config.r}, {nbytes(self.initial)} bytes)"
-        )
+        size = adapter_bytes(self.initial)
+        return f"AdaptedBackbone({name}, {len(self.scaling)} layers, rank {self.config.r}, {size} bytes)"
 
     def __call__(self, adapter: Adapter, x: Tensor) -> Tensor:
         """The logits ``(B, classes)`` of one adapter (no client dimension) on a batch ``x`` of ``(B, ...)``.
@@ -70,7 +80,7 @@ class AdaptedBackbone:
         The LoRA factors may have any rank: the scaling stays that of the configuration. They may be stored in another
         dtype (bf16, say); the arithmetic is done in that of the backbone.
         """
-        weights = {self.parameters[name]: tensor.to(self.initial[name].dtype) for name, tensor in adapter.items()}
+        weights = {self.parameter_names[name]: tensor.to(self.initial[name].dtype) for name, tensor in adapter.items()}
         if self.model.training:  # a batch norm would write its running statistics into the backbone that all share
             weights |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         return functional_call(self.model, weights, (x,))
@@ -79,10 +89,20 @@ class AdaptedBackbone:
     def config(self) -> LoraConfig:
         return self.model.peft_config["default"]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone lies."""
+        return next(iter(self.initial.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which precision the backbone computes."""
+        return next(iter(self.initial.values())).dtype
+
     def to(self, device: str | torch.device) -> AdaptedBackbone:
         """The same backbone on ``device`` (the model itself is moved, as ``nn.Module.to`` does)."""
         initial = {name: tensor.to(device) for name, tensor in self.initial.items()}
-        return AdaptedBackbone(self.model.to(device), initial, self.parameters, self.scaling)
+        return AdaptedBackbone(self.model.to(device), initial, self.parameter_names, self.scaling)
 
 
 def attach(
@@ -118,38 +138,40 @@ def attach(
         torch.manual_seed(seed)
         model = get_peft_model(copy.deepcopy(backbone).cpu(), copy.deepcopy(config))
     model.eval().requires_grad_(False)
-
-    parameters, known = {}, dict(model.named_parameters())
     initial = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
-    for parameter in known:
-        name = parameter.replace(".modules_to_save.default.", ".").replace(".default.", ".")
-        if name in initial and (".default." in parameter):
-            parameters[name] = parameter
-    if missing := sorted(initial.keys() - parameters.keys()):
-        raise ValueError(f"these adapter tensors have no parameter of their own: {missing}")
-    if odd := [name for name in initial if "lora_" in name and not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
-        raise ValueError(f"only LoRA factors A and B can be merged exactly, not {odd}")
+    names = {
+        _adapter_name(parameter): parameter for parameter, _ in model.named_parameters() if ".default." in parameter
+    }
+    _check_mergeable(model, initial, names)
     if config.modules_to_save:
-        for name in initial:
-            if ".lora_" not in name:
-                initial[name].zero_()
+        for name, tensor in initial.items():
+            if not is_lora(name):
+                tensor.zero_()
+    scaling = {layer: model.get_submodule(layer).scaling["default"] for layer in lora_layers(initial)}
+    return AdaptedBackbone(model, initial, {name: names[name] for name in initial}, scaling)
+
+
+def _adapter_name(parameter: str) -> str:
+    """The adapter's name for a parameter of the PEFT model."""
+    return parameter.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
+def _check_mergeable(model: PeftModel, initial: Adapter, parameter_names: dict[str, str]) -> None:
+    """Raise ``ValueError`` for adapters whose merge would not be that of the models."""
+    if missing := sorted(initial.keys() - parameter_names.keys()):
+        raise ValueError(f"these adapter tensors have no parameter of their own: {missing}")
+    if odd := [name for name in initial if "lora_" in name and layer_of(name) == name]:
+        raise ValueError(f"only LoRA factors A and B can be merged exactly, not {odd}")
     for layer in lora_layers(initial):
-        parent = model.get_submodule(layer.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
+        if isinstance(model.get_submodule(layer.rpartition(".")[0]), nn.MultiheadAttention):
             raise ValueError(
                 f"{layer}: nn.MultiheadAttention reads this weight without calling the layer, so LoRA does nothing"
             )
-    scaling = {
-        name.removesuffix(".lora_A.weight"): model.get_submodule(name.removesuffix(".lora_A.weight")).scaling["default"]
-        for name in initial
-        if name.endswith(".lora_A.weight")
-    }
-    return AdaptedBackbone(model, initial, parameters, scaling)
 
 
 def lora_layers(adapter: Adapter) -> list[str]:
-    """The names of the adapted layers: what stands before ``.lora_A.weight``."""
-    return [name.removesuffix(".lora_A.weight") for name in adapter if name.endswith(".lora_A.weight")]
+    """The names of the adapted layers, in the adapter's order."""
+    return [layer_of(name) for name in adapter if is_lora(name, "A")]
 
 
 def delta(adapter: Adapter, scaling: dict[str, float]) -> Adapter:
@@ -160,14 +182,12 @@ def delta(adapter: Adapter, scaling: dict[str, float]) -> Adapter:
     """
     result = {}
     for layer in lora_layers(adapter):
-        a, b = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
-        lead = b.dim() - (2 if b.dim() < 4 else 4)  # 1 for a stack, 0 for one adapter
-        a, b = a.flatten(lead + 1), b.flatten(lead + 1)  # (..., r, in), (..., out, r)
+        a, b = factors(adapter, layer)
         result[f"{layer}.weight"] = scaling[layer] * (b @ a)
-    return result | {name: tensor for name, tensor in adapter.items() if ".lora_" not in name}
+    return result | {name: tensor for name, tensor in adapter.items() if not is_lora(name)}
 
 
-def delta_products(adapters: Sequence[Adapter], scaling: dict[str, float]) -> Tensor:
+def delta_inner_products(adapters: Sequence[Adapter], scaling: dict[str, float]) -> Tensor:
     """The inner products of the deltas of K stacks, ``(C, K, K)`` float64, without forming a delta.
 
     ``<B_i A_i, B_j A_j> = tr (B_iᵀ B_j)(A_j A_iᵀ)`` in every adapted layer, plus the products of the directly trained
@@ -175,37 +195,48 @@ def delta_products(adapters: Sequence[Adapter], scaling: dict[str, float]) -> Te
     """
     total = 0.0
     for layer in lora_layers(adapters[0]):
-        a = [adapter[f"{layer}.lora_A.weight"].double().flatten(2) for adapter in adapters]  # (C, r, in) each
-        b = [adapter[f"{layer}.lora_B.weight"].double().flatten(2) for adapter in adapters]  # (C, out, r) each
-        rows = [[((p.mT @ q) * (x @ y.mT)).sum((1, 2)) for q, y in zip(b, a)] for p, x in zip(b, a)]
+        pairs = [[factor.double() for factor in factors(adapter, layer)] for adapter in adapters]
+        rows = [[((b_i.mT @ b_j) * (a_i @ a_j.mT)).sum((1, 2)) for a_j, b_j in pairs] for a_i, b_i in pairs]
         total = total + scaling[layer] ** 2 * torch.stack([torch.stack(row, -1) for row in rows], -2)
     for name in adapters[0]:
-        if ".lora_" not in name:
+        if not is_lora(name):
             flat = torch.stack([adapter[name].double().flatten(1) for adapter in adapters], 1)  # (C, K, n)
             total = total + flat @ flat.mT
     return total
 
 
-def unfactored(adapter: Adapter) -> Adapter:
-    """The same model with its product in place of its factors: ``A`` the identity ``(in, in)``, ``B`` the old ``B A``.
+def adapter_from_delta(change: Adapter, scaling: dict[str, float], like: Adapter) -> Adapter:
+    """The adapter of full rank whose ``delta`` is ``change``, exactly: in each layer, the factor on the smaller side is
+    the identity, and the other one is the change itself over the scaling.
 
-    Takes an adapter or a stack. The gradient in the new ``B`` is ``scaling`` times that in the delta, which does not
-    change under ``(B, A) → (B M, M⁻¹ A)`` and is not zero where ``B`` is.
+    ``like`` gives the names and, but for the rank, the shapes. ``merging.compress`` makes it small.
     """
-    result = dict(adapter)
-    for layer in lora_layers(adapter):
-        a, b = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
-        lead, kernel = a.dim() % 2, a.shape[a.dim() % 2 + 1 :]  # a stack has one dimension more
-        product = b.flatten(lead + 1) @ a.flatten(lead + 1)  # (..., out, in)
-        size = product.shape[-1]
-        eye = torch.eye(size, dtype=a.dtype, device=a.device).reshape(size, *kernel)
-        result[f"{layer}.lora_A.weight"] = eye.expand(*a.shape[:lead], *eye.shape).clone()
-        result[f"{layer}.lora_B.weight"] = product.reshape(*product.shape, *b.shape[lead + 2 :])
+    result = {}
+    for name, tensor in like.items():
+        layer = layer_of(name)
+        if layer == name:
+            result[name] = change[name]
+            continue
+        dense = change[f"{layer}.weight"] / scaling[layer]  # (..., out, in)
+        out, wide = dense.shape[-2:]
+        one = torch.eye(min(out, wide)).to(dense).expand(*dense.shape[:-2], -1, -1)
+        a, b = (dense, one) if out <= wide else (one, dense)
+        shape = list(tensor.shape)
+        shape[rank_dim(name, tensor)] = min(out, wide)
+        result[name] = (a if is_lora(name, "A") else b).reshape(shape)
     return result
 
 
+def is_dense_factor(name: str, adapter: Adapter) -> bool:
+    """Whether a factor made by ``adapter_from_delta`` is the one that holds the change."""
+    if not is_lora(name):
+        return False
+    a, b = factors(adapter, layer_of(name))
+    return is_lora(name, "A") == (b.shape[-2] <= a.shape[-1])
+
+
 @contextmanager
-def added(adapted: AdaptedBackbone, change: Adapter) -> Iterator[None]:
+def delta_added(adapted: AdaptedBackbone, change: Adapter) -> Iterator[None]:
     """The backbone with ``change``, the ``delta`` of one adapter, in the frozen weights of its adapted layers."""
     weights = {name: adapted.model.get_submodule(name.removesuffix(".weight")).base_layer.weight for name in change}
     before = {name: weight.data for name, weight in weights.items()}
@@ -247,6 +278,13 @@ def client_adapter(stack: Adapter, client: int) -> Adapter:
     return {name: tensor[client] for name, tensor in stack.items()}
 
 
+def select_clients(stack: Adapter, rows: Tensor | slice) -> Adapter:
+    """The stack of some clients, by their rows (on any device)."""
+    if isinstance(rows, slice):
+        return {name: tensor[rows] for name, tensor in stack.items()}
+    return {name: tensor[rows.to(tensor.device)] for name, tensor in stack.items()}
+
+
 def flatten(stack: Adapter) -> Tensor:
     """A stack as one matrix ``(C, P)``: a row per client, the tensors in the dictionary's order."""
     return torch.cat([tensor.flatten(1) for tensor in stack.values()], dim=1)
@@ -258,7 +296,7 @@ def unflatten(flat: Tensor, like: Adapter) -> Adapter:
     return {name: part.reshape(-1, *like[name].shape) for name, part in zip(like, parts)}
 
 
-def nbytes(adapter: Adapter) -> int:
+def adapter_bytes(adapter: Adapter) -> int:
     """What an adapter weighs when it travels: the bytes of its tensors, in the dtype they have."""
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
 
@@ -272,16 +310,12 @@ def save_adapter(adapted: AdaptedBackbone, adapter: Adapter, folder: str | Path)
     from safetensors.torch import save_file
 
     folder, config = Path(folder), copy.deepcopy(adapted.config)
-    pattern = {layer: adapter[f"{layer}.lora_A.weight"].shape[0] for layer in lora_layers(adapter)}
-    config.r = max(pattern.values())
-    root = config.use_rslora
-    config.lora_alpha = adapted.scaling[lora_layers(adapter)[0]] * (config.r**0.5 if root else config.r)
-    config.rank_pattern = {_pattern(layer): rank for layer, rank in pattern.items() if rank != config.r}
-    config.alpha_pattern = {
-        _pattern(layer): adapted.scaling[layer] * (rank**0.5 if root else rank)
-        for layer, rank in pattern.items()
-        if adapted.scaling[layer] * (rank**0.5 if root else rank) != config.lora_alpha
-    }
+    ranks = {layer: len(factors(adapter, layer)[0]) for layer in lora_layers(adapter)}
+    alphas = {layer: adapted.scaling[layer] * (r**0.5 if config.use_rslora else r) for layer, r in ranks.items()}
+    config.r = max(ranks.values())
+    config.lora_alpha = next(alphas[layer] for layer, rank in ranks.items() if rank == config.r)
+    config.rank_pattern = {_pattern(layer): rank for layer, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {_pattern(layer): alpha for layer, alpha in alphas.items() if alpha != config.lora_alpha}
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
@@ -307,15 +341,14 @@ def load_adapter(adapted: AdaptedBackbone, folder: str | Path) -> Adapter:
         odd = sorted(tensors.keys() ^ adapted.initial.keys())
         raise ValueError(f"{folder}: an adapter of another base: {len(odd)} tensors differ, such as {odd[0]!r}")
     for name, like in adapted.initial.items():
-        if ".lora_" not in name and tensors[name].shape != like.shape:
+        if not is_lora(name) and tensors[name].shape != like.shape:
             raise ValueError(
                 f"{folder}: {name} has shape {tuple(tensors[name].shape)}, not of this base: {tuple(like.shape)}"
             )
     config = LoraConfig.from_pretrained(folder)
     tensors = {name: tensors[name] for name in adapted.initial}
     for layer in lora_layers(tensors):
-        a, b = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
-        like_a, like_b = adapted.initial[f"{layer}.lora_A.weight"], adapted.initial[f"{layer}.lora_B.weight"]
+        (a, b), (like_a, like_b) = ([one[name] for name in factor_names(layer)] for one in (tensors, adapted.initial))
         if a.shape[1:] != like_a.shape[1:] or b.shape[0] != like_b.shape[0] or a.shape[0] != b.shape[1]:
             raise ValueError(f"{folder}: {layer} has factors {tuple(a.shape)}, {tuple(b.shape)}: not of this base")
         name = layer.removeprefix("base_model.model.")

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from .data import check_file, data_path
 
-__all__ = ["LabViT", "CheckpointError", "lab_vit", "torchvision_vit"]
-
 LAB_VIT_FILE = "lab_vit.safetensors"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of its channels
 

@@ -9,13 +9,11 @@ from torch import Tensor
 
 from .adapters import AdaptedBackbone, Adapter
 from .data import Split
+from .engine.training import evaluate
 from .merging import merge_exact
-from .training import evaluate
-
-__all__ = ["along_segment", "barrier", "grid"]
 
 
-def grid(points: int = 11) -> Tensor:
+def weight_grid(points: int = 11) -> Tensor:
     """Evenly spaced mixing weights from 0 (local) to 1 (federated), both included."""
     if points < 2:
         raise ValueError(f"a grid needs both ends, so at least 2 points, not {points}")

@@ -16,21 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-__all__ = [
-    "Federation",
-    "Split",
-    "SupplyError",
-    "check_file",
-    "data_path",
-    "dirichlet_proportions",
-    "draw",
-    "fashion_mnist",
-    "from_tensors",
-    "from_torchvision",
-    "partition",
-    "shift_images",
-]
-
 Examples = tuple[Tensor, Tensor]  # inputs (n, ...), labels (n,)
 DRAWS = 100  # how often a federation's class proportions are drawn anew before a class counts as run out
 PADDING = -100  # the label of a padded example, which cross_entropy ignores
@@ -134,6 +119,22 @@ class Federation:
     def _each(self, function: Callable[[Split], Split]) -> Federation:
         parts = (function(split) for split in (self.train, self.calibration, self.test))
         return Federation(*parts, self.classes, self.name)
+
+
+def batch_indices(size: int, start: int, steps: int, batch_size: int, seed: int | Sequence[int]) -> Tensor:
+    """The examples of steps ``start … start + steps - 1`` of one client, ``(steps, batch_size)``.
+
+    The stream is one permutation of the client's examples after another; epoch ``e`` has the seed ``(*seed, e)``. It
+    can be entered at any step, so rounds of 5 steps see the same batches as one run over all of them.
+    """
+    seed = [seed] if isinstance(seed, int) else list(seed)
+    first, last = start * batch_size, (start + steps) * batch_size
+    epochs = range(first // size, -(-last // size))
+    if steps == 0:
+        return torch.zeros(0, batch_size, dtype=torch.int64)
+    stream = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(size) for epoch in epochs])
+    offset = epochs.start * size
+    return torch.from_numpy(stream[first - offset : last - offset].reshape(steps, batch_size))
 
 
 def dirichlet_proportions(clients: int, classes: int, alpha: float, rng: np.random.Generator) -> np.ndarray:

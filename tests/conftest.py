@@ -1,13 +1,16 @@
 """A tiny backbone, a tiny federation with clients of unequal size, and random adapters, in float32 and float64."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from potara_lite import potara
 from potara_lite.adapters import attach, delta, repeat_adapter
 from potara_lite.backbones import LabViT
-from potara_lite.data import from_tensors
+from potara_lite.data import batch_indices, from_tensors
 
 SIZES = (5, 13, 9)
 
@@ -27,6 +30,39 @@ def tiny_federation(dtype):
 
     train, test, held = ([examples(n) for n in sizes] for sizes in (SIZES, (7, 4, 6), (3, 6, 4)))
     return from_tensors(train, test, calibration=held, classes=4)
+
+
+def peft_model(adapted):
+    """The PEFT model of an adapted backbone with its adapter ready to train: what ``potara.py`` works on."""
+    model = copy.deepcopy(adapted.model)
+    for name in adapted.parameter_names.values():
+        model.get_parameter(name).requires_grad_(True)
+    potara.set_weights(model, {name: adapted.initial[key] for key, name in adapted.parameter_names.items()})
+    return model
+
+
+def train_one_by_one(
+    adapted, adapters, split, *, steps, batch_size=8, lr=1e-3, weight_decay=0.0, clip=None, seed=0, start=0
+):
+    """``potara.train`` for one client after another: what ``train`` is held to."""
+    stacks, losses = {name: [] for name in adapters}, []
+    for client, number in enumerate(split.ids):
+        model, (x, y) = peft_model(adapted), split.client(client)
+        potara.set_weights(model, {adapted.parameter_names[name]: t[client] for name, t in adapters.items()})
+        weights = list(potara.trained(model).values())
+        optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay)
+        if clip is not None:
+            optimizer.register_step_pre_hook(lambda *_, w=weights: torch.nn.utils.clip_grad_norm_(w, clip) and None)
+        seeds = (seed, number) if isinstance(seed, int) else (*seed, number)
+        losses.append([])
+        for batch in batch_indices(len(y), start, steps, batch_size, seeds):
+            losses[-1].append(F.cross_entropy(model(x[batch]), y[batch]).detach())
+            potara.train(model, optimizer, x, y, batch.unsqueeze(0))
+        trained = potara.get_weights(model)
+        for name in adapters:
+            stacks[name].append(trained[adapted.parameter_names[name]])
+    stack = {name: torch.stack(rows) for name, rows in stacks.items()}
+    return SimpleNamespace(adapters=stack, losses=torch.stack([torch.stack(curve) for curve in losses]))
 
 
 @pytest.fixture(scope="session")

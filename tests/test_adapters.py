@@ -9,19 +9,22 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 
 from potara_lite.adapters import (
+    adapter_bytes,
+    adapter_from_delta,
     attach,
     check_same_base,
     client_adapter,
     delta,
-    delta_products,
+    delta_inner_products,
+    factor_names,
+    factors,
     flatten,
+    is_dense_factor,
     load_adapter,
     lora_layers,
-    nbytes,
     repeat_adapter,
     save_adapter,
     stack_adapters,
-    unfactored,
     unflatten,
 )
 from potara_lite.merging import compress, merge_exact
@@ -96,7 +99,7 @@ def test_delta_of_a_stack_is_the_stack_of_deltas(any_config64, random_stack):
 def test_products_of_deltas_are_those_of_the_dense_matrices(any_config64, random_stack):
     one, two = (random_stack(any_config64, 3, seed=s) for s in (1, 2))
     three = merge_exact(one, two, 0.3)  # another rank
-    found = delta_products([one, two, three], any_config64.scaling)
+    found = delta_inner_products([one, two, three], any_config64.scaling)
     dense = [
         torch.cat([t.flatten(1) for t in delta(each, any_config64.scaling).values()], 1) for each in (one, two, three)
     ]
@@ -104,19 +107,27 @@ def test_products_of_deltas_are_those_of_the_dense_matrices(any_config64, random
     torch.testing.assert_close(found, oracle, rtol=1e-9, atol=1e-12)
 
 
-def test_an_unfactored_adapter_is_the_same_model_with_its_product_in_b(any_config64, random_stack, federation64):
+def test_an_adapter_from_its_delta_is_the_same_model_with_one_factor_the_identity(
+    any_config64, random_stack, federation64
+):
     stack = random_stack(any_config64, 3, seed=3)
-    bare = unfactored(stack)
-    for name, tensor in delta(bare, any_config64.scaling).items():
-        torch.testing.assert_close(tensor, delta(stack, any_config64.scaling)[name], rtol=1e-9, atol=1e-12)
-    for layer in lora_layers(bare):
-        a = bare[f"{layer}.lora_A.weight"].flatten(2)
-        assert torch.equal(a, torch.eye(a.shape[1], dtype=a.dtype).expand_as(a))
+    change, scaling = delta(stack, any_config64.scaling), any_config64.scaling
+    dense = adapter_from_delta(change, scaling, stack)
+    for name, tensor in delta(dense, scaling).items():
+        torch.testing.assert_close(tensor, change[name], rtol=1e-9, atol=1e-12)
+    for layer in lora_layers(dense):
+        matrices = dict(zip(factor_names(layer), factors(dense, layer)))
+        (full,), (one,) = ([n for n in matrices if is_dense_factor(n, dense) == kind] for kind in (True, False))
+        assert torch.equal(
+            matrices[one], torch.eye(matrices[one].shape[1]).to(change[f"{layer}.weight"]).expand(3, -1, -1)
+        )
+        torch.testing.assert_close(scaling[layer] * matrices[full], change[f"{layer}.weight"], rtol=1e-9, atol=0)
     x = federation64.train.client(1)[0]
     logits = any_config64(client_adapter(stack, 1), x)
-    torch.testing.assert_close(any_config64(client_adapter(bare, 1), x), logits, rtol=1e-9, atol=1e-12)
-    for name, tensor in unfactored(client_adapter(stack, 2)).items():  # without the client dimension
-        assert torch.equal(tensor, bare[name][2])
+    torch.testing.assert_close(any_config64(client_adapter(dense, 1), x), logits, rtol=1e-9, atol=1e-12)
+    alone = client_adapter(stack, 2)  # without the client dimension
+    for name, tensor in adapter_from_delta(delta(alone, scaling), scaling, alone).items():
+        assert torch.equal(tensor, dense[name][2])
 
 
 def test_the_model_is_a_frozen_copy(backbone):
@@ -188,9 +199,9 @@ def test_stack_repeat_and_pick(adapted, random_adapter):
 def test_nbytes_counted_by_hand(adapted, adapted64):
     lora = 2 * ((16 + 48) + (16 + 16) + (16 + 32) + (32 + 16))  # rank times (in + out) of qkv, proj, fc1, fc2
     head = 4 * 16 + 4
-    assert nbytes(adapted.initial) == 4 * (lora + head) == 1808
-    assert nbytes(adapted64.initial) == 8 * (lora + head)
-    assert nbytes({name: tensor.bfloat16() for name, tensor in adapted.initial.items()}) == 2 * (lora + head)
+    assert adapter_bytes(adapted.initial) == 4 * (lora + head) == 1808
+    assert adapter_bytes(adapted64.initial) == 8 * (lora + head)
+    assert adapter_bytes({name: tensor.bfloat16() for name, tensor in adapted.initial.items()}) == 2 * (lora + head)
 
 
 @pytest.mark.parametrize("form", ["as it is", "exact merge", "compressed merge"])

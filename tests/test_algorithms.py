@@ -12,18 +12,22 @@ from torch.nn import functional as F
 
 from potara_lite.adapters import (
     AdaptedBackbone,
-    added,
+    adapter_bytes,
     attach,
     client_adapter,
     delta,
+    delta_added,
     flatten,
     load_adapter,
     lora_layers,
-    nbytes,
     repeat_adapter,
     save_adapter,
 )
-from potara_lite.algorithms import (
+from potara_lite.data import batch_indices
+from potara_lite.engine.batching import Execution
+from potara_lite.engine.federated import fedit, weighted_average
+from potara_lite.engine.training import evaluate, train
+from potara_lite.field.algorithms import (
     FEDEX,
     FEDIT,
     FEDPER,
@@ -42,10 +46,17 @@ from potara_lite.algorithms import (
     gated,
     wise_ft,
 )
-from potara_lite.federated import average, fedit
-from potara_lite.merging import thin
-from potara_lite.rounds import Algorithm, Phase, first, held, is_head, is_shared, put, run
-from potara_lite.training import batch_indices, evaluate, train
+from potara_lite.field.rounds import (
+    Algorithm,
+    Phase,
+    add_prefix,
+    first_client,
+    is_head,
+    is_shared,
+    run_algorithm,
+    select_prefix,
+)
+from potara_lite.merging import limit_rank
 
 LR, BATCH, SEED = 1e-2, 4, 6
 OPTIONS = dict(local_steps=3, batch_size=BATCH, lr=LR, seed=SEED)
@@ -147,12 +158,12 @@ def clients(federation64):
 
 @pytest.fixture(scope="module")
 def local(adapted64, clients):
-    return run(LOCAL, adapted64, clients, rounds=2, **OPTIONS)
+    return run_algorithm(LOCAL, adapted64, clients, rounds=2, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def federated(adapted64, clients):
-    return run(FEDIT, adapted64, clients, rounds=2, **OPTIONS)
+    return run_algorithm(FEDIT, adapted64, clients, rounds=2, **OPTIONS)
 
 
 # What runs them all.
@@ -175,11 +186,11 @@ def test_fedit_is_the_fedit_of_the_federated_module(adapted64, clients, federate
         assert torch.equal(getattr(federated.ledger, name), getattr(other.ledger, name))
 
 
-@pytest.mark.parametrize("method", [FEDIT, fedprox(0.0), FEDEX, FEDSA, FEDPER, fedalt(), feddpa(1.0), ditto(0.0)],
+@pytest.mark.parametrize("method", [FEDIT, fedprox(0.0), FEDEX, FEDSA, FEDPER, fedalt(), feddpa(0.0), ditto(0.0)],
                          ids=lambda method: method.name)  # fmt: skip
 def test_one_client_is_local(adapted64, federation64, local, method):
     """All that could come from others is not there; FedALT's gate then has one expert to choose from."""
-    alone = run(method, adapted64, federation64.train.rows([1]), rounds=2, **OPTIONS)
+    alone = run_algorithm(method, adapted64, federation64.train.rows([1]), rounds=2, **OPTIONS)
     loss, _ = evaluate(alone.adapted, alone.personal, federation64.test.rows([1]))
     expected, _ = evaluate(adapted64, one_of(local.personal, 1), federation64.test.rows([1]))
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
@@ -190,8 +201,10 @@ def test_one_client_is_local(adapted64, federation64, local, method):
 @pytest.mark.parametrize("name", METHODS)
 def test_no_method_depends_on_the_order_of_the_clients_or_on_chunks(adapted64, federation64, name):
     order = [2, 0, 1]
-    usual = run(METHODS[name], adapted64, federation64.train, rounds=2, **OPTIONS)
-    turned = run(METHODS[name], adapted64, federation64.train.rows(order), rounds=2, chunk_size=2, **OPTIONS)
+    usual = run_algorithm(METHODS[name], adapted64, federation64.train, rounds=2, **OPTIONS)
+    turned = run_algorithm(
+        METHODS[name], adapted64, federation64.train.rows(order), rounds=2, execution=Execution(chunk_size=2), **OPTIONS
+    )
     loss, _ = evaluate(usual.adapted, usual.personal, federation64.test)
     again, _ = evaluate(turned.adapted, turned.personal, federation64.test.rows(order))
     torch.testing.assert_close(again, loss[order], rtol=1e-9, atol=0)
@@ -204,13 +217,13 @@ def test_no_method_depends_on_the_order_of_the_clients_or_on_chunks(adapted64, f
 def test_the_ledger_is_the_count_of_what_was_passed(adapted, federation, adapted64, federation64, name, dtype):
     base, data = (adapted, federation) if dtype == torch.float32 else (adapted64, federation64)
     method, sent, given = watched(METHODS[name])
-    result = run(method, base, data.train, rounds=2, **OPTIONS)
-    opening = {n: t for n, t in method.start(repeat_adapter(base.initial, 3)).items() if method.travels(n)}
+    result = run_algorithm(method, base, data.train, rounds=2, **OPTIONS)
+    opening = {n: t for n, t in method.init(repeat_adapter(base.initial, 3)).items() if method.is_uploaded(n)}
     assert len(sent) == len(given) == (0 if name == "local only" else 2)
     assert all(t.dtype == dtype for message in (*sent, *given) for t in message.values())
     for client in range(3):
-        up = sum(nbytes(client_adapter(message, client)) for message in sent)
-        down = sum(nbytes(client_adapter(message, client)) for message in (opening, *given))
+        up = sum(adapter_bytes(client_adapter(message, client)) for message in sent)
+        down = sum(adapter_bytes(client_adapter(message, client)) for message in (opening, *given))
         assert (result.ledger.up[client], result.ledger.down[client]) == (up, down)
 
 
@@ -233,14 +246,14 @@ HANDMADE = {  # float32 bytes of 2 rounds, per client: A has 2 * 80 numbers, B 2
 
 @pytest.mark.parametrize("name", HANDMADE)
 def test_the_ledger_by_hand(adapted, federation, name):
-    ledger = run(METHODS[name], adapted, federation.train, rounds=2, **OPTIONS).ledger
+    ledger = run_algorithm(METHODS[name], adapted, federation.train, rounds=2, **OPTIONS).ledger
     assert (ledger.up.tolist(), ledger.down.tolist(), ledger.steps.tolist()) == tuple([n] * 3 for n in HANDMADE[name])
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "FedALT"])
 def test_every_result_is_an_ordinary_adapter(adapted, federation, tmp_path, name):
     """Whatever its rank: PEFT's names, the backbone's dtype, and a folder that can be loaded again."""
-    result = run(METHODS[name], adapted, federation.train, rounds=2, **OPTIONS)
+    result = run_algorithm(METHODS[name], adapted, federation.train, rounds=2, **OPTIONS)
     for adapter in (client_adapter(result.personal, 1), result.federated):
         if adapter is not None:
             again = load_adapter(adapted, save_adapter(adapted, adapter, tmp_path / str(len(list(tmp_path.iterdir())))))
@@ -249,7 +262,7 @@ def test_every_result_is_an_ordinary_adapter(adapted, federation, tmp_path, name
 
 
 def test_no_rounds_cost_a_download_and_change_nothing(adapted, federation):
-    result = run(FEDIT, adapted, federation.train, rounds=0, **OPTIONS)
+    result = run_algorithm(FEDIT, adapted, federation.train, rounds=0, **OPTIONS)
     assert torch.equal(flatten(result.personal), flatten(repeat_adapter(adapted.initial, 3)))
     assert (result.ledger.up.tolist(), result.ledger.down.tolist()) == ([0] * 3, [4 * 452] * 3)
 
@@ -257,14 +270,14 @@ def test_no_rounds_cost_a_download_and_change_nothing(adapted, federation):
 def test_a_phase_that_trains_nothing_is_refused(federation):
     headless = attach(tiny_vit(), rank=2, head=None)
     with pytest.raises(ValueError, match="FedRep: phase 0 trains none of"):
-        run(fedrep(), headless, federation.train, rounds=1, **OPTIONS)
+        run_algorithm(fedrep(), headless, federation.train, rounds=1, **OPTIONS)
 
 
 # One shared adapter.
 
 
 def test_fedprox_without_a_penalty_is_fedit(adapted64, clients, federated):
-    close(run(fedprox(0.0), adapted64, clients, rounds=2, **OPTIONS).federated, federated.federated)
+    close(run_algorithm(fedprox(0.0), adapted64, clients, rounds=2, **OPTIONS).federated, federated.federated)
 
 
 def test_fedprox_is_the_obvious_loop(adapted64, clients):
@@ -275,12 +288,12 @@ def test_fedprox_is_the_obvious_loop(adapted64, clients):
             one.take(anchor)
             one.learn(3, lambda ce, x, w=one.tensors, a=anchor: ce(adapted64(w, x)) + 0.7 / 2 * distance2(w, a))
         anchor = mean([one.now() for one in learners])
-    close(run(fedprox(0.7), adapted64, clients, rounds=2, **OPTIONS).federated, anchor)
+    close(run_algorithm(fedprox(0.7), adapted64, clients, rounds=2, **OPTIONS).federated, anchor)
 
 
 def test_ffa_keeps_a_and_its_mean_of_products_is_the_product_of_means(adapted64, clients, federated):
     method, sent, _ = watched(FFA)
-    result = run(method, adapted64, clients, rounds=2, **OPTIONS)
+    result = run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS)
     frozen = {name: tensor for name, tensor in adapted64.initial.items() if "lora_A" in name}
     assert all(torch.equal(result.federated[name], tensor) for name, tensor in frozen.items())
     assert not any("lora_A" in name for message in sent for name in message)
@@ -288,25 +301,25 @@ def test_ffa_keeps_a_and_its_mean_of_products_is_the_product_of_means(adapted64,
     close(deltas(adapted64, result.federated), mean_of_deltas(adapted64, last))
     assert far(result.federated, adapted64.initial)
     method, sent, _ = watched(FEDIT)
-    run(method, adapted64, clients, rounds=2, **OPTIONS)
+    run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS)
     assert far(deltas(adapted64, federated.federated), mean_of_deltas(adapted64, sent[-1]))  # not so in FedIT
 
 
 def test_fine_tuning_is_local_training_from_the_federated_model(adapted64, clients, federated):
-    tuned = run(finetuned(FEDIT, 4), adapted64, clients, rounds=2, **OPTIONS)
+    tuned = run_algorithm(finetuned(FEDIT, 4), adapted64, clients, rounds=2, **OPTIONS)
     start = repeat_adapter(federated.federated, 3)
     after = train(adapted64, start, clients, steps=4, start=6, batch_size=BATCH, lr=LR, seed=(SEED, 0))
     close(tuned.personal, after.adapters)
     close(tuned.federated, federated.federated)
     assert torch.equal(tuned.ledger.up, federated.ledger.up) and torch.equal(tuned.ledger.down, federated.ledger.down)
     assert tuned.ledger.steps.tolist() == [10] * 3
-    close(run(finetuned(FEDIT, 0), adapted64, clients, rounds=2, **OPTIONS).personal, federated.personal)
+    close(run_algorithm(finetuned(FEDIT, 0), adapted64, clients, rounds=2, **OPTIONS).personal, federated.personal)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_wise_ft_is_the_straight_line_between_the_deltas(adapted64, clients, federated, weight):
-    tuned = run(finetuned(FEDIT, 4), adapted64, clients, rounds=2, **OPTIONS).personal
-    mixed = run(wise_ft(FEDIT, 4, weight), adapted64, clients, rounds=2, **OPTIONS).personal
+    tuned = run_algorithm(finetuned(FEDIT, 4), adapted64, clients, rounds=2, **OPTIONS).personal
+    mixed = run_algorithm(wise_ft(FEDIT, 4, weight), adapted64, clients, rounds=2, **OPTIONS).personal
     before, after = deltas(adapted64, federated.personal), deltas(adapted64, tuned)
     close(deltas(adapted64, mixed), {name: weight * before[name] + (1 - weight) * after[name] for name in before})
 
@@ -317,11 +330,11 @@ def test_wise_ft_is_the_straight_line_between_the_deltas(adapted64, clients, fed
 def test_fedex_adds_up_to_the_mean_of_the_products_after_every_round(adapted64, clients):
     """Three rounds of rank 6 each: what is folded outgrows the layers, whose smaller side is 16."""
     method, sent, _ = watched(FEDEX)
-    result = run(method, adapted64, clients, rounds=3, **OPTIONS)
+    result = run_algorithm(method, adapted64, clients, rounds=3, **OPTIONS)
     folded = {}
     for stack in sent:
         exact = {name: t + folded.get(name, 0) for name, t in mean_of_deltas(adapted64, stack).items()}
-        inexact = deltas(adapted64, average(stack, torch.tensor(SIZES)))
+        inexact = deltas(adapted64, weighted_average(stack, torch.tensor(SIZES)))
         folded = {name: t - inexact[name] for name, t in exact.items() if "head" not in name}
     close(deltas(adapted64, result.federated), exact)
     close(deltas(adapted64, result.personal), repeat_adapter(exact, 3))
@@ -334,9 +347,11 @@ def test_fedex_adds_up_to_the_mean_of_the_products_after_every_round(adapted64, 
 def test_what_is_folded_may_as_well_be_an_adapter_of_its_own(adapted64, clients, method):
     """In the frozen weights or beside the factors: the same model, and the backbone is as it was."""
     before = {name: tensor.clone() for name, tensor in adapted64.model.named_parameters()}
-    one = run(method, adapted64, clients, rounds=3, **OPTIONS)
+    one = run_algorithm(method, adapted64, clients, rounds=3, **OPTIONS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapted64.model.named_parameters())
-    two = run(replace(method, phases=(Phase(),), frozen=lambda tensors: {}), adapted64, clients, rounds=3, **OPTIONS)
+    two = run_algorithm(
+        replace(method, phases=(Phase(),), frozen=lambda tensors: {}), adapted64, clients, rounds=3, **OPTIONS
+    )
     found, expected = (delta(result.personal, adapted64.scaling) for result in (one, two))
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
 
@@ -345,7 +360,7 @@ def test_the_backbone_is_as_it_was_after_a_failure(adapted64, clients):
     before = {name: tensor.clone() for name, tensor in adapted64.model.named_parameters()}
     deltas = delta(adapted64.initial, adapted64.scaling)
     change = {name: torch.ones_like(tensor) for name, tensor in deltas.items() if "head" not in name}
-    with pytest.raises(ZeroDivisionError), added(adapted64, change):
+    with pytest.raises(ZeroDivisionError), delta_added(adapted64, change):
         moved = dict(adapted64.model.named_parameters())
         assert sum(not torch.equal(tensor, before[name]) for name, tensor in moved.items()) == len(change)
         raise ZeroDivisionError
@@ -354,8 +369,8 @@ def test_the_backbone_is_as_it_was_after_a_failure(adapted64, clients):
 
 def test_fedex_trains_on_top_of_what_was_folded(adapted64, clients):
     """The second round sees the exact mean: its losses are those of the obvious loop."""
-    result = run(FEDEX, adapted64, clients, rounds=1, **OPTIONS)
-    base, now = held(result.holds, "folded"), held(result.holds)
+    result = run_algorithm(FEDEX, adapted64, clients, rounds=1, **OPTIONS)
+    base, now = select_prefix(result.tensors, "folded"), select_prefix(result.tensors)
     learners = [Learner(adapted64, clients, i, adapted64.initial) for i in range(3)]
     for one in learners:
         one.learn(3, lambda ce, x, w=one.tensors: ce(adapted64(w, x)))
@@ -369,18 +384,18 @@ def test_fedex_trains_on_top_of_what_was_folded(adapted64, clients):
 
         one.learn(3, loss)
     method, sent, _ = watched(FEDEX)
-    run(method, adapted64, clients, rounds=2, **OPTIONS)
+    run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS)
     for i, one in enumerate(learners):
         close(client_adapter(sent[1], i), one.now())
 
 
 @pytest.mark.parametrize("targets", [("qkv", "fc1", "fc2"), ("stem.0", "stem.2", "fc1")])
 @pytest.mark.parametrize("clients", [None, 2])
-def test_thin_changes_no_delta_and_bounds_the_rank(backbone64, random_stack, targets, clients):
+def test_limiting_the_rank_changes_no_delta_and_bounds_the_rank(backbone64, random_stack, targets, clients):
     base = attach(backbone64, config=LoraConfig(r=40, target_modules=list(targets), modules_to_save=["head"]))
     adapter = random_stack(base, clients or 1, seed=3)
     adapter = adapter if clients else client_adapter(adapter, 0)
-    small = thin(adapter)
+    small = limit_rank(adapter)
     close(delta(small, base.scaling), delta(adapter, base.scaling))
     for layer in lora_layers(small):
         out, wide = delta(small, base.scaling)[f"{layer}.weight"].shape[-2:]
@@ -391,40 +406,40 @@ def test_thin_changes_no_delta_and_bounds_the_rank(backbone64, random_stack, tar
 
 
 def test_flora_after_one_round_is_the_mean_of_the_local_models(adapted64, clients):
-    alone = run(LOCAL, adapted64, clients, rounds=1, **OPTIONS)
-    result = run(FLORA, adapted64, clients, rounds=1, **OPTIONS)
+    alone = run_algorithm(LOCAL, adapted64, clients, rounds=1, **OPTIONS)
+    result = run_algorithm(FLORA, adapted64, clients, rounds=1, **OPTIONS)
     close(deltas(adapted64, result.federated), mean_of_deltas(adapted64, alone.personal))
     close(deltas(adapted64, result.personal), repeat_adapter(mean_of_deltas(adapted64, alone.personal), 3))
 
 
 def test_flora_adds_a_mean_of_products_and_begins_anew_every_round(adapted64, clients):
     method, sent, _ = watched(FLORA)
-    result = run(method, adapted64, clients, rounds=3, **OPTIONS)
+    result = run_algorithm(method, adapted64, clients, rounds=3, **OPTIONS)
     total = mean_of_deltas(adapted64, sent[-1])
     for stack in sent[:-1]:
         total |= {n: total[n] + t for n, t in mean_of_deltas(adapted64, stack).items() if "head" not in n}
     close(deltas(adapted64, result.federated), total)
-    now = client_adapter(held(result.holds), 0)
+    now = client_adapter(select_prefix(result.tensors), 0)
     for name, tensor in adapted64.initial.items():
         if "lora_A" in name:
             assert torch.equal(now[name].flatten().sort().values, tensor.flatten().sort().values)
             assert not torch.equal(now[name], tensor)
         elif "lora_B" in name:
             assert not now[name].any()
-    assert all(torch.equal(t[0], t[2]) for t in held(result.holds).values())
+    assert all(torch.equal(t[0], t[2]) for t in select_prefix(result.tensors).values())
 
 
 def test_flora_forgets_the_optimizer_with_its_factors(adapted64, clients):
     """A's moments belong to factors that are gone: with them, the second round would be another."""
-    usual = run(FLORA, adapted64, clients, rounds=2, **OPTIONS)
-    kept = run(replace(FLORA, keep_optimizer=True), adapted64, clients, rounds=2, **OPTIONS)
+    usual = run_algorithm(FLORA, adapted64, clients, rounds=2, **OPTIONS)
+    kept = run_algorithm(replace(FLORA, keep_optimizer=True), adapted64, clients, rounds=2, **OPTIONS)
     assert far(deltas(adapted64, usual.federated), deltas(adapted64, kept.federated))
 
 
 def test_flexlora_at_full_rank_is_the_mean_of_the_products(backbone64, clients):
     wide = attach(backbone64, rank=16)
     method, sent, given = watched(flexlora())
-    result = run(method, wide, clients, rounds=2, **OPTIONS)
+    result = run_algorithm(method, wide, clients, rounds=2, **OPTIONS)
     for stack, message in zip(sent, given):
         close(deltas(wide, message), repeat_adapter(mean_of_deltas(wide, stack), 3))
     close(deltas(wide, result.federated), mean_of_deltas(wide, sent[-1]))
@@ -433,7 +448,7 @@ def test_flexlora_at_full_rank_is_the_mean_of_the_products(backbone64, clients):
 @pytest.mark.parametrize("ranks", [None, (1, 2, 1)])
 def test_flexlora_gives_each_client_the_best_approximation_of_its_rank(adapted64, clients, ranks):
     method, sent, given = watched(flexlora(ranks))
-    result = run(method, adapted64, clients, rounds=2, **OPTIONS)
+    result = run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS)
     for stack, message in zip(sent, given):
         exact, got = mean_of_deltas(adapted64, stack), deltas(adapted64, message)
         for name, tensor in exact.items():
@@ -455,7 +470,7 @@ def test_layers_may_differ_in_rank_and_kind(backbone64, clients, method):
                         modules_to_save=["head"])  # fmt: skip
     base = attach(backbone64, config=config)
     watching, sent, _ = watched(method)
-    result = run(watching, base, clients, rounds=1, **OPTIONS)
+    result = run_algorithm(watching, base, clients, rounds=1, **OPTIONS)
     loss, _ = evaluate(result.adapted, result.personal, clients)
     assert loss.mean() < torch.tensor(4.0).log()  # below the zero head's
     if method.name in ("FedEx-LoRA", "FLoRA"):
@@ -463,7 +478,7 @@ def test_layers_may_differ_in_rank_and_kind(backbone64, clients, method):
 
 
 def test_flexlora_counts_no_padding(adapted, federation):
-    ledger = run(flexlora((1, 2, 1)), adapted, federation.train, rounds=2, **OPTIONS).ledger
+    ledger = run_algorithm(flexlora((1, 2, 1)), adapted, federation.train, rounds=2, **OPTIONS).ledger
     assert ledger.up.tolist() == [2 * 4 * (192 * rank + 68) for rank in (1, 2, 1)]
     assert ledger.down.tolist() == [3 * 4 * (192 * rank + 68) for rank in (1, 2, 1)]
 
@@ -471,7 +486,7 @@ def test_flexlora_counts_no_padding(adapted, federation):
 @pytest.mark.parametrize("ranks", [(1, 2), (0, 1, 2), (1, 2, 3)])
 def test_impossible_ranks_are_refused(adapted, federation, ranks):
     with pytest.raises(ValueError, match="3 numbers from 1 to 2 are needed"):
-        run(flexlora(ranks), adapted, federation.train, rounds=1, **OPTIONS)
+        run_algorithm(flexlora(ranks), adapted, federation.train, rounds=1, **OPTIONS)
 
 
 # Part shared, part personal.
@@ -485,11 +500,11 @@ def test_impossible_ranks_are_refused(adapted, federation, ranks):
 ], ids=lambda value: getattr(value, "name", ""))  # fmt: skip
 def test_only_what_is_shared_crosses(adapted64, clients, method, travels):
     watching, sent, given = watched(method)
-    result = run(watching, adapted64, clients, rounds=2, **OPTIONS)
+    result = run_algorithm(watching, adapted64, clients, rounds=2, **OPTIONS)
     names = {name for name in adapted64.initial if travels(name)}
     for message in (*sent, *given):
         assert {name.removeprefix("rest:") for name in message} == names
-    for name, tensor in held(result.holds).items():
+    for name, tensor in select_prefix(result.tensors).items():
         stays = name not in names or method.name == "FedALT"
         assert torch.equal(tensor[0], tensor[1]) != stays, name
 
@@ -502,7 +517,7 @@ def test_fedsa_averages_a_beside_each_clients_own_b(adapted64, clients):
         shared = {name: t for name, t in mean([one.now() for one in learners]).items() if "lora_A" in name}
         for one in learners:
             one.take(shared)
-    result = run(FEDSA, adapted64, clients, rounds=2, **OPTIONS)
+    result = run_algorithm(FEDSA, adapted64, clients, rounds=2, **OPTIONS)
     for i, one in enumerate(learners):
         close(client_adapter(result.personal, i), one.now())
 
@@ -510,7 +525,7 @@ def test_fedsa_averages_a_beside_each_clients_own_b(adapted64, clients):
 def test_fedper_without_a_head_is_fedit(backbone64, clients):
     headed = copy.deepcopy(backbone64)
     headless = attach(headed, rank=2, head=None)
-    one, two = (run(method, headless, clients, rounds=2, **OPTIONS) for method in (FEDPER, FEDIT))
+    one, two = (run_algorithm(method, headless, clients, rounds=2, **OPTIONS) for method in (FEDPER, FEDIT))
     close(one.personal, two.personal)
 
 
@@ -528,15 +543,17 @@ def test_fedrep_trains_the_head_and_then_the_body(adapted64, clients):
         shared = {name: t for name, t in mean([one.now() for one in learners]).items() if not is_head(name)}
         for one in learners:
             one.take(shared)
-    result = run(fedrep(0.6), adapted64, clients, rounds=2, **OPTIONS)  # 0.6 of 3 steps: 2
+    result = run_algorithm(fedrep(0.6), adapted64, clients, rounds=2, **OPTIONS)  # 0.6 of 3 steps: 2
     for i, one in enumerate(learners):
         close(client_adapter(result.personal, i), one.now())
     assert result.ledger.steps.tolist() == [6] * 3
 
 
 def test_fedrep_with_all_steps_for_the_head_is_local_linear_probing(adapted64, clients):
-    probing = Algorithm("linear probing", phases=(Phase(trains=is_head),))
-    result, alone = (run(method, adapted64, clients, rounds=2, **OPTIONS) for method in (fedrep(1.0), probing))
+    probing = Algorithm("linear probing", phases=(Phase(is_trained=is_head),))
+    result, alone = (
+        run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS) for method in (fedrep(1.0), probing)
+    )
     close(result.personal, alone.personal)
     moved = {name for name, t in alone.personal.items() if not torch.equal(t[0], adapted64.initial[name])}
     assert moved == {name for name in adapted64.initial if is_head(name)}
@@ -545,29 +562,29 @@ def test_fedrep_with_all_steps_for_the_head_is_local_linear_probing(adapted64, c
 # Two models.
 
 
-@pytest.mark.parametrize("method", [ditto(0.0), apfl(1.0, adaptive=False), feddpa(1.0)], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [ditto(0.0), apfl(0.0, adaptive=False), feddpa(0.0)], ids=lambda m: m.name)
 def test_two_models_of_which_only_the_own_counts_are_local(adapted64, clients, local, method):
-    result = run(method, adapted64, clients, rounds=2, **OPTIONS)
+    result = run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS)
     close(deltas(adapted64, result.personal), deltas(adapted64, local.personal))
 
 
 @pytest.mark.parametrize("method", [ditto(), apfl(0.3), feddpa()], ids=lambda m: m.name)
 def test_beside_the_personal_model_runs_a_fedit_of_its_own(adapted64, clients, federated, local, method):
-    result = run(method, adapted64, clients, rounds=2, **OPTIONS)
+    result = run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS)
     close(result.federated, federated.federated)
     assert far(deltas(adapted64, result.personal), deltas(adapted64, local.personal))
     assert far(deltas(adapted64, result.personal), deltas(adapted64, federated.personal))
 
 
-@pytest.mark.parametrize("method", [apfl(0.0, adaptive=False), feddpa(0.0)], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [apfl(1.0, adaptive=False), feddpa(1.0)], ids=lambda m: m.name)
 def test_two_models_of_which_only_the_shared_counts_are_fedit(adapted64, clients, federated, method):
-    result = run(method, adapted64, clients, rounds=2, **OPTIONS)
+    result = run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS)
     close(deltas(adapted64, result.personal), deltas(adapted64, federated.personal))
 
 
 def test_dittos_personal_model_is_the_obvious_loop(adapted64, clients):
-    anchors = [adapted64.initial, run(FEDIT, adapted64, clients, rounds=1, **OPTIONS).federated]
-    result = run(ditto(0.7), adapted64, clients, rounds=2, **OPTIONS)
+    anchors = [adapted64.initial, run_algorithm(FEDIT, adapted64, clients, rounds=1, **OPTIONS).federated]
+    result = run_algorithm(ditto(0.7), adapted64, clients, rounds=2, **OPTIONS)
     for i in range(3):
         one = Learner(adapted64, clients, i, adapted64.initial)
         for anchor in anchors:
@@ -578,24 +595,28 @@ def test_dittos_personal_model_is_the_obvious_loop(adapted64, clients):
 def test_dittos_penalty_pulls_towards_the_shared_model(adapted64, clients):
     gaps = []
     for strength in (0.0, 10.0):
-        result = run(ditto(strength), adapted64, clients, rounds=2, **OPTIONS)
-        gaps.append((flatten(result.personal) - flatten(held(result.holds))).norm())
+        result = run_algorithm(ditto(strength), adapted64, clients, rounds=2, **OPTIONS)
+        gaps.append((flatten(result.personal) - flatten(select_prefix(result.tensors))).norm())
     assert gaps[1] < 0.5 * gaps[0]
 
 
 def test_apfl_is_the_obvious_loop(adapted64, clients):
     """w steps down f(w); v and alpha step down f(alpha v + (1 - alpha) w) at the same point and on the same batch."""
-    result = run(apfl(0.3), adapted64, clients, rounds=2, **OPTIONS)
+    result = run_algorithm(apfl(0.3), adapted64, clients, rounds=2, **OPTIONS)
     learners = []
     for i in range(3):
-        start = adapted64.initial | put("own", adapted64.initial) | {"alpha": torch.tensor([0.3], dtype=torch.float64)}
+        start = (
+            adapted64.initial
+            | add_prefix("own", adapted64.initial)
+            | {"weight": torch.tensor([0.3], dtype=torch.float64)}
+        )
         learners.append(Learner(adapted64, clients, i, start))
     for _ in range(2):
         for one in learners:
 
             def loss(ce, x, w=one.tensors):
                 still = {name: t.detach() for name, t in w.items() if name in adapted64.initial}
-                mix = dense_mix(adapted64, held(w, "own"), still, w["alpha"])
+                mix = dense_mix(adapted64, still, select_prefix(w, "own"), w["weight"])
                 return ce(adapted64({n: w[n] for n in adapted64.initial}, x)) + ce(adapted64(mix, x))
 
             one.learn(3, loss)
@@ -604,58 +625,58 @@ def test_apfl_is_the_obvious_loop(adapted64, clients):
             one.take(shared)
     for i, one in enumerate(learners):
         now = one.now()
-        torch.testing.assert_close(result.holds["alpha:"][i], now["alpha"], rtol=1e-9, atol=0)
-        mix = dense_mix(adapted64, held(now, "own"), shared, now["alpha"])
+        torch.testing.assert_close(result.tensors["weight:"][i], now["weight"], rtol=1e-9, atol=0)
+        mix = dense_mix(adapted64, shared, select_prefix(now, "own"), now["weight"])
         close(deltas(adapted64, client_adapter(result.personal, i)), deltas(adapted64, mix), rtol=1e-7)
-        assert abs(now["alpha"].item() - 0.3) > 1e-3
+        assert abs(now["weight"].item() - 0.3) > 1e-3
 
 
-def test_apfl_cuts_alpha_to_the_unit_interval_and_still_learns_it(adapted64, clients, random_stack):
+def test_apfl_cuts_its_weight_to_the_unit_interval_and_still_learns_it(adapted64, clients, random_stack):
     method = apfl()
     own, shared = random_stack(adapted64, 1, 1), random_stack(adapted64, 1, 2)
     for raw, used in ((1.7, 1.0), (-0.4, 0.0), (0.6, 0.6)):
-        alpha = torch.tensor([[raw]], dtype=torch.float64, requires_grad=True)
-        mixed = deltas(adapted64, method.personal(shared | put("own", own) | {"alpha:": alpha}))
+        weight = torch.tensor([[raw]], dtype=torch.float64, requires_grad=True)
+        mixed = deltas(adapted64, method.personal_model(shared | add_prefix("own", own) | {"weight:": weight}))
         one, two = deltas(adapted64, own), deltas(adapted64, shared)
-        close({n: t.detach() for n, t in mixed.items()}, {n: used * one[n] + (1 - used) * two[n] for n in one})
-        (grad,) = torch.autograd.grad(sum(t.sum() for t in mixed.values()), alpha)
-        expected = sum((one[n] - two[n]).sum() for n in one)  # <grad, v - w>
+        close({n: t.detach() for n, t in mixed.items()}, {n: used * two[n] + (1 - used) * one[n] for n in one})
+        (grad,) = torch.autograd.grad(sum(t.sum() for t in mixed.values()), weight)
+        expected = sum((two[n] - one[n]).sum() for n in one)  # <grad, w - v>
         torch.testing.assert_close(grad.squeeze(), expected, rtol=1e-9, atol=0)
 
 
 def test_feddpas_own_adapter_trains_beside_the_shared_one_as_received(adapted64, clients):
-    received = [adapted64.initial, run(FEDIT, adapted64, clients, rounds=1, **OPTIONS).federated]
-    result = run(feddpa(0.3), adapted64, clients, rounds=2, **OPTIONS)
+    received = [adapted64.initial, run_algorithm(FEDIT, adapted64, clients, rounds=1, **OPTIONS).federated]
+    result = run_algorithm(feddpa(0.3), adapted64, clients, rounds=2, **OPTIONS)
     for i in range(3):
         one = Learner(adapted64, clients, i, adapted64.initial)
         for w in received:
-            one.learn(3, lambda ce, x, v=one.tensors, w=w: ce(adapted64(dense_mix(adapted64, v, w, 0.3), x)))
-        mix = dense_mix(adapted64, one.now(), result.federated, 0.3)
+            one.learn(3, lambda ce, x, v=one.tensors, w=w: ce(adapted64(dense_mix(adapted64, w, v, 0.3), x)))
+        mix = dense_mix(adapted64, result.federated, one.now(), 0.3)
         close(deltas(adapted64, client_adapter(result.personal, i)), deltas(adapted64, mix), rtol=1e-7)
 
 
 def test_fedalts_rest_of_the_world_is_the_mean_of_the_others(adapted64, clients):
     method, sent, given = watched(fedalt())
-    result = run(method, adapted64, clients, rounds=2, **OPTIONS)
+    result = run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS)
     for name, tensor in sent[-1].items():
         for i in range(3):
             rest = torch.stack([tensor[j] for j in range(3) if j != i]).mean(0)
             torch.testing.assert_close(given[-1][f"rest:{name}"][i], rest, rtol=1e-9, atol=1e-15)
-            torch.testing.assert_close(result.holds[f"rest:{name}"][i], rest, rtol=1e-9, atol=1e-15)
-        assert torch.equal(result.holds[name], tensor)  # what a client trained is never overwritten
-    assert all(t.abs().max() > 1e-4 for t in held(result.holds, "gate").values())
+            torch.testing.assert_close(result.tensors[f"rest:{name}"][i], rest, rtol=1e-9, atol=1e-15)
+        assert torch.equal(result.tensors[name], tensor)  # what a client trained is never overwritten
+    assert all(t.abs().max() > 1e-4 for t in select_prefix(result.tensors, "gate").values())
 
 
 def test_fedalt_trains_its_own_adapter_and_its_gate_on_top_of_a_frozen_rest(adapted64, clients):
     method, sent, given = watched(fedalt())
-    run(method, adapted64, clients, rounds=2, **OPTIONS)
-    model, starting = gated(adapted64), method.start(repeat_adapter(adapted64.initial, 3))
+    run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS)
+    model, starting = gated(adapted64), method.init(repeat_adapter(adapted64.initial, 3))
     for i in range(3):
         start = client_adapter(starting, i)
         one = Learner(model, clients, i, {name: t for name, t in start.items() if not name.startswith("rest:")})
-        for rest in (held(start, "rest"), held(client_adapter(given[0], i), "rest")):
-            rest = put("rest", rest)
-            one.learn(3, lambda ce, x, w=one.tensors, r=rest: ce(model(method.personal(w | r), x)))
+        for rest in (select_prefix(start, "rest"), select_prefix(client_adapter(given[0], i), "rest")):
+            rest = add_prefix("rest", rest)
+            one.learn(3, lambda ce, x, w=one.tensors, r=rest: ce(model(method.personal_model(w | r), x)))
         close(client_adapter(sent[-1], i), {name: t for name, t in one.now().items() if name in sent[-1]})
 
 
@@ -690,7 +711,7 @@ def test_the_gated_backbone_shares_its_weights_and_leaves_the_other_alone(adapte
     assert torch.equal(adapted64(adapter, x), before)
     with pytest.raises((ValueError, RuntimeError)):  # the gated adapter is no LoRA: the plain backbone cannot run it
         stack = repeat_adapter(adapter, 2)
-        adapted64(client_adapter(fedalt().personal(fedalt().start(stack)), 0), x)
+        adapted64(client_adapter(fedalt().personal_model(fedalt().init(stack)), 0), x)
 
 
 # A method that is not in the list.
@@ -703,35 +724,35 @@ def fedavgm(momentum):
     """
 
     def settle(tensors, number):
-        shared = held(tensors)
+        shared = select_prefix(tensors)
         velocity = {name: torch.zeros_like(tensor) for name, tensor in shared.items()}
         if number > 0:
-            last, speed = held(tensors, "anchor"), held(tensors, "velocity")
+            last, speed = select_prefix(tensors, "anchor"), select_prefix(tensors, "velocity")
             velocity = {n: momentum * speed[n] + shared[n] - last[n] for n in shared}
             shared = {n: last[n] + velocity[n] for n in shared}
-        return shared | put("anchor", shared) | put("velocity", velocity)
+        return shared | add_prefix("anchor", shared) | add_prefix("velocity", velocity)
 
-    return replace(FEDIT, name="FedAvgM", settle=settle)
+    return replace(FEDIT, name="FedAvgM", on_receive=settle)
 
 
 def test_a_new_method_takes_fewer_than_thirty_lines(adapted64, clients, federated):
-    close(run(fedavgm(0.0), adapted64, clients, rounds=2, **OPTIONS).federated, federated.federated)
+    close(run_algorithm(fedavgm(0.0), adapted64, clients, rounds=2, **OPTIONS).federated, federated.federated)
     method, sent, _ = watched(fedavgm(0.9))
-    result = run(method, adapted64, clients, rounds=2, **OPTIONS)
-    first_mean, second_mean = (average(stack, torch.tensor(SIZES)) for stack in sent)
+    result = run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS)
+    first_mean, second_mean = (weighted_average(stack, torch.tensor(SIZES)) for stack in sent)
     expected = {n: second_mean[n] + 0.9 * (first_mean[n] - t) for n, t in adapted64.initial.items()}
     close(result.federated, expected)
 
 
 def test_the_two_methods_of_the_docstring(adapted64, clients):
-    method, sent, given = watched(Algorithm("LG-FedAvg", travels=is_head))
-    run(method, adapted64, clients, rounds=1, **OPTIONS)
+    method, sent, given = watched(Algorithm("LG-FedAvg", is_uploaded=is_head))
+    run_algorithm(method, adapted64, clients, rounds=1, **OPTIONS)
     assert {name for message in (*sent, *given) for name in message} == {n for n in adapted64.initial if is_head(n)}
 
     def median(stack, sizes):
         return repeat_adapter({name: tensor.median(0).values for name, tensor in stack.items()}, len(sizes))
 
-    robust = Algorithm("FedIT with medians", travels=is_shared, aggregate=median, federated=first)
+    robust = Algorithm("FedIT with medians", is_uploaded=is_shared, aggregate=median, federated_model=first_client)
     method, sent, _ = watched(robust)
-    result = run(method, adapted64, clients, rounds=1, **OPTIONS)
+    result = run_algorithm(method, adapted64, clients, rounds=1, **OPTIONS)
     close(result.federated, {name: t.sort(0).values[1] for name, t in sent[0].items()})

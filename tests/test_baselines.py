@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from potara_lite.adapters import attach, client_adapter, delta, flatten, lora_layers, unflatten
-from potara_lite.baselines import dare, fisher_merge, layer_grams, merge_deltas, regmean, task_arithmetic, ties
-from potara_lite.fisher import diagonal_fisher, per_sample_gradients
-from potara_lite.merging import compress, from_delta
+from potara_lite.adapters import adapter_from_delta, attach, client_adapter, delta, flatten, lora_layers, unflatten
+from potara_lite.engine.gradients import diagonal_fisher, per_sample_gradients
+from potara_lite.field.baselines import dare, fisher_merge, layer_grams, merge_deltas, regmean, task_arithmetic, ties
+from potara_lite.merging import compress
 
 
 def close(one, two):
@@ -44,7 +44,7 @@ def test_any_delta_is_an_adapter_and_runs(backbone64, random_stack, dense_logits
     generator = torch.Generator().manual_seed(1)
     change = {name: torch.randn(t.shape, generator=generator, dtype=t.dtype) for name, t in
               delta(like, base.scaling).items()}  # fmt: skip
-    adapter = from_delta(change, base.scaling, like)
+    adapter = adapter_from_delta(change, base.scaling, like)
     assert list(adapter) == list(like)
     close(delta(adapter, base.scaling), change)
     x = torch.rand(2, 1, 28, 28, dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_fisher_merging_of_deltas_sees_the_dense_weights(adapted64, federation64
     close(delta(turned, adapted64.scaling), delta(pair[0], adapted64.scaling))
     results = []
     for model in (pair[0], turned):
-        full = [from_delta(delta(m, adapted64.scaling), adapted64.scaling, m) for m in (model, pair[1])]
+        full = [adapter_from_delta(delta(m, adapted64.scaling), adapted64.scaling, m) for m in (model, pair[1])]
         fishers = [diagonal_fisher(per_sample_gradients(adapted64, m, data), data.sizes) for m in full]
         results.append(fisher_merge(full, fishers))
     close(*(delta(merged, adapted64.scaling) for merged in results))

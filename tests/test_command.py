@@ -14,11 +14,13 @@ import torch
 from peft import PeftModel
 
 from potara_lite import __main__ as command
-from potara_lite import backbones, prepare
-from potara_lite.benchmark import COLUMNS, ORACLE, Setting
+from potara_lite import backbones, experiment, prepare
+from potara_lite.experiment import ORACLE
+from potara_lite.results import COLUMNS
+from potara_lite.setting import Setting
 
 SMALL = ["--clients", "3", "--train-size", "20", "--rounds", "2", "--local-steps", "6", "--test-size", "20", "--quiet"]
-METHODS = ["backbone", "federated", "local", "uniform", "potara-paper", "potara", ORACLE]
+METHODS = ["backbone", "federated", "local", "uniform", "potara-paper", "potara-calibrated", ORACLE]
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +40,14 @@ def test_results_have_a_row_for_each_method_seed_and_client(out):
 def test_results_state_weights_bytes_and_steps(out):
     rows = pd.read_csv(out / "results.csv").set_index("method")
     assert (rows.loc["federated"].weight == 1).all() and (rows.loc["local"].weight == 0).all()
-    assert rows.loc["potara"].weight.between(0, 1).all()
+    assert rows.loc["potara-calibrated"].weight.between(0, 1).all()
     assert (rows.loc["local"].bytes_up == 0).all() and (rows.loc["local"].steps == 6).all()
     for way, extra in (("bytes_up", 9), ("bytes_down", 3)):  # floats that choosing the weight sends
-        sent = {name: set(rows.loc[name][way]) for name in ("federated", "uniform", "potara")}
-        assert sent["uniform"] == sent["federated"] and sent["potara"] == {n + 4 * extra for n in sent["federated"]}
-    assert (rows.loc["potara"].steps == 2 * 5 + 6).all()
+        sent = {name: set(rows.loc[name][way]) for name in ("federated", "uniform", "potara-calibrated")}
+        assert sent["uniform"] == sent["federated"] and sent["potara-calibrated"] == {
+            n + 4 * extra for n in sent["federated"]
+        }
+    assert (rows.loc["potara-calibrated"].steps == 2 * 5 + 6).all()
 
 
 def test_the_oracle_is_at_least_as_good_as_both_models_and_uniform(out):
@@ -62,7 +66,7 @@ def test_saved_models_give_the_accuracy_of_the_table_in_stock_peft(out):
     rows = pd.read_csv(out / "results.csv").set_index(["method", "seed", "client"])
     setting = Setting(clients=3, train_size=20, test_size=20)
     _, federation = prepare(setting, 1)
-    for method in ("local", "potara"):
+    for method in ("local", "potara-calibrated"):
         folder = out / "adapters" / "seed-1" / "client-2" / method
         model = PeftModel.from_pretrained(backbones.lab_vit(), folder).eval()
         x, y = federation.test.client(2)
@@ -103,7 +107,7 @@ def test_bad_input_is_refused_in_one_line(arguments, message, tmp_path, capsys):
 
 
 def test_an_unwritable_out_is_refused_before_any_training(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "prepare", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(experiment, "train_pair", lambda *_: pytest.fail("training began"))
     (tmp_path / "file").write_text("in the way")
     assert command.main([*SMALL, "--out", str(tmp_path / "file" / "out")]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
@@ -126,7 +130,7 @@ def test_a_later_seed_that_fails_leaves_the_earlier_ones(tmp_path, monkeypatch):
             raise ValueError("client 2: out of luck")
         return prepare(setting, seed)
 
-    monkeypatch.setattr(command, "prepare", fail_at_1)
+    monkeypatch.setattr(experiment, "run_methods", partial(experiment.run_methods, prepare=fail_at_1))
     assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 2
     assert len(pd.read_csv(tmp_path / "results.csv")) == len(METHODS) * 3
 

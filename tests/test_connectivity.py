@@ -7,16 +7,17 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from potara_lite.adapters import client_adapter, delta
-from potara_lite.connectivity import along_segment, barrier, grid
+from potara_lite.connectivity import along_segment, barrier, weight_grid
+from potara_lite.engine.batching import Execution
+from potara_lite.engine.training import evaluate
 from potara_lite.merging import merge_exact, merge_factors
-from potara_lite.training import evaluate
 
 
 def test_a_grid_has_both_ends():
-    torch.testing.assert_close(grid(5), torch.tensor([0, 0.25, 0.5, 0.75, 1]), rtol=0, atol=0)
-    assert len(grid()) == 11
+    torch.testing.assert_close(weight_grid(5), torch.tensor([0, 0.25, 0.5, 0.75, 1]), rtol=0, atol=0)
+    assert len(weight_grid()) == 11
     with pytest.raises(ValueError, match="at least 2 points, not 1"):
-        grid(1)
+        weight_grid(1)
 
 
 def test_barriers_of_hand_made_curves():
@@ -67,7 +68,7 @@ def test_a_segment_runs_from_the_local_to_the_federated_model(adapted64, pair, f
 
 def test_a_segment_is_the_line_between_the_dense_weights(adapted64, backbone64, pair, federation64):
     weights = torch.tensor([0.25, 0.5])
-    loss, _ = along_segment(adapted64, *pair, federation64.test, weights, chunk_size=2)
+    loss, _ = along_segment(adapted64, *pair, federation64.test, weights, execution=Execution(chunk_size=2))
     for client in range(3):
         x, y = federation64.test.client(client)
         deltas = [delta(client_adapter(stack, client), adapted64.scaling) for stack in pair]
@@ -83,7 +84,7 @@ def test_a_segment_is_the_line_between_the_dense_weights(adapted64, backbone64, 
 
 def test_another_merge_takes_another_path_between_the_same_ends(adapted64, pair, federation64):
     exact, factors = (
-        along_segment(adapted64, *pair, federation64.test, grid(3), merge=merge)[0]
+        along_segment(adapted64, *pair, federation64.test, weight_grid(3), merge=merge)[0]
         for merge in (merge_exact, merge_factors)
     )
     torch.testing.assert_close(exact[:, [0, 2]], factors[:, [0, 2]], rtol=1e-9, atol=1e-12)

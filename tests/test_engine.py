@@ -1,6 +1,7 @@
 """The engine at its edges: backbones that vmap cannot take, clients that diverge, memory, bf16."""
 
 import copy
+import gc
 import os
 import shutil
 import subprocess
@@ -13,26 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import train_one_by_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_benchmark import script
+from test_results import script
 from torch import nn
 from torch.nn import functional as F
 
-from potara_lite import batching
 from potara_lite.adapters import attach, client_adapter, flatten, repeat_adapter
-from potara_lite.batching import each, plan
 from potara_lite.data import Split
-from potara_lite.fisher import directional_derivatives, per_sample_gradients
-from potara_lite.training import (
-    DivergedError,
-    OptimizerState,
-    compiled_losses,
-    evaluate,
-    losses,
-    train,
-    train_sequentially,
-)
+from potara_lite.engine import batching
+from potara_lite.engine.batching import Execution, map_clients, plan
+from potara_lite.engine.gradients import directional_derivatives, per_sample_gradients
+from potara_lite.engine.training import DivergedError, OptimizerState, compiled_losses, evaluate, losses, train
 
 OPTIONS = dict(steps=6, batch_size=4, lr=2e-3, seed=3)
 
@@ -128,7 +122,7 @@ def test_a_backbone_that_vmap_cannot_take_trains_as_in_the_loop_and_says_why(awk
         trained = train(adapted, initial, federation64.train, clip=0.5, weight_decay=0.1, **OPTIONS)
     assert len(caught) == 1 and caught[0].filename == __file__
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in adapted.model.named_buffers())
-    oracle = train_sequentially(adapted, initial, federation64.train, clip=0.5, weight_decay=0.1, **OPTIONS)
+    oracle = train_one_by_one(adapted, initial, federation64.train, clip=0.5, weight_decay=0.1, **OPTIONS)
     torch.testing.assert_close(flatten(trained.adapters), flatten(oracle.adapters), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(trained.losses, oracle.losses, rtol=1e-9, atol=0)
     assert (flatten(trained.adapters) - flatten(initial)).abs().max() > 1e-3
@@ -164,7 +158,8 @@ def test_vmap_can_be_insisted_on(awkward, federation64):
     initial = repeat_adapter(adapted.initial, 3)
     for chunk_size in (None, 2):
         with pytest.raises(RuntimeError, match=reason):
-            train(adapted, initial, federation64.train, at_once=True, chunk_size=chunk_size, **OPTIONS)
+            execution = Execution(vectorize=True, chunk_size=chunk_size)
+            train(adapted, initial, federation64.train, execution=execution, **OPTIONS)
 
 
 def test_one_after_another_can_be_asked_for_and_changes_nothing(adapted64, federation64, random_stack, monkeypatch):
@@ -182,7 +177,7 @@ def test_one_after_another_can_be_asked_for_and_changes_nothing(adapted64, feder
 
     together = run()
     monkeypatch.setattr(batching, "vmap", None)  # whoever calls it now fails
-    for one, two in zip(together, run(at_once=False), strict=True):
+    for one, two in zip(together, run(execution=Execution(vectorize=False)), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
@@ -200,10 +195,10 @@ def test_randomness_by_which_clients_would_depend_on_each_other_is_an_error(fede
         train(adapted, repeat_adapter(adapted.initial, 3), federation64.train, **OPTIONS)
 
 
-def test_each_maps_over_tensors_and_dictionaries_either_way():
+def test_map_clients_maps_over_tensors_and_dictionaries_either_way():
     a, b = torch.arange(12.0).view(3, 4), {"w": torch.arange(3.0), "v": torch.ones(3, 4)}
-    for at_once in (True, False):
-        result = each(lambda x, p: p["w"] * x + p["v"], a, b, at_once=at_once)
+    for vectorize in (True, False):
+        result = map_clients(lambda x, p: p["w"] * x + p["v"], a, b, vectorize=vectorize)
         assert torch.equal(result, b["w"][:, None] * a + 1)
 
 
@@ -214,12 +209,12 @@ def spoilt(split, client):
     return Split(x, split.y, split.sizes, split.ids)
 
 
-@pytest.mark.parametrize("how", [{}, dict(chunk_size=1), dict(chunk_size=2), dict(at_once=False)], ids=str)
+@pytest.mark.parametrize("how", [{}, dict(chunk_size=1), dict(chunk_size=2), dict(vectorize=False)], ids=str)
 def test_the_others_of_a_client_that_diverges_are_bitwise_what_they_were(adapted, federation, random_stack, how):
     initial = random_stack(adapted, 3, seed=0)
-    healthy = train(adapted, initial, federation.train, clip=0.5, **OPTIONS, **how)
+    healthy = train(adapted, initial, federation.train, clip=0.5, execution=Execution(**how), **OPTIONS)
     with pytest.raises(DivergedError, match="client 1 is not finite at step 0") as caught:
-        train(adapted, initial, spoilt(federation.train, 1), clip=0.5, **OPTIONS, **how)
+        train(adapted, initial, spoilt(federation.train, 1), clip=0.5, execution=Execution(**how), **OPTIONS)
     assert (caught.value.client, caught.value.step) == (1, 0)
     trained = caught.value.trained
     assert trained.losses[1].isnan().all() and flatten(trained.adapters)[1].isnan().any()
@@ -245,25 +240,6 @@ def test_the_others_are_what_they_are_without_the_client_that_diverges(adapted64
     torch.testing.assert_close(trained.losses[1:], without.losses, rtol=1e-9, atol=0)
 
 
-def test_the_loop_reports_divergence_as_the_engine_does(adapted, federation, random_stack):
-    initial, split = random_stack(adapted, 3, seed=0), spoilt(federation.train, 2)
-    errors = []
-    for run in (train, train_sequentially):
-        with pytest.raises(DivergedError) as caught:
-            run(adapted, initial, split, start=4, **OPTIONS)
-        errors.append(caught.value)
-    one, two = errors
-    assert (one.client, one.step, str(one)) == (two.client, two.step, str(two)) == (2, 4, str(two))
-    assert (flatten(one.trained.adapters) - flatten(two.trained.adapters))[:2].abs().max() < 1e-5
-    with pytest.raises(DivergedError, match="client 0 .* step 1;"):
-        train_sequentially(adapted, initial, federation.train, steps=1, batch_size=4, lr=float("inf"))
-
-
-def test_the_loop_takes_no_steps_when_asked_for_none(adapted, federation):
-    trained = train_sequentially(adapted, repeat_adapter(adapted.initial, 3), federation.train, steps=0)
-    assert trained.losses.shape == (3, 0)
-
-
 @settings(max_examples=12, deadline=None)
 @given(
     order=st.permutations(range(3)).flatmap(lambda p: st.integers(1, 3).map(lambda n: p[:n])),
@@ -278,9 +254,10 @@ def test_company_order_chunks_and_memory_change_nothing(
         random_stack(adapted64, 3, seed=5),
         dict(steps=2, batch_size=batch_size, lr=2e-3, clip=0.3, weight_decay=0.1),
     )
-    oracle = train_sequentially(adapted64, initial, federation64.train, **options)
+    oracle = train_one_by_one(adapted64, initial, federation64.train, **options)
     some = {name: tensor[order] for name, tensor in initial.items()}
-    trained = train(adapted64, some, federation64.train.rows(order), chunk_size=chunk_size, memory=memory, **options)
+    execution = Execution(chunk_size=chunk_size, memory_bytes=memory)
+    trained = train(adapted64, some, federation64.train.rows(order), execution=execution, **options)
     torch.testing.assert_close(flatten(trained.adapters), flatten(oracle.adapters)[order], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(trained.losses, oracle.losses[order], rtol=1e-9, atol=0)
 
@@ -292,8 +269,9 @@ def test_what_is_passed_in_is_not_written_to(adapted, federation, random_stack):
     before = {name: tensor.clone() for name, tensor in given_.items()}
     x = split.x.clone()
     for chunk_size in (None, 1):
-        train(adapted, initial, split, state=state, chunk_size=chunk_size, **OPTIONS)
-        per_sample_gradients(adapted, initial, split, chunk_size=chunk_size)
+        execution = Execution(chunk_size=chunk_size)
+        train(adapted, initial, split, state=state, execution=execution, **OPTIONS)
+        per_sample_gradients(adapted, initial, split, execution=execution)
     assert all(torch.equal(given_[name], tensor) for name, tensor in before.items()) and torch.equal(split.x, x)
 
 
@@ -303,27 +281,24 @@ def test_rows_by_slice_are_rows_by_number(federation):
         assert one.ids == two.ids and all(torch.equal(getattr(one, f), getattr(two, f)) for f in ("x", "y", "sizes"))
 
 
-def chunk_lengths(adapted, clients, **options):
-    x = torch.zeros(clients, 4, 1, 28, 28)
-    options = dict(batch_size=4, backward=True) | options
-    at_once, chunks = plan(adapted, adapted, repeat_adapter(adapted.initial, clients), x, **options)
-    assert at_once and [i for chunk in chunks for i in range(clients)[chunk]] == list(range(clients))
-    return [chunk.stop - chunk.start for chunk in chunks]
+def chunk_lengths(adapted, clients, batch_size=4, backward=True, **execution):
+    x, stack = torch.zeros(clients, 4, 1, 28, 28), repeat_adapter(adapted.initial, clients)
+    options = dict(batch_size=batch_size, backward=backward, execution=Execution(**execution))
+    found = plan(adapted, stack, x, **options)
+    assert found.vectorize and [i for chunk in found.chunks for i in range(clients)[chunk]] == list(range(clients))
+    return [chunk.stop - chunk.start for chunk in found.chunks]
 
 
 def test_chunks_follow_the_budget(adapted):
     assert chunk_lengths(adapted, 10) == [10]
-    assert chunk_lengths(adapted, 3, memory=1) == [1, 1, 1]  # one client is the least
-    assert chunk_lengths(adapted, 7, chunk_size=3, memory=1) == [3, 3, 1]
-    few, many = (max(chunk_lengths(adapted, 500, memory=memory)) for memory in (4e6, 8e6))
+    assert chunk_lengths(adapted, 3, memory_bytes=1) == [1, 1, 1]  # one client is the least
+    assert chunk_lengths(adapted, 7, chunk_size=3, memory_bytes=1) == [3, 3, 1]
+    few, many = (max(chunk_lengths(adapted, 500, memory_bytes=memory)) for memory in (4e6, 8e6))
     assert few > 1 and many == pytest.approx(2 * few, rel=0.15)
-    assert max(chunk_lengths(adapted, 500, memory=4e6, batch_size=8)) == pytest.approx(few / 2, rel=0.2)
-    assert max(chunk_lengths(adapted, 500, memory=4e6, backward=False)) > 1.5 * few
-    lengths = chunk_lengths(adapted, 101, memory=4e6)
+    assert max(chunk_lengths(adapted, 500, memory_bytes=4e6, batch_size=8)) == pytest.approx(few / 2, rel=0.2)
+    assert max(chunk_lengths(adapted, 500, memory_bytes=4e6, backward=False)) > 1.5 * few
+    lengths = chunk_lengths(adapted, 101, memory_bytes=4e6)
     assert max(lengths) - min(lengths[:-1]) == 0 and len(lengths) == -(-101 // max(lengths))
-    for memory in (0, -1, float("nan")):
-        with pytest.raises(ValueError, match="memory must be a positive"):
-            chunk_lengths(adapted, 3, memory=memory)
 
 
 MEASURE = """
@@ -332,8 +307,9 @@ sys.path.insert(0, "tests")
 from conftest import tiny_vit
 from potara_lite.adapters import attach, repeat_adapter
 from potara_lite.data import Split
-from potara_lite.fisher import per_sample_gradients
-from potara_lite.training import evaluate, train
+from potara_lite.engine.batching import Execution
+from potara_lite.engine.gradients import per_sample_gradients
+from potara_lite.engine.training import evaluate, train
 
 def status(key):
     return 1024 * int(re.search(key + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
@@ -348,7 +324,7 @@ train(adapted, {name: t[:2] for name, t in stack.items()}, split.rows(slice(0, 2
 for run in (evaluate, per_sample_gradients, lambda *a, **o: train(*a, steps=2, **o)):
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
     before = status("VmRSS")
-    run(adapted, stack, split, memory=MEMORY)
+    run(adapted, stack, split, execution=Execution(memory_bytes=MEMORY))
     print(status("VmHWM") - before)
 """
 
@@ -365,19 +341,19 @@ def test_many_clients_take_the_memory_they_were_given():
         assert 0.3 < (peak - result) / 2.4e7 < 1.15  # 0.85, 0.50 and 0.77 when measured
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_bf16_is_close_and_off_by_default(adapted, federation, random_stack, at_once):
-    initial, options = random_stack(adapted, 3, seed=8), OPTIONS | dict(at_once=at_once)
-    full = train(adapted, initial, federation.train, **options)
-    half = train(adapted, initial, federation.train, autocast=torch.bfloat16, **options)
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_bf16_is_close_and_off_by_default(adapted, federation, random_stack, vectorize):
+    initial, options = random_stack(adapted, 3, seed=8), OPTIONS
+    plain, bf16 = (Execution(vectorize=vectorize, autocast=dtype) for dtype in (None, torch.bfloat16))
+    full = train(adapted, initial, federation.train, execution=plain, **options)
+    half = train(adapted, initial, federation.train, execution=bf16, **options)
     assert {tensor.dtype for tensor in half.adapters.values()} == {half.losses.dtype} == {torch.float32}
     moved = (flatten(full.adapters) - flatten(initial)).norm()
     apart = (flatten(half.adapters) - flatten(full.adapters)).norm()
     assert 0 < apart < 0.1 * moved  # 0.025 when measured
     assert 0 < (half.losses - full.losses).abs().max() < 0.03  # 0.01 when measured
     one, two = (
-        evaluate(adapted, full.adapters, federation.test, autocast=dtype, at_once=at_once)[0]
-        for dtype in (None, torch.bfloat16)
+        evaluate(adapted, full.adapters, federation.test, execution=execution)[0] for execution in (plain, bf16)
     )
     assert 0 < (one - two).abs().max() < 0.01  # 0.003 when measured
 
@@ -393,22 +369,41 @@ def test_adapters_stored_in_bf16_are_trained_in_the_backbones_precision(adapted,
     assert all(torch.equal(trained.adapters[name], tensor.bfloat16()) for name, tensor in full.adapters.items())
 
 
-def test_a_trial_is_made_once_for_each_model_and_shape(adapted, backbone, federation):
+def test_a_trial_is_made_once_for_each_model_and_shape(adapted, backbone, federation, monkeypatch):
     calls, model = [], replace(adapted, model=copy.deepcopy(adapted.model))
+    measure = batching._saved_bytes
+    monkeypatch.setattr(batching, "_saved_bytes", lambda *args: calls.append(args) or measure(*args))
 
-    def forward(adapter, x):
-        calls.append(x.shape)
-        return model(adapter, x)
+    def chunks(rank, **options):
+        stack = repeat_adapter(attach(backbone, rank=rank).initial, 3)
+        execution = Execution(memory_bytes=2**18, autocast=options.pop("autocast", None))
+        return plan(
+            model, stack, federation.train.x, batch_size=4, backward=True, execution=execution, **options
+        ).chunks
 
-    def size(rank, name):
-        stack = repeat_adapter({n: t for n, t in attach(backbone, rank=rank).initial.items()}, 3)
-        return plan(model, forward, stack, federation.train.x, batch_size=4, backward=True, memory=2**18, known=name)
+    first = chunks(2)
+    assert chunks(2) == first and len(calls) == 1
+    assert len(chunks(8)) >= len(first) and len(calls) == 2  # other shapes are another trial
+    chunks(2, autocast=torch.bfloat16)
+    assert len(calls) == 3  # and so is another precision
+    chunks(2, function=model), chunks(2, function=model)
+    assert len(calls) == 5  # a function of the caller's is never remembered
+    monkeypatch.setattr(batching, "MOST_TRIALS", 3)
+    for rank in range(3, 8):
+        chunks(rank)
+    assert len(batching.TRIALS[model.model]) == 3  # the latest; no more are kept than this
 
-    first = size(2, "f")
-    assert size(2, "f") == first and len(calls) == 1
-    assert len(size(8, "f")[1]) >= len(first[1]) and len(calls) == 2  # other shapes are another trial
-    size(2, None), size(2, None), size(2, "g")
-    assert len(calls) == 5
+
+def test_what_a_trial_saw_is_not_kept(adapted, federation):
+    """What autograd packed is gone with the graph: once it held the graph that held it, and every trial leaked."""
+    stack, x, counts = repeat_adapter(adapted.initial, 3), federation.train.x, []
+    for _ in range(3):
+        for _ in range(5):
+            batching.TRIALS.clear()
+            plan(adapted, stack, x, batch_size=4, backward=True, execution=Execution())
+        gc.collect()
+        counts.append(sum(isinstance(one, torch.Tensor) for one in gc.get_objects()))
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_a_backbone_that_vmap_cannot_take_is_complained_of_once(federation64, random_stack):
@@ -434,11 +429,12 @@ def test_compiled_steps_are_the_programs_own(adapted64, federation64, random_sta
     stack = random_stack(adapted64, 3, seed=0)
     plain = train(adapted64, stack, federation64.train, **OPTIONS)
     assert not seen
-    found = train(adapted64, stack, federation64.train, compile=True, chunk_size=2, **OPTIONS)
+    found = train(adapted64, stack, federation64.train, execution=Execution(compile=True, chunk_size=2), **OPTIONS)
     compiled_losses.cache_clear()
     assert seen == [(adapted64, False)] * 2 * OPTIONS["steps"]
     torch.testing.assert_close(flatten(found.adapters), flatten(plain.adapters), rtol=1e-9, atol=1e-12)
-    alone = train(adapted64, stack, federation64.train, compile=True, at_once=False, **OPTIONS)
+    one_by_one = Execution(compile=True, vectorize=False)
+    alone = train(adapted64, stack, federation64.train, execution=one_by_one, **OPTIONS)
     assert len(seen) == 2 * OPTIONS["steps"]  # a loop over the clients is not compiled
     torch.testing.assert_close(flatten(alone.adapters), flatten(plain.adapters), rtol=1e-9, atol=1e-12)
 
@@ -450,11 +446,11 @@ HEADER = Path(sysconfig.get_path("include")) / "Python.h"
 def test_compiled_training_is_that_of_the_engine_and_compiles_once(adapted64, federation64, random_stack):
     stack = random_stack(adapted64, 3, seed=0)
     plain = train(adapted64, stack, federation64.train, **OPTIONS)
-    found = train(adapted64, stack, federation64.train, compile=True, **OPTIONS)
+    found = train(adapted64, stack, federation64.train, execution=Execution(compile=True), **OPTIONS)
     torch.testing.assert_close(found.losses, plain.losses, rtol=1e-9, atol=0)
     torch.testing.assert_close(flatten(found.adapters), flatten(plain.adapters), rtol=1e-7, atol=1e-10)
     with torch.compiler.set_stance("fail_on_recompile"):
-        again = train(adapted64, stack, federation64.train, compile=True, **OPTIONS)
+        again = train(adapted64, stack, federation64.train, execution=Execution(compile=True), **OPTIONS)
     assert torch.equal(flatten(again.adapters), flatten(found.adapters))
 
 

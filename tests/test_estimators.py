@@ -11,44 +11,41 @@ from torch.nn import functional as F
 
 from potara_lite.adapters import attach, client_adapter, delta, flatten, repeat_adapter
 from potara_lite.data import Split
+from potara_lite.engine.gradients import delta_gradients, per_sample_gradients
+from potara_lite.engine.training import evaluate
 from potara_lite.estimators import (
     by_layer,
+    combined_weight,
     estimate_combined,
     estimate_curve,
     estimate_ensemble,
-    estimate_fisher,
     estimate_gauss_newton,
     estimate_gradient,
     estimate_laplace,
+    estimate_paper,
     estimate_pooled,
     estimate_shrinkage,
     estimate_uniform,
-    head_and_body,
-    segment_losses,
-)
-from potara_lite.fisher import delta_gradients, per_sample_gradients
-from potara_lite.merging import merge_exact
-from potara_lite.mixing import (
-    Moments,
-    combination_weights,
-    combined_weight,
     fisher_moments,
     gradient_moments,
+    head_and_body,
     laplace_moments,
     moments_from_slopes,
     parabola_moments,
     pooled_offset,
     pooled_weight,
+    segment_losses,
     shrinkage_moments,
 )
-from potara_lite.training import evaluate
+from potara_lite.merging import merge_exact
+from potara_lite.moments import Moments, combination_weights
 
 TRAINED = torch.tensor([5, 13, 9])  # the sizes of conftest's train split
 ESTIMATORS = {
     "uniform": lambda *a: estimate_uniform(*a),
-    "fisher": lambda *a: estimate_fisher(*a),
-    "fisher, labels drawn": lambda *a: estimate_fisher(*a, sample_labels=3),
-    "fisher, on the deltas": lambda *a: estimate_fisher(*a, on_delta=True),
+    "fisher": lambda *a: estimate_paper(*a),
+    "fisher, labels drawn": lambda *a: estimate_paper(*a, sample_labels=3),
+    "fisher, on the deltas": lambda *a: estimate_paper(*a, on_delta=True),
     "laplace": lambda *a: estimate_laplace(*a, train_sizes=TRAINED),
     "gradient": lambda *a: estimate_gradient(*a),
     "gradient, identity": lambda *a: estimate_gradient(*a, damping=None, unbiased=False),
@@ -59,14 +56,14 @@ ESTIMATORS = {
     "parabola": lambda *a: estimate_curve(*a, points=3, parabola=True),
     "pooled": lambda *a: estimate_pooled(*a, points=3),
     "combined": lambda *a: estimate_combined(*a, points=3),
-    "combined, Fisher prior": lambda *a: estimate_combined(*a, points=3, prior=estimate_fisher(*a).weight),
+    "combined, Fisher prior": lambda *a: estimate_combined(*a, points=3, prior=estimate_paper(*a).weight),
 }
 each = pytest.mark.parametrize("name", ESTIMATORS)
 with_groups = pytest.mark.parametrize(
     "run",
     [
-        lambda *a, **k: estimate_fisher(*a, **k),
-        lambda *a, **k: estimate_fisher(*a, on_delta=True, **k),
+        lambda *a, **k: estimate_paper(*a, **k),
+        lambda *a, **k: estimate_paper(*a, on_delta=True, **k),
         lambda *a, **k: estimate_laplace(*a, train_sizes=TRAINED, **k),
         lambda *a, **k: estimate_gradient(*a, damping=None, unbiased=False, **k),
         lambda *a, **k: estimate_gauss_newton(*a, **k),
@@ -865,10 +862,10 @@ def test_laplace_gives_the_federated_model_everyones_examples(adapted64, federat
 
 def test_drawn_labels_are_those_of_the_seed_and_leave_the_padding_out(adapted64, federation64, pair):
     split = federation64.calibration
-    one, same, other = (estimate_fisher(adapted64, *pair, split, sample_labels=s) for s in (3, 3, 4))
+    one, same, other = (estimate_paper(adapted64, *pair, split, sample_labels=s) for s in (3, 3, 4))
     assert torch.equal(one.weight, same.weight) and not torch.equal(one.weight, other.weight)
     sure = [sharpened(stack, 1e6) for stack in pair]  # labels drawn from such models are their own answers
-    assert estimate_fisher(adapted64, *sure, split, sample_labels=3).weight.tolist() == [0.5] * 3
+    assert estimate_paper(adapted64, *sure, split, sample_labels=3).weight.tolist() == [0.5] * 3
 
 
 def test_the_pool_of_real_curves_is_pooled_weight_of_their_losses(adapted64, federation64, pair):
@@ -943,12 +940,12 @@ def test_groups_are_those_of_the_coordinates_of_a_flattened_stack(adapted64, fed
 
 def test_the_fisher_on_the_deltas_takes_the_gradients_in_the_deltas(adapted64, federation64, pair):
     split = federation64.calibration
-    found = estimate_fisher(adapted64, *pair, split, on_delta=True, damping=0.3).moments
+    found = estimate_paper(adapted64, *pair, split, on_delta=True, damping=0.3).moments
     gradients = (delta_gradients(adapted64, stack, split) for stack in pair)
     oracle = fisher_moments(*gradients, split.sizes, damping=0.3)
     for name in "abc":
         close(getattr(found, name), getattr(oracle, name))
-    factors = estimate_fisher(adapted64, *pair, split, damping=0.3).moments
+    factors = estimate_paper(adapted64, *pair, split, damping=0.3).moments
     assert (factors.a / found.a - 1).abs().max() > 0.1
 
 

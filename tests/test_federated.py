@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import SIZES
+from conftest import SIZES, train_one_by_one
 
 from potara_lite.adapters import flatten, repeat_adapter
-from potara_lite.federated import Ledger, average, fedit, participants
-from potara_lite.training import train, train_sequentially
+from potara_lite.engine.batching import Execution
+from potara_lite.engine.federated import Ledger, fedit, participants, weighted_average
+from potara_lite.engine.training import train
 
 OPTIONS = dict(batch_size=4, lr=2e-3)
 BYTES = 1808  # of one float32 adapter, see test_nbytes_counted_by_hand
@@ -18,16 +19,16 @@ def flat(adapter):
 
 def test_average_weighted_by_sizes_by_hand():
     stack = {"w": torch.tensor([[1.0, 0.0], [3.0, 0.0], [8.0, 4.0]]), "v": torch.tensor([[[2.0]], [[4.0]], [[6.0]]])}
-    mean = average(stack, torch.tensor([1, 2, 1]))
+    mean = weighted_average(stack, torch.tensor([1, 2, 1]))
     torch.testing.assert_close(mean["w"], torch.tensor([15 / 4, 1.0]), rtol=1e-6, atol=0)
     torch.testing.assert_close(mean["v"], torch.tensor([[4.0]]), rtol=1e-6, atol=0)
 
 
 def test_average_of_equal_adapters_is_that_adapter_and_a_client_alone_is_itself(adapted64, random_stack):
     stack = random_stack(adapted64, 3, seed=0)
-    only = average(stack, torch.tensor([0, 7, 0]))
+    only = weighted_average(stack, torch.tensor([0, 7, 0]))
     assert all(torch.equal(only[name], tensor[1]) for name, tensor in stack.items())
-    same = average(repeat_adapter(only, 3), torch.tensor([5, 13, 9]))
+    same = weighted_average(repeat_adapter(only, 3), torch.tensor([5, 13, 9]))
     torch.testing.assert_close(flat(same), flat(only), rtol=1e-12, atol=0)
 
 
@@ -35,8 +36,8 @@ def test_average_of_equal_adapters_is_that_adapter_and_a_client_alone_is_itself(
 def test_other_averages_are_seen(planted):
     stack, sizes = {"w": torch.tensor([[1.0], [3.0]], dtype=torch.float64)}, torch.tensor([1, 3])
     weights = {"unweighted": torch.ones(2), "square roots": sizes.sqrt()}[planted]
-    assert average(stack, sizes)["w"].item() == pytest.approx(2.5, rel=1e-9)
-    assert average(stack, weights)["w"].item() != pytest.approx(2.5, rel=1e-2)
+    assert weighted_average(stack, sizes)["w"].item() == pytest.approx(2.5, rel=1e-9)
+    assert weighted_average(stack, weights)["w"].item() != pytest.approx(2.5, rel=1e-2)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -75,7 +76,7 @@ def test_rounds_equal_the_obvious_loop(adapted64, federation64, participation):
             row = federation64.train.rows([client])
             parts = now.split([t.numel() for t in adapted64.initial.values()])
             start = {name: p.view(1, *t.shape) for (name, t), p in zip(adapted64.initial.items(), parts)}
-            trained = train_sequentially(adapted64, start, row, steps=2, start=2 * number, seed=(2, 0), **OPTIONS)
+            trained = train_one_by_one(adapted64, start, row, steps=2, start=2 * number, seed=(2, 0), **OPTIONS)
             total += SIZES[client] * flatten(trained.adapters)[0]
             weight += SIZES[client]
             assert result.losses[number, client].item() == pytest.approx(trained.losses.mean().item(), rel=1e-6)
@@ -100,10 +101,11 @@ def test_who_sat_out_keeps_its_optimizer_for_its_next_round(adapted64, federatio
     torch.testing.assert_close(flat(result.adapter), flatten(adapter)[0], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [dict(chunk_size=1), dict(chunk_size=2)])
-def test_the_result_does_not_depend_on_chunks_or_on_the_order_of_clients(adapted64, federation64, options):
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_the_result_does_not_depend_on_chunks_or_on_the_order_of_clients(adapted64, federation64, chunk_size):
     usual = fedit(adapted64, federation64.train, rounds=2, local_steps=2, **OPTIONS)
-    turned = fedit(adapted64, federation64.train.rows([2, 0, 1]), rounds=2, local_steps=2, **options, **OPTIONS)
+    execution, turned = Execution(chunk_size=chunk_size), federation64.train.rows([2, 0, 1])
+    turned = fedit(adapted64, turned, rounds=2, local_steps=2, execution=execution, **OPTIONS)
     torch.testing.assert_close(flat(turned.adapter), flat(usual.adapter), rtol=1e-9, atol=1e-12)
 
 

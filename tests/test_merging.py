@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
 from potara_lite.adapters import attach, client_adapter, delta, lora_layers
-from potara_lite.merging import combine, compress, merge_exact, merge_factors
+from potara_lite.merging import combine_adapters, compress, merge_exact, merge_factors
 
 CONFIGS = {
     "alpha differs from r": dict(r=2, lora_alpha=5, target_modules=["qkv", "proj", "fc1", "fc2"]),
@@ -133,7 +133,7 @@ def test_pefts_linear_doubles_identical_adapters(peft_pair):
 def test_other_weights_are_seen(base, random_adapter, planted):
     """Square roots, a forgotten 1 - w, the models swapped: none is the mix of the deltas."""
     one, two = random_adapter(base, 1), random_adapter(base, 2)
-    wrong, right = delta(combine([one, two], planted), base.scaling), dense_mix(base, one, two, lambda _: 0.3)
+    wrong, right = delta(combine_adapters([one, two], planted), base.scaling), dense_mix(base, one, two, lambda _: 0.3)
     assert all((wrong[name] - right[name]).norm() > 0.1 * right[name].norm() for name in right)
 
 
@@ -154,7 +154,7 @@ def test_combine_is_the_weighted_sum_of_any_number_of_deltas(shape, rank, count,
         for _ in range(count)
     ]  # fmt: skip
     weights = [random(clients) for _ in range(count)]
-    merged = delta(combine(stacks, weights), {"l": 1.5})
+    merged = delta(combine_adapters(stacks, weights), {"l": 1.5})
     for i in range(clients):
         products = [1.5 * s["l.lora_B.weight"][i] @ s["l.lora_A.weight"][i] for s in stacks]
         dense = sum(float(w[i]) * product for w, product in zip(weights, products))
@@ -289,7 +289,7 @@ def test_weights_that_do_not_fit_are_refused(adapted, random_stack):
         with pytest.raises(ValueError, match="no mixing weight for"):
             merge(stack, stack, {"base_model.model.blocks.0.fc1": torch.tensor(0.5)})
     with pytest.raises(ValueError, match="2 adapters, 1 weights"):
-        combine([stack, stack], [0.5])
+        combine_adapters([stack, stack], [0.5])
 
 
 def test_merging_keeps_its_inputs_and_their_dtype(adapted, random_stack):

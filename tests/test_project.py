@@ -1,10 +1,13 @@
 """The project's own files agree with each other."""
 
+import ast
 import hashlib
 import importlib
 import json
-import pkgutil
 import re
+import subprocess
+import sys
+from inspect import isclass, isfunction
 from pathlib import Path
 
 import pytest
@@ -96,12 +99,106 @@ def test_every_shipped_data_file_has_a_right_checksum_and_goes_into_the_wheel():
         assert {f"data/{path.name}", f"data/{path.stem}.sha256"} <= shipped.keys()
 
 
-def test_everything_public_exists():
-    names = [name for _, name, _ in pkgutil.iter_modules(potara_lite.__path__) if not name.startswith("_")]
-    assert {"adapters", "algorithms", "estimators", "rounds"} <= set(names)
-    for module in (importlib.import_module(f"potara_lite.{name}") for name in names):
-        assert module.__doc__ and all(hasattr(module, name) for name in module.__all__)
-        assert all(getattr(module, name).__doc__ for name in module.__all__ if callable(getattr(module, name)))
+PACKAGE = Path(potara_lite.__file__).parent
+FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+def module_name(file):
+    return "potara_lite." + file.removesuffix(".py").replace("/", ".")
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__main__.py"])
+def test_everything_public_says_what_it_is(file):
+    module = importlib.import_module(module_name(file))
+    assert module.__doc__
+    for name, found in vars(module).items():
+        ours = (isfunction(found) or isclass(found)) and found.__module__ == module.__name__
+        if ours and not name.startswith("_") and file != "potara.py":  # which explains itself line by line
+            assert found.__doc__, name
+
+
+def test_the_public_names_are_there_and_imported_when_used():
+    assert len(potara_lite.__all__) == len(set(potara_lite.__all__))
+    for name in potara_lite.__all__:
+        assert getattr(potara_lite, name) is not None and name in dir(potara_lite)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        getattr(potara_lite, "nothing")  # noqa: B009
+    heavy = ("torch", "peft", "pandas", "matplotlib", "scipy", "torchvision")
+    check = f"import sys, potara_lite; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def layout():
+    """The README's table of files, in its order."""
+    block = re.search(r"<!-- layout -->\n(.*?)<!-- /layout -->", (ROOT / "README.md").read_text(), re.S).group(1)
+    return re.findall(r"^\| `([\w/]+\.py)` \|", block, re.M)
+
+
+def test_the_readme_and_the_docstring_list_every_file_in_one_order():
+    assert sorted(layout()) == FILES
+    assert re.findall(r"[\w/]+\.py", potara_lite.__doc__) == layout()
+
+
+def imports(file):
+    """The files of the package that a file imports, wherever in it."""
+    found, here = set(), module_name(file).split(".")
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: -node.level]
+            target = base + (node.module.split(".") if node.module else [])
+            for name in node.names:
+                path = "/".join([*target, name.name][1:]) + ".py"
+                found.add(path if path in FILES else "/".join(target[1:]) + ".py")
+    return {one for one in found if one in FILES}
+
+
+def test_nothing_imports_from_what_stands_below_it():
+    place = {file: number for number, file in enumerate(layout())}
+    for file in layout()[1:]:
+        assert all(place[other] < place[file] for other in imports(file)), (file, imports(file))
+    assert imports("potara.py") == {"backbones.py", "data.py"} and len(imports("experiment.py")) > 5
+    for path in PACKAGE.rglob("*.py"):
+        assert "import potara_lite" not in path.read_text().replace("``import potara_lite``", "")
+
+
+def test_a_function_fits_a_screen():
+    for file in FILES:
+        for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno + 1 <= 60, (file, node.name)
+
+
+def test_the_command_answers_at_once():
+    """Torch and the rest take seconds to import; help, version and bad options do not wait for them."""
+    for arguments, code in ((["--help"], 0), (["--version"], 0), (["--clients", "0"], 2), (["--device", "warp"], 2)):
+        command = [sys.executable, "-X", "importtime", "-m", "potara_lite", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == code and not re.search(r"\| +(torch|pandas|numpy|matplotlib)\n", done.stderr)
+
+
+KNOWN = {  # the addresses that exist and may be named
+    "https://arxiv.org/abs/2602.18658",
+    "https://github.com/astral-sh/ruff-pre-commit",
+    "https://github.com/pre-commit/pre-commit-hooks",
+    "https://github.com/zalandoresearch/fashion-mnist",
+    "https://semver.org",
+}
+
+
+def test_no_address_is_invented():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    texts = [
+        ROOT / name for name in listed if name.endswith((".md", ".py", ".toml", ".yml", ".yaml", ".cff", ".ipynb"))
+    ]
+    assert len(texts) > 50 or not listed  # a source archive has no git
+    for path in texts:
+        text = path.read_text()
+        if path.suffix == ".ipynb":
+            text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+        for address in re.findall(r"https?://[\w./%?=&-]+", text):
+            local = address.startswith("http://127.0.0.1")
+            assert local or address.rstrip(".") in KNOWN, (path.name, address)
 
 
 def test_the_engines_table_is_that_of_the_committed_figures(monkeypatch):

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from potara_lite.adapters import client_adapter, delta, flatten, nbytes, repeat_adapter
-from potara_lite.algorithms import FEDEX, FEDIT, FEDSA, FFA, FLORA, LOCAL, ditto, fedalt, finetuned, flexlora
-from potara_lite.federated import fedit, participants
-from potara_lite.rounds import held, run
-from potara_lite.training import train
+from potara_lite.adapters import adapter_bytes, client_adapter, delta, flatten, repeat_adapter
+from potara_lite.engine.federated import fedit, participants
+from potara_lite.engine.training import train
+from potara_lite.field.algorithms import FEDEX, FEDIT, FEDSA, FFA, FLORA, LOCAL, ditto, fedalt, finetuned, flexlora
+from potara_lite.field.rounds import run_algorithm, select_prefix
 
 OPTIONS = dict(local_steps=3, batch_size=4, lr=1e-2, seed=6)
 SOME = dict(participation=0.67, **OPTIONS)  # two of the three
@@ -26,7 +26,7 @@ def test_the_draws_of_these_tests_leave_out_more_than_one_client():
 @pytest.mark.parametrize("keep_optimizer", [True, False])
 def test_with_some_of_the_clients_it_is_fedit_still(adapted64, federation64, keep_optimizer):
     algorithm = replace(FEDIT, keep_optimizer=keep_optimizer)
-    one = run(algorithm, adapted64, federation64.train, rounds=4, **SOME)
+    one = run_algorithm(algorithm, adapted64, federation64.train, rounds=4, **SOME)
     two = fedit(adapted64, federation64.train, rounds=4, keep_optimizer=keep_optimizer, **SOME)
     flat = flatten(repeat_adapter(two.adapter, 3))
     torch.testing.assert_close(flatten(one.personal), flat, rtol=1e-12, atol=1e-14)
@@ -36,7 +36,7 @@ def test_with_some_of_the_clients_it_is_fedit_still(adapted64, federation64, kee
 
 def test_who_sits_out_keeps_what_it_has(adapted64, federation64):
     """Ditto's personal model of a client trains in its own rounds only, against the anchor of that round."""
-    result, parts = run(ditto(0.3), adapted64, federation64.train, rounds=2, **SOME), chosen(2)
+    result, parts = run_algorithm(ditto(0.3), adapted64, federation64.train, rounds=2, **SOME), chosen(2)
     shared, own = adapted64.initial, repeat_adapter(adapted64.initial, 3)
     states = [None] * 3
     for number, some in enumerate(parts):
@@ -61,7 +61,7 @@ def test_who_sits_out_keeps_what_it_has(adapted64, federation64):
 @pytest.mark.parametrize("algorithm", [FEDEX, FLORA], ids=lambda algorithm: algorithm.name)
 def test_what_is_folded_in_is_heard_by_all(adapted64, federation64, algorithm):
     """One round with two clients: everybody's model is the exact mean of the two, weighted by their sizes."""
-    result, (some, *_) = run(algorithm, adapted64, federation64.train, rounds=1, **SOME), chosen(1)
+    result, (some, *_) = run_algorithm(algorithm, adapted64, federation64.train, rounds=1, **SOME), chosen(1)
     part = federation64.train.rows(some)
     trained = train(
         adapted64, repeat_adapter(adapted64.initial, 2), part, steps=3, batch_size=4, lr=1e-2, seed=(6, 0)
@@ -78,8 +78,8 @@ def test_what_is_folded_in_is_heard_by_all(adapted64, federation64, algorithm):
 
 @pytest.mark.parametrize("algorithm", [FEDSA, FFA], ids=lambda algorithm: algorithm.name)
 def test_each_round_is_paid_for_by_those_who_took_part(adapted, federation, algorithm):
-    result, parts = run(algorithm, adapted, federation.train, rounds=4, **SOME), chosen(4)
-    size = nbytes({n: t for n, t in adapted.initial.items() if algorithm.travels(n)})
+    result, parts = run_algorithm(algorithm, adapted, federation.train, rounds=4, **SOME), chosen(4)
+    size = adapter_bytes({n: t for n, t in adapted.initial.items() if algorithm.is_uploaded(n)})
     here = torch.tensor([[i in some for i in range(3)] for some in parts]).long()
     assert torch.equal(result.by_round.up, torch.cat([here * size, torch.zeros(1, 3, dtype=torch.int64)]))
     assert torch.equal(result.by_round.down, torch.cat([here * size, torch.full((1, 3), size)]))
@@ -89,23 +89,23 @@ def test_each_round_is_paid_for_by_those_who_took_part(adapted, federation, algo
 
 
 def test_the_last_row_is_what_comes_after_the_rounds(adapted, federation):
-    result = run(finetuned(FEDIT, 5), adapted, federation.train, rounds=2, **OPTIONS)
-    size = nbytes(adapted.initial)
+    result = run_algorithm(finetuned(FEDIT, 5), adapted, federation.train, rounds=2, **OPTIONS)
+    size = adapter_bytes(adapted.initial)
     assert result.by_round.steps.tolist() == [[3] * 3, [3] * 3, [5] * 3]
     assert result.by_round.down.tolist() == [[size] * 3] * 3
     assert result.by_round.up.tolist() == [[size] * 3, [size] * 3, [0] * 3]
-    alone = run(LOCAL, adapted, federation.train, rounds=2, **OPTIONS).by_round
+    alone = run_algorithm(LOCAL, adapted, federation.train, rounds=2, **OPTIONS).by_round
     assert not alone.up.any() and not alone.down.any()
 
 
 @pytest.mark.parametrize("algorithm", [fedalt(), flexlora((1, 2, 1))], ids=lambda algorithm: algorithm.name)
 def test_messages_that_differ_by_client_need_all_clients(adapted, federation, algorithm):
     with pytest.raises(ValueError, match=f"{algorithm.name}: its messages differ"):
-        run(algorithm, adapted, federation.train, rounds=2, **SOME)
+        run_algorithm(algorithm, adapted, federation.train, rounds=2, **SOME)
 
 
 def test_full_participation_is_what_it_was(adapted64, federation64):
-    one = run(ditto(0.3), adapted64, federation64.train, rounds=2, **OPTIONS)
-    two = run(ditto(0.3), adapted64, federation64.train, rounds=2, participation=1.0, **OPTIONS)
+    one = run_algorithm(ditto(0.3), adapted64, federation64.train, rounds=2, **OPTIONS)
+    two = run_algorithm(ditto(0.3), adapted64, federation64.train, rounds=2, participation=1.0, **OPTIONS)
     assert torch.equal(flatten(one.personal), flatten(two.personal))
-    assert held(one.holds, "anchor").keys() == adapted64.initial.keys()
+    assert select_prefix(one.tensors, "anchor").keys() == adapted64.initial.keys()

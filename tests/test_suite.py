@@ -99,10 +99,14 @@ def test_trained_models_are_kept_and_the_shared_gradients_change_nothing(small, 
     alone = small.cell(small.SUITE[0], 0, {name: small.ESTIMATORS[name]})
     shared = rows[rows.estimator == name].reset_index(drop=True)
     pd.testing.assert_frame_equal(alone, shared, rtol=1e-9)
-    before = small.E.per_sample_gradients
+    modules = [getattr(small.estimators, name) for name in ("paper", "laplace", "gradient", "shrinkage")]
+    before = [module.per_sample_gradients for module in modules]
     with small.remembering():
-        assert small.E.per_sample_gradients is not before
-    assert small.E.per_sample_gradients is before
+        inside = {module.per_sample_gradients for module in modules}
+        assert len(inside) == 1 and inside.isdisjoint(before)
+        curves = [getattr(small.estimators, name).segment_losses for name in ("curve", "calibrated", "combined")]
+        assert len(set(curves)) == 1
+    assert [module.per_sample_gradients for module in modules] == before
 
 
 def test_the_report_is_means_over_the_rows(small, rows):

@@ -14,19 +14,21 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from test_benchmark import ROOT, script
+from test_results import ROOT, script
 from torch.nn import functional as F
 
-from potara_lite import algorithms as A
-from potara_lite import methods as M
-from potara_lite.adapters import client_adapter, delta, flatten, nbytes
-from potara_lite.benchmark import ESTIMATORS, ORACLE, Setting, train_pair
-from potara_lite.estimators import Estimate
-from potara_lite.federated import fedit
+from potara_lite.adapters import adapter_bytes, client_adapter, delta, flatten
+from potara_lite.engine.federated import fedit
+from potara_lite.engine.training import evaluate, train
+from potara_lite.estimators import ESTIMATORS, Estimate
+from potara_lite.experiment import ORACLE, Trial, local_from_federated, train_pair, with_estimator
+from potara_lite.field import algorithms
+from potara_lite.field import methods as M
+from potara_lite.field.sweep import COLUMNS, read_results, sweep, union
 from potara_lite.merging import merge_exact
-from potara_lite.plots import frontiers
-from potara_lite.sweep import COLUMNS, against, efficient, finished, leaderboard, sweep, union
-from potara_lite.training import evaluate, train
+from potara_lite.results import leaderboard, paired_differences, pareto_front
+from potara_lite.setting import Setting
+from potara_lite.teaching.plots import frontiers
 
 SETTING = Setting(clients=3, batch_size=4, lr=1e-2, rounds=2, round_steps=2, local_steps=4)
 ALL = M.METHODS | M.REFERENCES
@@ -35,106 +37,109 @@ PARTS = {"federated part": 4, "local part": 4}
 
 
 @pytest.fixture(scope="module")
-def cell(adapted, federation):
-    return M.Cell(adapted, federation, SETTING, 0)
+def trial(adapted, federation):
+    return Trial(adapted, federation, SETTING, 0)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_method_takes_the_same_steps_and_gives_every_client_a_model(cell, name):
-    result = ALL[name](cell)
-    assert result.ledger.steps.tolist() == [PARTS.get(name, cell.steps)] * 3
+def test_every_method_takes_the_same_steps_and_gives_every_client_a_model(trial, name):
+    result = ALL[name](trial)
+    assert result.ledger.steps.tolist() == [PARTS.get(name, trial.setting.total_steps)] * 3
     for client in range(3):
-        x, y = cell.federation.test.client(client)
+        x, y = trial.federation.test.client(client)
         assert F.cross_entropy(result.adapted(client_adapter(result.adapters, client), x), y).isfinite()
     assert result.seconds >= 0 and (result.weight is None or result.weight.shape == (3,))
 
 
 def test_potara_pays_two_thirds_of_fedits_bytes(adapted, federation):
-    cell = M.Cell(adapted, federation, replace(SETTING, rounds=4), 0)  # 8 federated steps, 4 local ones
-    potara, other = (M.METHODS[name](cell).ledger for name in ("potara", "FedIT"))
-    size = nbytes(adapted.initial)
-    estimate = ESTIMATORS["potara"](adapted, *cell.models, data=federation)
+    trial = Trial(adapted, federation, replace(SETTING, rounds=4), 0)  # 8 federated steps, 4 local ones
+    potara, other = (M.METHODS[name](trial).ledger for name in ("potara-calibrated", "FedIT"))
+    size = adapter_bytes(adapted.initial)
+    estimate = ESTIMATORS["potara-calibrated"](adapted, *trial.pair.models, federation)
     up, down = estimate.floats
     assert up > 0 and potara.up.tolist() == [4 * size + 4 * up] * 3 and potara.down[0] == 5 * size + 4 * down
     assert other.up.tolist() == [6 * size] * 3
 
 
-def test_methods_are_what_they_are_called(cell):
-    pair = train_pair(cell.adapted, cell.federation, SETTING, 0)
-    assert torch.equal(flatten(M.METHODS["local part"](cell).adapters), flatten(pair.local))
-    assert torch.equal(flatten(M.METHODS["federated part"](cell).adapters), flatten(pair.federated))
+def test_methods_are_what_they_are_called(trial):
+    pair = train_pair(trial.adapted, trial.federation, SETTING, 0)
+    assert torch.equal(flatten(M.METHODS["local part"](trial).adapters), flatten(pair.local))
+    assert torch.equal(flatten(M.METHODS["federated part"](trial).adapters), flatten(pair.federated))
     half = merge_exact(pair.federated, pair.local, 0.5)
-    torch.testing.assert_close(flatten(M.METHODS["uniform"](cell).adapters), flatten(half), rtol=1e-5, atol=1e-7)
-    longer = fedit(cell.adapted, cell.federation.train, rounds=4, local_steps=2, batch_size=4, lr=1e-2).adapter
-    found = M.FAMILIES["FedIT"](lr=1)(cell).adapters
+    torch.testing.assert_close(flatten(M.METHODS["uniform"](trial).adapters), flatten(half), rtol=1e-5, atol=1e-7)
+    longer = fedit(trial.adapted, trial.federation.train, rounds=4, local_steps=2, batch_size=4, lr=1e-2).adapter
+    found = M.FAMILIES["FedIT"](lr_scale=1)(trial).adapters
     assert all(torch.allclose(found[name][1], tensor, rtol=1e-5, atol=1e-7) for name, tensor in longer.items())
 
 
-def test_a_local_model_trained_from_the_federated_one_is_fine_tuning(cell):
+def test_a_local_model_trained_from_the_federated_one_is_fine_tuning(trial):
     """At weight 0 it is the fine-tuned model, but for the order of the batches; at weight 1 the federated one."""
 
-    def nothing(*models, data):
-        return Estimate(torch.zeros(3))
+    def merged(weight, lr_scale=1.0):
+        return with_estimator(lambda *_: Estimate(torch.full((3,), weight)), pair_of=local_from_federated(lr_scale))
 
-    zero, one = M.onwards(M.weighted(nothing)), M.onwards(M.weighted(lambda *models, data: Estimate(torch.ones(3))))
-    expected = train(
-        cell.adapted, cell.pair.federated, cell.federation.train, steps=4, batch_size=4, lr=1e-2, seed=(0, 1)
-    )
-    found = {name: delta(method(cell).adapters, cell.adapted.scaling) for name, method in (("0", zero), ("1", one))}
-    for name, adapters in (("0", expected.adapters), ("1", cell.pair.federated)):
-        torch.testing.assert_close(found[name], delta(adapters, cell.adapted.scaling), rtol=1e-5, atol=1e-6)
-    assert zero(cell).ledger.steps.tolist() == [cell.steps] * 3
-    expected = train(
-        cell.adapted, cell.pair.federated, cell.federation.train, steps=4, batch_size=4, lr=5e-3, seed=(0, 1)
-    )
-    half = replace(cell, setting=replace(SETTING, lr=5e-3, federated_lr=2.0))  # another cell has models of its own
-    for other in (zero(half), M.onwards(M.weighted(nothing), lr=0.5)(cell)):
-        found = delta(other.adapters, cell.adapted.scaling)
-        torch.testing.assert_close(found, delta(expected.adapters, cell.adapted.scaling), rtol=1e-5, atol=1e-6)
+    def fine_tuned(lr):
+        options = dict(steps=4, batch_size=4, lr=lr, seed=(0, 1))
+        return delta(train(trial.adapted, trial.pair.federated, trial.federation.train, **options).adapters, scaling)
+
+    scaling = trial.adapted.scaling
+    found = {weight: delta(merged(weight)(trial).adapters, scaling) for weight in (0.0, 1.0)}
+    torch.testing.assert_close(found[0.0], fine_tuned(1e-2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1.0], delta(trial.pair.federated, scaling), rtol=1e-5, atol=1e-6)
+    assert merged(0.0)(trial).ledger.steps.tolist() == [SETTING.total_steps] * 3
+    half = replace(
+        trial, setting=replace(SETTING, lr=5e-3, federated_lr_scale=2.0)
+    )  # another trial has models of its own
+    for other in (merged(0.0)(half), merged(0.0, lr_scale=0.5)(trial)):
+        torch.testing.assert_close(delta(other.adapters, scaling), fine_tuned(5e-3), rtol=1e-5, atol=1e-6)
 
 
 def test_the_two_models_of_a_pair_may_have_learning_rates_of_their_own(adapted, federation):
     one, two = (train_pair(adapted, federation, setting, 0) for setting in (SETTING, replace(SETTING, lr=5e-3)))
-    mixed = train_pair(adapted, federation, replace(SETTING, local_lr=0.5), 0)
+    mixed = train_pair(adapted, federation, replace(SETTING, local_lr_scale=0.5), 0)
     assert torch.equal(flatten(mixed.federated), flatten(one.federated))
     assert torch.equal(flatten(mixed.local), flatten(two.local))
-    mixed = train_pair(adapted, federation, replace(SETTING, federated_lr=0.5), 0)
+    mixed = train_pair(adapted, federation, replace(SETTING, federated_lr_scale=0.5), 0)
     assert torch.equal(flatten(mixed.federated), flatten(two.federated))
     assert torch.equal(flatten(mixed.local), flatten(one.local))
 
 
 @pytest.mark.parametrize("family", ["FedIT, fine-tuned", "FedProx, fine-tuned", "WiSE-FT"])
-def test_more_rounds_leave_fewer_steps_for_the_fine_tuning(cell, family):
+def test_more_rounds_leave_fewer_steps_for_the_fine_tuning(trial, family):
     """Two or three rounds of two steps, of eight steps in all."""
-    size = nbytes(cell.adapted.initial)
+    size = adapter_bytes(trial.adapted.initial)
     for rounds, number in ((1, 2), (1.5, 3)):
-        result = M.FAMILIES[family](lr=1, rounds=rounds)(cell)
+        result = M.FAMILIES[family](lr_scale=1, rounds_scale=rounds)(trial)
         assert result.ledger.up.tolist() == [number * size] * 3 and result.ledger.steps.tolist() == [8] * 3
 
 
 def test_a_budget_that_rounds_cannot_fill_is_refused(adapted, federation):
-    cell = M.Cell(adapted, federation, replace(SETTING, local_steps=3), 0)
+    trial = Trial(adapted, federation, replace(SETTING, local_steps=3), 0)
     with pytest.raises(ValueError, match="Ditto: rounds of 4 steps do not make 7"):
-        M.played(A.ditto())(cell)
+        M.from_algorithm(algorithms.ditto())(trial)
 
 
-def test_learning_rates_are_in_units_of_the_settings(cell):
-    half = replace(cell, setting=replace(cell.setting, lr=cell.setting.lr / 2))
+def test_learning_rates_are_in_units_of_the_settings(trial):
+    half = replace(trial, setting=replace(trial.setting, lr=trial.setting.lr / 2))
     for family in ("FedSA-LoRA", "local"):
-        found = [M.FAMILIES[family](lr=1)(half), M.FAMILIES[family](lr=0.5)(cell), M.FAMILIES[family](lr=1)(cell)]
+        found = [
+            M.FAMILIES[family](lr_scale=1)(half),
+            M.FAMILIES[family](lr_scale=0.5)(trial),
+            M.FAMILIES[family](lr_scale=1)(trial),
+        ]
         one, two, other = (flatten(result.adapters) for result in found)
         assert torch.equal(one, two) and (one - other).abs().max() > 1e-3
 
 
 def test_fisher_merging_of_one_client_is_fisher_merging(adapted64, federation64):
     """By hand: both deltas in full, the Fisher of every entry, their weighted mean; their mean where both are zero."""
-    from potara_lite.fisher import delta_gradients
+    from potara_lite.engine.gradients import delta_gradients
 
-    cell = M.Cell(adapted64, federation64, SETTING, 0)
-    pair, adapted = cell.pair, cell.adapted
-    merged = delta(M.METHODS["Fisher merging"](cell).adapters, adapted.scaling)
+    trial = Trial(adapted64, federation64, SETTING, 0)
+    pair, adapted = trial.pair, trial.adapted
+    merged = delta(M.METHODS["Fisher merging"](trial).adapters, adapted.scaling)
     both = [delta(model, adapted.scaling) for model in (pair.federated, pair.local)]
-    samples = cell.federation.calibration
+    samples = trial.federation.calibration
     fishers = [
         delta_gradients(adapted, model, samples).square().sum(1) / samples.sizes.unsqueeze(1)
         for model in (pair.federated, pair.local)
@@ -169,9 +174,9 @@ def test_a_sweep_gives_a_row_per_client_and_never_computes_twice(tmp_path, prepa
     calls = []
 
     def counted(name):
-        def method(cell):
-            calls.append((name, cell.seed))
-            return M.METHODS[name](cell)
+        def method(trial):
+            calls.append((name, trial.seed))
+            return M.METHODS[name](trial)
 
         return method
 
@@ -184,9 +189,9 @@ def test_a_sweep_gives_a_row_per_client_and_never_computes_twice(tmp_path, prepa
     again = sweep(methods, settings, [0, 1], tmp_path, prepare=prepared)
     pd.testing.assert_frame_equal(rows, again)
     assert len(calls) == 8
-    more = sweep(methods, settings, [0, 1, 2], tmp_path, prepare=prepared, part=(1, 2))
+    more = sweep(methods, settings, [0, 1, 2], tmp_path, prepare=prepared, shard=(1, 2))
     assert calls[8:] == [("local", 2), ("uniform", 2)]  # of six cells the second, fourth and sixth
-    assert len(more) == len(finished(tmp_path)) == 30
+    assert len(more) == len(read_results(tmp_path)) == 30
     with pytest.raises(ValueError, match="another setting"):
         sweep(methods, {"one": replace(SETTING, lr=1e-3)}, [0], tmp_path, prepare=prepared)
     with pytest.raises(ValueError, match="must differ in letters or digits"):
@@ -194,12 +199,12 @@ def test_a_sweep_gives_a_row_per_client_and_never_computes_twice(tmp_path, prepa
 
 
 def test_what_was_interrupted_goes_on_and_half_a_file_is_not_read(tmp_path, prepared):
-    def broken(cell):
+    def broken(trial):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         sweep(few("local") | {"uniform": broken}, {"one": SETTING}, [0], tmp_path, prepare=prepared)
-    assert set(finished(tmp_path).method) == {"local"}
+    assert set(read_results(tmp_path).method) == {"local"}
     (tmp_path / "one" / "seed-0" / "uniform.csv.1.part").write_text("federation,method\none,unif")
     rows = sweep(few("local", "uniform"), {"one": SETTING}, [0], tmp_path, prepare=prepared)
     assert set(rows.method) == {"local", "uniform"} and len(rows) == 6 and not rows.accuracy.isna().any()
@@ -207,16 +212,22 @@ def test_what_was_interrupted_goes_on_and_half_a_file_is_not_read(tmp_path, prep
     pd.testing.assert_frame_equal(rows.drop(columns="seconds"), clean.drop(columns="seconds"))
 
 
-def test_rows_are_judged_on_the_split_that_is_asked_for(tmp_path, prepared, cell):
+def test_rows_are_judged_on_the_split_that_is_asked_for(tmp_path, prepared, trial):
     rows = sweep(
-        few("local"), {"one": SETTING}, [0], tmp_path, prepare=prepared, judge=lambda data: data.calibration, each=2
+        few("local"),
+        {"one": SETTING},
+        [0],
+        tmp_path,
+        prepare=prepared,
+        eval_split=lambda data: data.calibration,
+        union_size=2,
     )
-    result = M.METHODS["local"](cell)
+    result = M.METHODS["local"](trial)
     for client in range(3):
         model = client_adapter(result.adapters, client)
-        for split, column in ((cell.federation.calibration, ""), (union(cell.federation.calibration, 2), "union_")):
+        for split, column in ((trial.federation.calibration, ""), (union(trial.federation.calibration, 2), "union_")):
             x, y = split.client(client)
-            logits = cell.adapted(model, x)
+            logits = trial.adapted(model, x)
             assert rows[f"{column}loss"][client] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-4)
             assert rows[f"{column}accuracy"][client] == pytest.approx(float((logits.argmax(1) == y).float().mean()))
 
@@ -249,7 +260,7 @@ def test_the_bottom_tenth_is_of_all_clients_of_all_seeds():
     assert board.loc[("f", "m")].bottom == pytest.approx((0.0 + 0.05) / 2)
 
 
-def test_what_no_method_beats_is_efficient():
+def test_what_no_method_beats_is_on_the_pareto_front():
     def line(method, accuracy, size):
         return table([[accuracy, accuracy], [accuracy, accuracy]], method).assign(bytes_up=size, bytes_down=0)
 
@@ -260,9 +271,9 @@ def test_what_no_method_beats_is_efficient():
         ]
     )  # fmt: skip
     board = leaderboard(rows)
-    found = efficient(board)
+    found = pareto_front(board)
     assert set(found[found].index.get_level_values("method")) == {"local", "cheap", "best", "twin of best"}
-    figure = frontiers(board, found, highlight="worse")
+    figure = frontiers(board, found, highlight="worse", references=[ORACLE])
     panel = figure.axes[0]
     assert {text.get_text() for text in panel.get_legend().get_texts()} == {
         "local",
@@ -294,8 +305,8 @@ def test_the_overview_by_hand():
 def test_paired_differences_are_a_paired_t_test_over_seeds_with_holms_correction():
     rng = np.random.default_rng(0)
     own, *others = (rng.normal(mean, 0.02, (5, 4)) for mean in (0.8, 0.7, 0.79, 0.8))
-    rows = pd.concat([table(own, "potara"), *(table(values, f"m{i}") for i, values in enumerate(others))])
-    found = against(rows)
+    rows = pd.concat([table(own, "potara-calibrated"), *(table(values, f"m{i}") for i, values in enumerate(others))])
+    found = paired_differences(rows)
     p = [stats.ttest_rel(own.mean(1), values.mean(1)).pvalue for values in others]
     np.testing.assert_allclose(found.p, p, rtol=1e-9)
     order = np.argsort(p)
@@ -346,7 +357,7 @@ def test_the_paper_scale_runs_on_files_in_the_format_of_cifar100(tmp_path, monke
     load = lambda setting, seed: field.prepare_paper(str(tmp_path), setting, seed, weights=None, download=False)  # noqa: E731
     adapted, federation = load(setting, 0)
     assert federation.classes == 100 and federation.train.x.shape == (2, 6, 3, 32, 32)
-    rows = sweep(few("FedIT", "potara"), {"paper": setting}, [0], tmp_path / "out", prepare=load)
+    rows = sweep(few("FedIT", "potara-calibrated"), {"paper": setting}, [0], tmp_path / "out", prepare=load)
     assert len(rows) == 4 and rows.loss.map(np.isfinite).all()
 
 
@@ -354,7 +365,7 @@ def test_every_scale_has_the_same_methods_and_budgets_that_rounds_can_fill():
     field = script("field")
     for settings in field.SCALES.values():
         for setting in settings.values():
-            steps = setting.rounds * setting.round_steps + setting.local_steps
+            steps = setting.total_steps
             assert steps % (2 * setting.round_steps) == 0 and (steps - setting.local_steps) % setting.round_steps == 0
     paper = field.SCALES["paper"]
     assert {s.clients for s in paper.values()} == {8, 20} and all(s.train_size == 1000 for s in paper.values())
@@ -362,45 +373,52 @@ def test_every_scale_has_the_same_methods_and_budgets_that_rounds_can_fill():
 
 def test_the_options_of_the_highest_mean_accuracy_are_chosen(monkeypatch):
     field = script("field")
-    monkeypatch.setattr(field, "OPTIONS", {"Ditto": {"lr": (1, 0.5), "strength": (0.1, 1, 2)}, "local": {"lr": (1, 2)}})
-    monkeypatch.setattr(field, "TOGETHER", {"Ditto": [{"lr": 0.5, "strength": 1}]})
+    monkeypatch.setattr(
+        field, "OPTIONS", {"Ditto": {"lr_scale": (1, 0.5), "strength": (0.1, 1, 2)}, "local": {"lr_scale": (1, 2)}}
+    )
+    monkeypatch.setattr(field, "TOGETHER", {"Ditto": [{"lr_scale": 0.5, "strength": 1}]})
     accuracies = {
-        "Ditto (lr=1, strength=0.1)": 0.5, "Ditto (lr=0.5, strength=0.1)": 0.4, "Ditto (lr=1, strength=1)": 0.6,
-        "Ditto (lr=1, strength=2)": 0.55, "Ditto (lr=0.5, strength=1)": 0.7, "local (lr=1)": 0.3, "local (lr=2)": 0.2,
+        "Ditto (lr_scale=1, strength=0.1)": 0.5, "Ditto (lr_scale=0.5, strength=0.1)": 0.4,
+        "Ditto (lr_scale=1, strength=1)": 0.6,
+        "Ditto (lr_scale=1, strength=2)": 0.55, "Ditto (lr_scale=0.5, strength=1)": 0.7,
+        "local (lr_scale=1)": 0.3, "local (lr_scale=2)": 0.2,
     }  # fmt: skip
     assert list(field.candidates()) == list(accuracies)
     spread = np.array([[-0.2, 0.2], [0.1, -0.1]])
     rows = pd.concat([table(accuracy + spread, name) for name, accuracy in accuracies.items()])
-    assert field.best(rows) == {"Ditto": {"lr": 0.5, "strength": 1}, "local": {"lr": 1}}
+    assert field.best(rows) == {"Ditto": {"lr_scale": 0.5, "strength": 1}, "local": {"lr_scale": 1}}
     for name, accuracy in accuracies.items():  # another federation speaks as loud
         rows = pd.concat([rows, table(1 - 2 * accuracy + spread, name, federation="g")])
-    assert field.best(rows) == {"Ditto": {"lr": 0.5, "strength": 0.1}, "local": {"lr": 2}}
+    assert field.best(rows) == {"Ditto": {"lr_scale": 0.5, "strength": 0.1}, "local": {"lr_scale": 2}}
 
 
-def test_candidates_are_the_methods_with_these_options(cell):
+def test_candidates_are_the_methods_with_these_options(trial):
     field = script("field")
     tried = field.candidates()
     assert {name.split(" (")[0] for name in tried} == set(field.OPTIONS) and len(tried) > 100
-    other = replace(SETTING, federated_lr=1, local_lr=0.5, rounds=1, local_steps=6)
-    longer = field.equal_merge(federated_lr=1, local_lr=0.5, rounds=1)(cell)
-    found = longer, M.METHODS["uniform"](replace(cell, setting=other))
-    assert torch.equal(*(flatten(result.adapters) for result in found)) and longer.ledger.steps[0] == cell.steps
-    found = tried["Ditto (lr=1, strength=0.01)"](cell), M.played(A.ditto(0.01))(cell)
+    other = replace(SETTING, federated_lr_scale=1, local_lr_scale=0.5, rounds=1, local_steps=6)
+    longer = field.equal_merge(federated_lr_scale=1, local_lr_scale=0.5, rounds=1)(trial)
+    found = longer, M.METHODS["uniform"](replace(trial, setting=other))
+    assert (
+        torch.equal(*(flatten(result.adapters) for result in found))
+        and longer.ledger.steps[0] == trial.setting.total_steps
+    )
+    found = tried["Ditto (lr_scale=1, strength=0.01)"](trial), M.from_algorithm(algorithms.ditto(0.01))(trial)
     assert torch.equal(*(flatten(result.adapters) for result in found))
 
 
 def test_options_are_chosen_on_calibration_examples_of_another_seed(tmp_path, monkeypatch, capsys):
     field = script("field")
-    monkeypatch.setattr(field, "OPTIONS", {"local": {"lr": (1, 2)}})
+    monkeypatch.setattr(field, "OPTIONS", {"local": {"lr_scale": (1, 2)}})
     monkeypatch.setattr("sys.argv", ["field.py", "--scale", "quick", "--tune", "--out", str(tmp_path / "field")])
     field.main()
     rows = pd.read_csv(tmp_path / "field-quick-tune.csv.gz")
     assert set(rows.seed) == {100} and not set(rows.seed) & {s for seeds in field.SEEDS.values() for s in seeds}
     setting = replace(field.SCALES["quick"]["label skew"], calibration_size=150)
-    cell = M.Cell(*field.prepare(setting, 100), setting, 100)
-    _, accuracy = evaluate(cell.adapted, M.alone(2)(cell).adapters, cell.federation.calibration)
-    assert rows[rows.method == "local (lr=2)"].accuracy.tolist() == pytest.approx(accuracy.tolist())
-    assert "local: {'lr': " in capsys.readouterr().out
+    trial = Trial(*field.prepare(setting, 100), setting, 100)
+    _, accuracy = evaluate(trial.adapted, M.local_training(2)(trial).adapters, trial.federation.calibration)
+    assert rows[rows.method == "local (lr_scale=2)"].accuracy.tolist() == pytest.approx(accuracy.tolist())
+    assert "local: {'lr_scale': " in capsys.readouterr().out
 
 
 def test_the_methods_have_the_best_options_of_those_that_were_tried():
@@ -413,12 +431,12 @@ def test_the_methods_have_the_best_options_of_those_that_were_tried():
     assert f"{many[field.PAIR]} for the two models that are merged, {many['FedProx']} for FedProx" in page
     assert f"{many['WiSE-FT']} for WiSE-FT" in page and sorted(many.values())[-3:] == [9, 10, many[field.PAIR]]
     chosen = field.best(rows)
-    pair, onwards = chosen.pop(field.PAIR), chosen.pop(field.ONWARDS)
+    pair, from_federated = chosen.pop(field.PAIR), chosen.pop(field.FROM_FEDERATED)
     assert pair == {name: getattr(field.LAB, name) for name in pair}
-    assert field.LAB.rounds * field.LAB.round_steps + field.LAB.local_steps == 180
+    assert field.LAB.total_steps == 180
     found = {name: family for name, family in M.FAMILIES.items() if signature(family).parameters}
     for name in [name for name in found if name.endswith(", local from federated")]:
-        assert defaults(found.pop(name)) == onwards
+        assert defaults(found.pop(name)) == from_federated
     assert {name: defaults(family) for name, family in found.items()} == chosen
 
 
@@ -436,7 +454,7 @@ def test_every_process_has_its_own_part_and_its_share_of_the_cores(tmp_path, mon
     for number, seeds in ((0, [0, 2]), (1, [1])):
         out = tmp_path / str(number)
         field.work(number, Namespace(scale="quick", name="quick", tune=False, device="cpu", processes=2, out=out))
-        assert finished(out / "quick").seed.unique().tolist() == seeds
+        assert read_results(out / "quick").seed.unique().tolist() == seeds
     assert threads == [3, 3]
 
 
@@ -466,9 +484,9 @@ def test_the_committed_rows_are_whole_and_the_page_has_their_table(committed):
 
 
 def test_the_pages_say_what_the_rows_say(committed):
-    page, readme = (" ".join((ROOT / name).read_text().split()) for name in ("docs/field.md", "README.md"))
+    page = " ".join((ROOT / "docs/field.md").read_text().split())
     skew, strong, shift = "label skew", "strong label skew", "label skew and feature shift"
-    board, ours = leaderboard(committed), "potara, local from federated"
+    board, ours = leaderboard(committed), "potara-calibrated, local from federated"
     accuracy, bytes_of = board.accuracy, board["bytes"] / board["bytes"].xs("FedIT", level=1).iloc[0]
     seeds = committed.groupby(["method", "seed"]).accuracy.mean().unstack("method")
     weight = committed.groupby(["federation", "method"]).weight.mean()
@@ -483,23 +501,24 @@ def test_the_pages_say_what_the_rows_say(committed):
     def percent(name):
         return f"{100 * bytes_of[skew, name]:.0f} %"
 
-    default, oracle, alone, mine, part = (three(n) for n in ("potara", ORACLE, "local", ours, "local part"))
+    default, oracle, alone, mine, part = (three(n) for n in ("potara-calibrated", ORACLE, "local", ours, "local part"))
     for text in (
-        f"At {percent('potara')} of FedIT's bytes it reaches {default[0]} with label skew (WiSE-FT "
+        f"At {percent('potara-calibrated')} of FedIT's bytes it reaches {default[0]} with label skew (WiSE-FT "
         f"{three('WiSE-FT')[0]} at {percent('WiSE-FT')}), {default[1]} with strong label skew (FedPer "
         f"{three('FedPer')[1]} at {percent('FedPer')}, training alone {alone[1]} at none) and {default[2]} with "
         f"feature shift, where training alone has {alone[2]}.",
         f"the same two models reach {', '.join(oracle[:2])} and {oracle[2]}",
         f"with label skew {part[0]} alone, where all of the steps give {alone[0]}",
         f"`{ours}` has {', '.join(mine[:2])} and {mine[2]}",
-        f"above the default by {above(ours, 'potara')}, FedPer by {above(ours, 'FedPer')}, WiSE-FT by "
+        f"above the default by {above(ours, 'potara-calibrated')}, FedPer by {above(ours, 'FedPer')}, WiSE-FT by "
         f"{above(ours, 'WiSE-FT')}, training alone by {above(ours, 'local')} and fine-tuned FedIT by "
         f"{above(ours, 'FedIT, fine-tuned')}",
-        f"above λ = ½ by {above('potara', 'uniform')} on average and above our reading of the paper's estimator by "
-        f"{above('potara', 'potara-paper')}",
+        f"above λ = ½ by {above('potara-calibrated', 'uniform')} on average and above our reading of the paper's "
+        "estimator by "
+        f"{above('potara-calibrated', 'potara-paper')}",
         f"λ = {weight[strong, 'potara-paper']:.2f} on average, the oracle with {weight[strong, ORACLE]:.2f}",
         f"({above(ours, 'uniform, local from federated')} below)",
-        f"gains {above('potara', 'potara, factors')} with the default's weights",
+        f"gains {above('potara-calibrated', 'potara-calibrated, factors')} with the default's weights",
         f"(FedIT {', '.join(three('FedIT')[:2])} and {three('FedIT')[2]})",
         f"at {bytes_of[skew, 'FedEx-LoRA']:.1f} times its bytes, FLoRA below it at {bytes_of[skew, 'FLoRA']:.1f} times",
         f"(TIES {three('TIES')[1]}, Fisher merging {three('Fisher merging')[1]}): it ends near the federated model "
@@ -514,16 +533,16 @@ def test_the_pages_say_what_the_rows_say(committed):
     )
     one_adapter = union[["FedIT", "FedProx", "FFA-LoRA", "FedEx-LoRA", "FLoRA", "FlexLoRA", "federated part"]]
     assert union["FedIT"] == union.max() and one_adapter.min() > union.drop(one_adapter.index).max()
-    default_against = against(committed)
+    default_against = paired_differences(committed)
     assert not ((default_against["p (Holm)"] < 0.05) & (default_against.difference < 0)).any()
     means = seeds.mean().drop(ORACLE).sort_values(ascending=False)
     assert means.index[0] == ours and means.index[1] == "uniform, local from federated"
     apart = accuracy.xs("FedEx-LoRA", level=1) - accuracy.xs("FedIT", level=1)
     assert f"FedEx-LoRA is between {-apart.min():.3f} below FedIT and {apart.max():.3f} above it" in page
-    lost = accuracy.xs(ORACLE, level=1) - accuracy.xs("potara", level=1)
+    lost = accuracy.xs(ORACLE, level=1) - accuracy.xs("potara-calibrated", level=1)
     assert f"no estimate of one weight could gain more than {lost.max():.3f}" in page
     for other in ("uniform", "potara-paper"):  # the models are the most unequal in strong label skew
-        assert (accuracy.xs("potara", level=1) - accuracy.xs(other, level=1)).idxmax() == strong
+        assert (accuracy.xs("potara-calibrated", level=1) - accuracy.xs(other, level=1)).idxmax() == strong
     parts = accuracy.xs("local part", level=1) - accuracy.xs("federated part", level=1)
     assert parts.abs().idxmax() == strong
     run = json.loads((ROOT / "benchmarks" / "field-lab.json").read_text())
@@ -533,19 +552,19 @@ def test_the_pages_say_what_the_rows_say(committed):
         assert accuracy[federation, "FLoRA"] < accuracy[federation, "FedIT"]
         best = accuracy[federation].drop(ORACLE).idxmax()
         megabytes = board["bytes"][federation, best] / 1e6
-        assert f"{best} ({accuracy[federation, best]:.3f} for {megabytes:.1f} MB" in readme
+        assert f"{best} ({accuracy[federation, best]:.3f} for {megabytes:.1f} MB" in page
     level = accuracy[strong][accuracy[strong] > accuracy[strong].max() - 0.002].index
     assert len(level) == 5 and (board["bytes"][strong][level].round(-5) == 3.2e6).sum() == 2
-    assert f"FedIT sends {board['bytes'][strong, 'FedIT'] / 1e6:.1f} MB" in readme and f"beat ({alone[2]})" in readme
-    assert readme.count("Thirty-eight rows of methods") == 1 and len(M.METHODS) == 38
-    assert f"{percent('potara')} of FedIT's bytes" in readme and f"{above(ours, 'potara')}" in readme
+    assert f"FedIT sends {board['bytes'][strong, 'FedIT'] / 1e6:.1f} MB" in page and f"beat ({alone[2]})" in page
+    assert page.count("thirty-eight rows of methods") == 1 and len(M.METHODS) == 38
+    assert f"{percent('potara-calibrated')} of FedIT's bytes" in page and f"{above(ours, 'potara-calibrated')}" in page
     loss = board.groupby("method").loss.mean()
-    nats = [f"{loss[name]:.3f}" for name in (ours, "WiSE-FT", "potara", "FedPer", "local")]
-    words = "`{}` has {} nats, WiSE-FT {}, `potara` {}, FedPer {}, training alone {}"
+    nats = [f"{loss[name]:.3f}" for name in (ours, "WiSE-FT", "potara-calibrated", "FedPer", "local")]
+    words = "`{}` has {} nats, WiSE-FT {}, `potara-calibrated` {}, FedPer {}, training alone {}"
     assert words.format(ours, *nats) in page
-    assert f"with it the same models reach {', '.join(oracle[:2])} and {oracle[2]}" in readme
+    assert f"with it the same models reach {', '.join(oracle[:2])} and {oracle[2]}" in page
     for text in (", ".join(default[:2]) + f" and {default[2]}", ", ".join(mine[:2]) + f" and {mine[2]}"):
-        assert text in readme
+        assert text in page
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/field.md"])
@@ -558,7 +577,7 @@ def test_a_method_of_ones_own_runs_as_the_pages_show_it(tmp_path, monkeypatch, c
     code = code.replace("Setting()", "tiny").replace("range(5)", "[0]")
     exec("from potara_lite import Setting\n" + code, {"tiny": tiny})
     printed = capsys.readouterr().out
-    assert "LG-FedAvg" in printed and "potara" in printed and "FedIT" in printed
+    assert "LG-FedAvg" in printed and "potara-calibrated" in printed and "FedIT" in printed
 
 
 def test_the_script_runs_at_its_quick_scale(tmp_path, monkeypatch, capsys):
@@ -573,4 +592,4 @@ def test_the_script_runs_at_its_quick_scale(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["field.py", "--scale", "quick", "--report", "--out", str(tmp_path / "field")])
     field.main()
     pd.testing.assert_frame_equal(rows, pd.read_csv(tmp_path / "field-quick.csv.gz"))
-    assert "potara" in capsys.readouterr().out
+    assert "potara-calibrated" in capsys.readouterr().out

@@ -3,24 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES
+from conftest import SIZES, train_one_by_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from potara_lite import training
 from potara_lite.adapters import client_adapter, flatten, repeat_adapter
-from potara_lite.data import Split
-from potara_lite.training import (
-    DivergedError,
-    OptimizerState,
-    adamw_step,
-    batch_indices,
-    evaluate,
-    losses,
-    train,
-    train_sequentially,
-)
+from potara_lite.data import Split, batch_indices
+from potara_lite.engine import training
+from potara_lite.engine.batching import Execution
+from potara_lite.engine.training import DivergedError, OptimizerState, adamw_step, evaluate, losses, train
 
 OPTIONS = dict(batch_size=4, lr=2e-3, seed=3)
 
@@ -38,13 +30,13 @@ def options(request):
 def oracle(adapted, federation, options):
     """50 steps the obvious way: one client after another, PEFT's own model, ``torch.optim.AdamW``."""
     initial = repeat_adapter(adapted.initial, 3)
-    return train_sequentially(adapted, initial, federation.train, steps=50, **options)
+    return train_one_by_one(adapted, initial, federation.train, steps=50, **options)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2, 99])
 def test_all_clients_at_once_equal_the_loop_for_any_chunk_size(adapted, federation, oracle, options, chunk_size):
     initial = repeat_adapter(adapted.initial, 3)
-    trained = train(adapted, initial, federation.train, steps=50, chunk_size=chunk_size, **options)
+    trained = train(adapted, initial, federation.train, steps=50, execution=Execution(chunk_size=chunk_size), **options)
     assert trained.losses.shape == (3, 50)
     weights, curve = distance(trained, oracle)
     # Float32 rounding, carried through 50 steps of at most lr = 2e-3 each: 1.4e-6 when measured.
@@ -55,14 +47,21 @@ def test_all_clients_at_once_equal_the_loop_for_any_chunk_size(adapted, federati
 @pytest.mark.parametrize("order", [[2, 0, 1], [1, 0], [2]])
 def test_a_client_trains_alike_in_any_order_and_company(adapted, federation, oracle, options, order):
     part = federation.train.rows(order)
-    trained = train(adapted, repeat_adapter(adapted.initial, len(order)), part, steps=50, chunk_size=2, **options)
+    trained = train(
+        adapted,
+        repeat_adapter(adapted.initial, len(order)),
+        part,
+        steps=50,
+        execution=Execution(chunk_size=2),
+        **options,
+    )
     torch.testing.assert_close(flatten(trained.adapters), flatten(oracle.adapters)[order], rtol=0, atol=1e-5)
     torch.testing.assert_close(trained.losses, oracle.losses[order], rtol=0, atol=1e-5)
 
 
 def test_in_float64_all_clients_at_once_equal_the_loop_to_rounding(adapted64, federation64, random_stack):
     initial = random_stack(adapted64, 3, seed=0)
-    runs = [run(adapted64, initial, federation64.train, steps=50, **OPTIONS) for run in (train, train_sequentially)]
+    runs = [run(adapted64, initial, federation64.train, steps=50, **OPTIONS) for run in (train, train_one_by_one)]
     weights, curve = distance(*runs)
     assert weights < 1e-9 and curve < 1e-9
 
@@ -83,7 +82,14 @@ def test_training_in_two_parts_is_training_in_one(adapted64, federation64):
     whole = train(adapted64, initial, federation64.train, steps=10, **OPTIONS)
     first = train(adapted64, initial, federation64.train, steps=3, **OPTIONS)
     second = train(
-        adapted64, first.adapters, federation64.train, steps=7, start=3, state=first.state, chunk_size=2, **OPTIONS
+        adapted64,
+        first.adapters,
+        federation64.train,
+        steps=7,
+        start=3,
+        state=first.state,
+        execution=Execution(chunk_size=2),
+        **OPTIONS,
     )
     torch.testing.assert_close(flatten(second.adapters), flatten(whole.adapters), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(torch.cat([first.losses, second.losses], 1), whole.losses, rtol=1e-9, atol=0)
@@ -98,12 +104,11 @@ def test_the_first_loss_is_that_of_the_zero_head(adapted64, federation64):
 def test_training_leaves_frozen_weights_and_the_initial_adapter_bit_identical(adapted, federation):
     initial = repeat_adapter(adapted.initial, 3)
     before = {name: tensor.clone() for name, tensor in {**adapted.model.state_dict(), **initial}.items()}
-    for run in (train, train_sequentially):
-        trained = run(adapted, initial, federation.train, steps=3, **OPTIONS)
-        assert not torch.equal(flatten(trained.adapters), flatten(initial))
-        after = {**adapted.model.state_dict(), **initial}
-        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-        assert not any(parameter.requires_grad for parameter in adapted.model.parameters())
+    trained = train(adapted, initial, federation.train, steps=3, **OPTIONS)
+    assert not torch.equal(flatten(trained.adapters), flatten(initial))
+    after = {**adapted.model.state_dict(), **initial}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(parameter.requires_grad for parameter in adapted.model.parameters())
 
 
 def test_no_steps_change_nothing(adapted, federation):
@@ -181,7 +186,7 @@ def test_divergence_names_the_client_and_the_step(adapted, federation, value, ch
     assert step > 2
     initial = repeat_adapter(adapted.initial, 3)
     with pytest.raises(DivergedError, match=f"client 1 is not finite at step {step}") as caught:
-        train(adapted, initial, split, steps=12, start=2, chunk_size=chunk_size, **OPTIONS)
+        train(adapted, initial, split, steps=12, start=2, execution=Execution(chunk_size=chunk_size), **OPTIONS)
     assert (caught.value.client, caught.value.step) == (1, step)
     assert isinstance(caught.value, ValueError)
 
@@ -225,12 +230,12 @@ def test_a_stack_of_another_size_than_the_split_is_refused(adapted, federation):
             run(adapted, repeat_adapter(adapted.initial, 2), federation.train)
 
 
-def test_a_chunk_of_no_clients_is_refused(adapted, federation):
-    initial = repeat_adapter(adapted.initial, 3)
-    for run in (lambda **o: train(adapted, initial, federation.train, steps=1, **o),
-                lambda **o: evaluate(adapted, initial, federation.train, **o)):  # fmt: skip
-        with pytest.raises(ValueError, match="chunk_size must be at least 1, not 0"):
-            run(chunk_size=0)
+def test_a_chunk_of_no_clients_is_refused():
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, not 0"):
+        Execution(chunk_size=0)
+    for memory_bytes in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="memory_bytes must be a positive number"):
+            Execution(memory_bytes=memory_bytes)
 
 
 def test_losses_are_each_clients_own(adapted64, federation64, random_stack):
@@ -239,7 +244,10 @@ def test_losses_are_each_clients_own(adapted64, federation64, random_stack):
     torch.testing.assert_close(losses(adapted64, stack, x, y), torch.stack(oracle), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("options", [{}, dict(batch_size=4), dict(chunk_size=2), dict(batch_size=1, chunk_size=1)])
+TWO, ONE = Execution(chunk_size=2), Execution(chunk_size=1)
+
+
+@pytest.mark.parametrize("options", [{}, dict(batch_size=4), dict(execution=TWO), dict(batch_size=1, execution=ONE)])
 def test_evaluate_is_the_mean_over_each_clients_real_examples(adapted64, federation64, random_stack, options):
     stack = random_stack(adapted64, 3, seed=2, scale=0.5)
     loss, accuracy = evaluate(adapted64, stack, federation64.test, **options)

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from potara_lite.adapters import client_adapter, delta, flatten, unflatten
 from potara_lite.data import Split
-from potara_lite.fisher import delta_gradients, diagonal_fisher, directional_derivatives, per_sample_gradients
+from potara_lite.engine.batching import Execution
+from potara_lite.engine.gradients import delta_gradients, diagonal_fisher, directional_derivatives, per_sample_gradients
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_padded_samples_give_zero(federation64, gradients):
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 39])
 def test_chunks_change_nothing(adapted64, stack, federation64, gradients, chunk_size):
-    chunked = per_sample_gradients(adapted64, stack, federation64.train, chunk_size=chunk_size)
+    chunked = per_sample_gradients(adapted64, stack, federation64.train, execution=Execution(chunk_size=chunk_size))
     torch.testing.assert_close(chunked, gradients, rtol=1e-9, atol=1e-13)
 
 

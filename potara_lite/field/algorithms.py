@@ -1,4 +1,4 @@
-"""Federated LoRA algorithms as declarations: what trains, what travels, how it is averaged, what stays personal.
+"""Federated LoRA algorithms as declarations: what trains, what is uploaded, how it is averaged, what stays personal.
 
 Each method is an ``Algorithm`` that ``run`` plays (``rounds.py`` says how); its docstring names the source and the case
 in which it degenerates. Averages are weighted by the clients' sizes unless a docstring says otherwise.
@@ -6,10 +6,10 @@ in which it degenerates. Averages are weighted by the clients' sizes unless a do
 A method of your own is one more declaration. LG-FedAvg (Liang et al., 2020, arXiv 2001.01523) shares the head and
 keeps the representation; a robust FedIT takes the median where FedAvg takes the mean (Yin et al., ICML 2018):
 
->>> lg_fedavg = Algorithm("LG-FedAvg", travels=is_head)
+>>> lg_fedavg = Algorithm("LG-FedAvg", is_uploaded=is_head)
 >>> def median(stack, sizes):
 ...     return repeat_adapter({name: tensor.median(0).values for name, tensor in stack.items()}, len(sizes))
->>> robust = Algorithm("FedIT with medians", travels=is_shared, aggregate=median, federated=first)
+>>> robust = Algorithm("FedIT with medians", is_uploaded=is_shared, aggregate=median, federated_model=first_client)
 """
 
 from __future__ import annotations
@@ -21,62 +21,53 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .adapters import AdaptedBackbone, Adapter, client_adapter, lora_layers, repeat_adapter
-from .federated import average
-from .merging import beside, combine, compress, thin
-from .rounds import Algorithm, Phase, first, held, is_head, is_shared, put, weigh
-
-__all__ = [
-    "FEDEX",
-    "FEDIT",
-    "FEDPER",
-    "FEDSA",
-    "FFA",
-    "FLORA",
-    "LOCAL",
-    "apfl",
-    "ditto",
-    "fedalt",
-    "feddpa",
-    "fedprox",
-    "fedrep",
-    "finetuned",
-    "flexlora",
-    "gated",
-    "wise_ft",
-]
+from ..adapters import (
+    AdaptedBackbone,
+    Adapter,
+    client_adapter,
+    client_dims,
+    factor_names,
+    factors,
+    is_lora,
+    lora_layers,
+    rank_dim,
+    repeat_adapter,
+)
+from ..engine.federated import weighted_average
+from ..merging import combine_adapters, compress, concat_ranks, limit_rank
+from .rounds import Algorithm, Phase, add_prefix, first_client, is_head, is_shared, message_bytes, select_prefix
 
 # No sharing, and one shared adapter.
 
 LOCAL = Algorithm("local only")
 
-FEDIT = Algorithm("FedIT", travels=is_shared, federated=first)
+FEDIT = Algorithm("FedIT", is_uploaded=is_shared, federated_model=first_client)
 """FedAvg over both factors and the head (Zhang et al., ICASSP 2024, arXiv 2305.05644). One client: local."""
 
 FFA = Algorithm(
     "FFA-LoRA",
-    phases=(Phase(trains=lambda name: is_shared(name) and "lora_A" not in name),),
-    travels=lambda name: is_shared(name) and "lora_A" not in name,
-    federated=first,
+    phases=(Phase(is_trained=lambda name: is_shared(name) and not is_lora(name, "A")),),
+    is_uploaded=lambda name: is_shared(name) and not is_lora(name, "A"),
+    federated_model=first_client,
 )
-"""A keeps its initial value, the same for all, B (and the head) travels (Sun et al., ICLR 2024, arXiv 2403.12313): the
-mean of the products is the product of the means."""
+"""A keeps its initial value, the same for all, B (and the head) is uploaded (Sun et al., ICLR 2024, arXiv 2403.12313):
+the mean of the products is the product of the means."""
 
 
 def shared_loss(f: Callable[[Adapter], Tensor], tensors: Adapter) -> Tensor:
     """The loss of the shared adapter."""
-    return f(held(tensors))
+    return f(select_prefix(tensors))
 
 
 def squared_distance(tensors: Adapter, prefix: str) -> Tensor:
-    """``|held(prefix) - anchor|²`` over all tensors of the two adapters."""
-    one, anchor = held(tensors, prefix), held(tensors, "anchor")
+    """``|select_prefix(prefix) - anchor|²`` over all tensors of the two adapters."""
+    one, anchor = select_prefix(tensors, prefix), select_prefix(tensors, "anchor")
     return sum((one[name] - anchor[name]).square().sum() for name in one)
 
 
 def keep_anchor(tensors: Adapter, number: int) -> Adapter:
     """Remember the shared adapter as it was received."""
-    return tensors | put("anchor", held(tensors))
+    return tensors | add_prefix("anchor", select_prefix(tensors))
 
 
 def fedprox(mu: float = 0.1) -> Algorithm:
@@ -84,21 +75,21 @@ def fedprox(mu: float = 0.1) -> Algorithm:
     2020, arXiv 1812.06127). ``mu=0`` is FedIT."""
 
     def objective(f, tensors):
-        return f(held(tensors)) + mu / 2 * squared_distance(tensors, "")
+        return f(select_prefix(tensors)) + mu / 2 * squared_distance(tensors, "")
 
-    return replace(FEDIT, name="FedProx", phases=(Phase(objective=objective),), settle=keep_anchor)
+    return replace(FEDIT, name="FedProx", phases=(Phase(objective=objective),), on_receive=keep_anchor)
 
 
 def finetuned(algorithm: Algorithm, steps: int) -> Algorithm:
     """The same, and then ``steps`` local steps of every client with nothing sent and AdamW begun anew; the
     federation's model is that from before. No steps: the algorithm itself."""
-    return replace(algorithm, name=f"{algorithm.name}, fine-tuned", finetune=steps)
+    return replace(algorithm, name=f"{algorithm.name}, fine-tuned", finetune_steps=steps)
 
 
 def wise_ft(algorithm: Algorithm, steps: int, weight: float = 0.5) -> Algorithm:
     """A point on the straight line between the model before and after the fine-tuning, in the deltas (Wortsman et al.,
     CVPR 2022, arXiv 2109.01903). ``weight`` is on the model before: 0 is ``finetuned``, 1 the algorithm itself."""
-    return replace(finetuned(algorithm, steps), name=f"WiSE-FT of {algorithm.name}", keep=weight)
+    return replace(finetuned(algorithm, steps), name=f"WiSE-FT of {algorithm.name}", wise_ft_weight=weight)
 
 
 # Exact aggregation. What is folded into the frozen weights is held as an adapter of its own, of any rank.
@@ -111,43 +102,43 @@ def shares(sizes: Tensor) -> list[float]:
 
 def folded(tensors: Adapter) -> Adapter:
     """What was folded into the frozen weights."""
-    return held(tensors, "folded")
+    return select_prefix(tensors, "folded")
 
 
 def with_folded(tensors: Adapter) -> Adapter:
     """The shared adapter beside what was folded into the frozen weights."""
-    return beside(held(tensors), folded(tensors))
+    return concat_ranks(select_prefix(tensors), folded(tensors))
 
 
 def fold(tensors: Adapter, prefix: str) -> Adapter:
     """Add what came under ``prefix`` to what is folded already."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{prefix}:")}
-    return kept | put("folded", thin(beside(folded(tensors), held(tensors, prefix))))
+    return kept | add_prefix("folded", limit_rank(concat_ranks(folded(tensors), select_prefix(tensors, prefix))))
 
 
 def mean_and_residual(stack: Adapter, sizes: Tensor) -> Adapter:
     """The means of the factors, and what they lack of the mean product: ``mean(BA) - mean(B) mean(A)`` is the
     covariance of the factors, ``sum_i p_i (B_i - mean B)(A_i - mean A)``, an adapter of rank C r."""
-    mean = average(stack, sizes)
-    apart = [{n: t[i] - mean[n] for n, t in stack.items() if ".lora_" in n} for i in range(len(sizes))]
-    return repeat_adapter(mean | put("residual", combine(apart, shares(sizes))), len(sizes))
+    mean = weighted_average(stack, sizes)
+    apart = [{n: t[i] - mean[n] for n, t in stack.items() if is_lora(n)} for i in range(len(sizes))]
+    return repeat_adapter(mean | add_prefix("residual", combine_adapters(apart, shares(sizes))), len(sizes))
 
 
 def mean_product(stack: Adapter, sizes: Tensor) -> Adapter:
     """The one adapter whose delta is the mean of the clients', of rank C r; its head is the mean of the heads."""
-    return combine([client_adapter(stack, i) for i in range(len(sizes))], shares(sizes))
+    return combine_adapters([client_adapter(stack, i) for i in range(len(sizes))], shares(sizes))
 
 
 FEDEX = Algorithm(
     "FedEx-LoRA",
-    travels=is_shared,
+    is_uploaded=is_shared,
     phases=(Phase(objective=shared_loss),),
     aggregate=mean_and_residual,
-    settle=lambda tensors, number: fold(tensors, "residual"),
+    on_receive=lambda tensors, number: fold(tensors, "residual"),
     frozen=folded,
-    personal=with_folded,
-    federated=lambda tensors: client_adapter(with_folded(tensors), 0),
-    all_listen=True,
+    personal_model=with_folded,
+    federated_model=lambda tensors: client_adapter(with_folded(tensors), 0),
+    broadcast_to_all=True,
 )
 """FedIT, and the residual of its mean goes down too (as factors) and is folded into the frozen weights (Singhal et al.,
 ACL 2025, arXiv 2410.09432). One client has no residual: local."""
@@ -157,23 +148,25 @@ def stacked(stack: Adapter, sizes: Tensor) -> Adapter:
     """All clients' factors stacked, and the mean of the heads."""
     mean = mean_product(stack, sizes)
     message = {name: t for name, t in mean.items() if is_head(name)}
-    return repeat_adapter(message | put("stacked", {n: t for n, t in mean.items() if n not in message}), len(sizes))
+    return repeat_adapter(
+        message | add_prefix("stacked", {n: t for n, t in mean.items() if n not in message}), len(sizes)
+    )
 
 
 def fold_and_redraw(tensors: Adapter, number: int) -> Adapter:
     """Fold what is stacked, and begin the factors anew: the entries of the first A in an order drawn for each round,
     the same for all clients, and B zero."""
     if number == 0:
-        return tensors | put("first", {name: t for name, t in held(tensors).items() if ".lora_" in name})
+        return tensors | add_prefix("first", {name: t for name, t in select_prefix(tensors).items() if is_lora(name)})
     fresh = {}
-    for name, tensor in held(tensors, "first").items():
+    for name, tensor in select_prefix(tensors, "first").items():
         generator = torch.Generator().manual_seed(number)
         order = torch.randperm(tensor[0].numel(), generator=generator).to(tensor.device)
         fresh[name] = tensor.flatten(1)[:, order].view_as(tensor)
     return fold(tensors | fresh, "stacked")
 
 
-FLORA = replace(FEDEX, name="FLoRA", aggregate=stacked, settle=fold_and_redraw, keep_optimizer=False)
+FLORA = replace(FEDEX, name="FLoRA", aggregate=stacked, on_receive=fold_and_redraw, keep_optimizer=False)
 """The clients' factors are stacked, sent to all and folded into the frozen weights; every round begins with new factors
 (Wang et al., NeurIPS 2024, arXiv 2409.05976). After one round it is the exact mean of the clients' local models."""
 
@@ -189,8 +182,8 @@ def flexlora(ranks: Sequence[int] | None = None) -> Algorithm:
     def cut(stack: Adapter) -> Adapter:
         result = dict(stack)
         for name, tensor in stack.items():
-            if ranks is not None and ".lora_" in name:
-                dim = 1 if "lora_A" in name else 2
+            if ranks is not None and is_lora(name):
+                dim = rank_dim(name, tensor)
                 full, limit = torch.arange(tensor.shape[dim]), torch.tensor(ranks).unsqueeze(1)
                 if len(limit) != len(tensor) or limit.min() < 1 or limit.max() > len(full):
                     raise ValueError(f"ranks {list(ranks)}: {len(tensor)} numbers from 1 to {len(full)} are needed")
@@ -201,40 +194,40 @@ def flexlora(ranks: Sequence[int] | None = None) -> Algorithm:
     def aggregate(stack: Adapter, sizes: Tensor) -> Adapter:
         mean = mean_product(stack, sizes)
         for layer in lora_layers(stack):  # layers may differ in rank
-            a, b = (f"{layer}.lora_{factor}.weight" for factor in "AB")
-            mean |= compress({a: mean[a], b: mean[b]}, stack[a].shape[1])[0]
+            rank = factors(stack, layer)[0].shape[1]
+            mean |= compress({name: mean[name] for name in factor_names(layer)}, rank)[0]
         return cut(repeat_adapter(mean, len(sizes)))
 
     def bytes_of(message: Adapter, clients: int) -> Tensor:
-        heads = weigh({name: t for name, t in message.items() if is_head(name)}, clients)
-        one = {n: t.narrow(1 + ("lora_B" in n), 0, 1) for n, t in message.items() if ".lora_" in n}  # of rank 1
-        return heads + torch.tensor(ranks) * weigh(one, clients)
+        heads = message_bytes({name: t for name, t in message.items() if is_head(name)}, clients)
+        one = {n: t.narrow(rank_dim(n, t), 0, 1) for n, t in message.items() if is_lora(n)}  # of rank 1
+        return heads + torch.tensor(ranks) * message_bytes(one, clients)
 
     return replace(
         FEDIT,
         name="FlexLoRA",
-        start=cut,
+        init=cut,
         aggregate=aggregate,
-        federated=lambda tensors: client_adapter(held(tensors), ranks.index(max(ranks)) if ranks else 0),
+        federated_model=lambda tensors: client_adapter(select_prefix(tensors), ranks.index(max(ranks)) if ranks else 0),
         keep_optimizer=False,
-        weigh=weigh if ranks is None else bytes_of,
+        message_bytes=message_bytes if ranks is None else bytes_of,
     )
 
 
 # Part shared, part personal.
 
-FEDSA = Algorithm("FedSA-LoRA", travels=lambda name: is_shared(name) and "lora_A" in name)
-"""A travels, B (and the head) stays (Guo et al., ICLR 2025, arXiv 2410.01463). One client: local."""
+FEDSA = Algorithm("FedSA-LoRA", is_uploaded=lambda name: is_shared(name) and is_lora(name, "A"))
+"""A is uploaded, B (and the head) stays (Guo et al., ICLR 2025, arXiv 2410.01463). One client: local."""
 
-FEDPER = Algorithm("FedPer", travels=lambda name: is_shared(name) and not is_head(name))
-"""The body travels, the head stays (Arivazhagan et al., 2019, arXiv 1912.00818). Without a head: FedIT."""
+FEDPER = Algorithm("FedPer", is_uploaded=lambda name: is_shared(name) and not is_head(name))
+"""The body is uploaded, the head stays (Arivazhagan et al., 2019, arXiv 1912.00818). Without a head: FedIT."""
 
 
 def fedrep(head_share: float = 0.5) -> Algorithm:
     """FedPer whose clients train the head first and then the body, each with the other held (Collins et al., ICML
     2021, arXiv 2102.07078). With ``head_share=1`` only the head trains: local linear probing."""
-    head = Phase(trains=is_head, steps=lambda steps: round(head_share * steps))
-    body = Phase(trains=FEDPER.travels, steps=lambda steps: steps - round(head_share * steps))
+    head = Phase(is_trained=is_head, steps=lambda steps: round(head_share * steps))
+    body = Phase(is_trained=FEDPER.is_uploaded, steps=lambda steps: steps - round(head_share * steps))
     return replace(FEDPER, name="FedRep", phases=(head, body))
 
 
@@ -248,10 +241,10 @@ def is_own(name: str) -> bool:
 
 def own(tensors: Adapter) -> Adapter:
     """The personal adapter."""
-    return held(tensors, "own")
+    return select_prefix(tensors, "own")
 
 
-TWO = replace(FEDIT, start=lambda stack: stack | put("own", stack))
+TWO = replace(FEDIT, init=lambda stack: stack | add_prefix("own", stack))
 
 
 def ditto(strength: float = 0.1) -> Algorithm:
@@ -261,47 +254,51 @@ def ditto(strength: float = 0.1) -> Algorithm:
     def objective(f, tensors):
         return f(own(tensors)) + strength / 2 * squared_distance(tensors, "own")
 
-    phases = Phase(objective=shared_loss), Phase(trains=is_own, objective=objective)
-    return replace(TWO, name="Ditto", phases=phases, settle=keep_anchor, personal=own)
+    phases = Phase(objective=shared_loss), Phase(is_trained=is_own, objective=objective)
+    return replace(TWO, name="Ditto", phases=phases, on_receive=keep_anchor, personal_model=own)
 
 
 def apfl(weight: float = 0.5, adaptive: bool = True) -> Algorithm:
-    """The personal model is ``α v + (1 - α) w`` of an own and the shared model, mixed in the deltas; each step moves w
-    down its own loss, and v and (``adaptive``) α down the mixture's (Deng et al., 2020, arXiv 2003.13461).
+    """The personal model is ``λ w + (1 - λ) v`` of the shared and an own model, mixed in the deltas; each step moves w
+    down its own loss, and v and (``adaptive``) λ down the mixture's (Deng et al., 2020, arXiv 2003.13461, whose α is
+    1 - λ).
 
-    ``weight``: α at first; α is used as if cut to [0, 1]. Fixed, 1 is local and 0 FedIT.
+    ``weight``: λ at first; λ is used as if cut to [0, 1]. Fixed, 0 is local and 1 FedIT.
     """
 
     def mixed(tensors: Adapter) -> Adapter:
-        raw = tensors["alpha:"]
-        alpha = (raw + (raw.clamp(0, 1) - raw).detach())[..., 0]  # cut, and yet with the gradient of raw
-        return combine([own(tensors), {n: t.detach() for n, t in held(tensors).items()}], [alpha, 1 - alpha])
+        raw = tensors["weight:"]
+        cut = (raw + (raw.clamp(0, 1) - raw).detach())[..., 0]  # and yet with the gradient of raw
+        shared = {name: tensor.detach() for name, tensor in select_prefix(tensors).items()}
+        return combine_adapters([shared, own(tensors)], [cut, 1 - cut])
 
-    def start(stack: Adapter) -> Adapter:
+    def init(stack: Adapter) -> Adapter:
         some = next(iter(stack.values()))
-        return TWO.start(stack) | {"alpha:": some.new_full((len(some), 1), weight)}
+        return TWO.init(stack) | {"weight:": some.new_full((len(some), 1), weight)}
 
-    def trains(name: str) -> bool:
-        return is_shared(name) or is_own(name) or (adaptive and name == "alpha:")
+    def is_trained(name: str) -> bool:
+        return is_shared(name) or is_own(name) or (adaptive and name == "weight:")
 
-    phase = Phase(trains, lambda f, tensors: f(held(tensors)) + f(mixed(tensors)), models=2)
-    return replace(TWO, name="APFL", start=start, phases=(phase,), personal=mixed)
+    phase = Phase(is_trained, lambda f, tensors: f(select_prefix(tensors)) + f(mixed(tensors)), models=2)
+    return replace(TWO, name="APFL", init=init, phases=(phase,), personal_model=mixed)
 
 
 def feddpa(weight: float = 0.5) -> Algorithm:
     """FedDPA-T: in each round the own adapter trains beside the shared one as received, then the shared one alone; the
-    model is ``weight`` times the first plus ``1 - weight`` times the second (Yang et al., NeurIPS 2024, arXiv
+    model is ``weight`` times the shared one plus ``1 - weight`` times the own one (Yang et al., NeurIPS 2024, arXiv
     2403.19211). The weight stays that of the training: their weighting of each test instance by its similarity to
-    training data is not part of this. ``weight=1`` is local."""
+    training data is not part of this. ``weight=0`` is local."""
 
     def both(tensors: Adapter) -> Adapter:
-        return combine([own(tensors), held(tensors)], [weight, 1 - weight])
+        return combine_adapters([select_prefix(tensors), own(tensors)], [weight, 1 - weight])
 
-    return replace(TWO, name="FedDPA-T", phases=(Phase(trains=is_own), Phase(objective=shared_loss)), personal=both)
+    phases = Phase(is_trained=is_own), Phase(objective=shared_loss)
+    return replace(TWO, name="FedDPA-T", phases=phases, personal_model=both)
 
 
 def gated(adapted: AdaptedBackbone) -> AdaptedBackbone:
-    """The same backbone with LoRA layers that weigh stacked experts token by token; the weights are shared with it.
+    """The same backbone with LoRA layers that weigh stacked experts token by token; the weights are shared
+    with it.
 
     An adapter of n experts of the configuration's rank r has ``A`` of n r + n rows, the last n of which score the
     experts: ``W0 x + s Σ_k softmax(G x)_k B_k A_k x``. One expert is an ordinary LoRA, whatever its score.
@@ -309,8 +306,8 @@ def gated(adapted: AdaptedBackbone) -> AdaptedBackbone:
     shared = {id(tensor): tensor for tensor in (*adapted.model.parameters(), *adapted.model.buffers())}
     model = copy.deepcopy(adapted.model, shared)
     for layer in lora_layers(adapted.initial):
-        down = model.get_submodule(f"{layer}.lora_A.default")
-        rank, dim = adapted.initial[f"{layer}.lora_A.weight"].shape[0], -1 if isinstance(down, nn.Linear) else 1
+        down = model.get_submodule(layer).lora_A["default"]
+        rank, dim = len(factors(adapted.initial, layer)[0]), -1 if isinstance(down, nn.Linear) else 1
 
         def hook(module, inputs, output, rank=rank, dim=dim):
             experts = output.shape[dim] // (rank + 1)
@@ -325,7 +322,7 @@ def others(stack: Adapter, sizes: Tensor) -> Adapter:
     """The rest of the world of each client: the unweighted mean of the others' factors; nothing for one alone."""
     if len(sizes) == 1:
         return {}
-    return put("rest", {name: (tensor.sum(0) - tensor) / (len(sizes) - 1) for name, tensor in stack.items()})
+    return add_prefix("rest", {name: (tensor.sum(0) - tensor) / (len(sizes) - 1) for name, tensor in stack.items()})
 
 
 def fedalt() -> Algorithm:
@@ -336,24 +333,25 @@ def fedalt() -> Algorithm:
     the paper has not, stays too. One client has no rest of the world: local.
     """
 
-    def start(stack: Adapter) -> Adapter:
-        lora = {name: tensor for name, tensor in stack.items() if ".lora_" in name}
+    def init(stack: Adapter) -> Adapter:
+        lora = {name: tensor for name, tensor in stack.items() if is_lora(name)}
         experts = min(len(next(iter(stack.values()))), 2)
-        gate = {f"gate:{n}": t.new_zeros(len(t), experts, *t.shape[2:]) for n, t in lora.items() if "lora_A" in n}
-        return stack | gate | (put("rest", lora) if experts == 2 else {})
+        gate = {f"gate:{n}": t.new_zeros(len(t), experts, *t.shape[2:]) for n, t in lora.items() if is_lora(n, "A")}
+        return stack | gate | (add_prefix("rest", lora) if experts == 2 else {})
 
     def model(tensors: Adapter) -> Adapter:
-        result = beside(held(tensors), held(tensors, "rest"))
+        result = concat_ranks(select_prefix(tensors), select_prefix(tensors, "rest"))
         return result | {
-            name: torch.cat([result[name], gate], dim=gate.dim() % 2) for name, gate in held(tensors, "gate").items()
+            name: torch.cat([result[name], gate], dim=client_dims(gate))
+            for name, gate in select_prefix(tensors, "gate").items()
         }
 
     return Algorithm(
         "FedALT",
-        start=start,
-        phases=(Phase(trains=lambda name: is_shared(name) or name.startswith("gate:")),),
-        travels=FEDPER.travels,
+        init=init,
+        phases=(Phase(is_trained=lambda name: is_shared(name) or name.startswith("gate:")),),
+        is_uploaded=FEDPER.is_uploaded,
         aggregate=others,
-        personal=model,
+        personal_model=model,
         backbone=gated,
     )

@@ -10,8 +10,8 @@ where what LoRA adds is added in place, forwards and backwards. The same view gi
 of the adapter for every sample: an example's gradient in ``B`` is the product of the gradient in ``y`` with ``A x``
 over that example's own rows (Goodfellow, 2015, arXiv 1510.01799).
 
-It is exact for networks whose logits of an example do not depend on the rest of its batch. ``grouped`` refuses what it
-knows not to be one, and the first result for each kind of input is compared with that of ``vmap``.
+It is exact for networks whose logits of an example do not depend on the rest of its batch. ``as_one_batch`` refuses
+what it knows not to be one, and the first result for each kind of input is compared with that of ``vmap``.
 """
 
 from __future__ import annotations
@@ -27,21 +27,19 @@ from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 from torch.nn import functional as F
 
-from .adapters import AdaptedBackbone, Adapter
+from ..adapters import AdaptedBackbone, Adapter, factor_names, is_lora
 
-__all__ = ["Grouped", "grouped"]
-
-Tell = Callable[[str, Tensor, Tensor, Tensor | None], None]  # (layer, input, gradient of output, that times B)
-AGREED: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was compared, while the model lives
+OnBackward = Callable[[str, Tensor, Tensor, Tensor | None], None]  # (layer, input, gradient of output, that times B)
+COMPARED: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was compared, while the model lives
 
 
-def grouped(adapted: AdaptedBackbone) -> AdaptedBackbone | Grouped:
+def as_one_batch(adapted: AdaptedBackbone) -> AdaptedBackbone | OneBatch:
     """What ``vmap`` should map over the clients: the backbone in one batch if that can be, else the backbone itself.
 
     It can be in eval mode, with LoRA on ``nn.Linear`` layers only and every other trained tensor in one.
     """
     model = adapted.model
-    owners = {model.get_submodule(parameter.rpartition(".")[0]) for parameter in adapted.parameters.values()}
+    owners = {model.get_submodule(parameter.rpartition(".")[0]) for parameter in adapted.parameter_names.values()}
     layers = [model.get_submodule(layer) for layer in adapted.scaling]
     simple = (
         not model.training
@@ -55,14 +53,14 @@ def grouped(adapted: AdaptedBackbone) -> AdaptedBackbone | Grouped:
             for layer in layers
         )
     )
-    return Grouped(adapted) if simple else adapted
+    return OneBatch(adapted) if simple else adapted
 
 
 def _hooked(*modules: nn.Module) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
-class Grouped:
+class OneBatch:
     """``adapted`` for use under ``vmap`` over the clients, where all of them go through the network in one batch."""
 
     def __init__(self, adapted: AdaptedBackbone):
@@ -70,45 +68,46 @@ class Grouped:
         self.layers = {layer: adapted.model.get_submodule(layer) for layer in adapted.scaling}
         self.linears = {  # the directly trained layers, by the name of their tensors
             name.rpartition(".")[0]: adapted.model.get_submodule(parameter.rpartition(".")[0])
-            for name, parameter in adapted.parameters.items()
-            if ".lora_" not in name
+            for name, parameter in adapted.parameter_names.items()
+            if not is_lora(name)
         }
 
     def __repr__(self) -> str:
-        return f"Grouped({self.adapted!r})"
+        return f"OneBatch({self.adapted!r})"
 
     def __call__(self, adapter: Adapter, x: Tensor) -> Tensor:
-        return _OneBatch.apply(self, tuple(adapter), x, *adapter.values())
+        return _OneBatchFunction.apply(self, tuple(adapter), x, *adapter.values())
 
     def logits(self, stack: Adapter, x: Tensor) -> Tensor:
         """The logits ``(C, B, classes)`` of a stack on ``x`` ``(C, B, ...)``: in one batch, unless that disagrees."""
-        return self.in_one_batch(stack, x) if self.agrees(stack, x) else vmap(self.adapted)(stack, x)
+        return self.in_one_batch(stack, x) if self.matches_vmap(stack, x) else vmap(self.adapted)(stack, x)
 
-    def in_one_batch(self, stack: Adapter, x: Tensor, tell: Tell | None = None) -> Tensor:
-        """The logits ``(C, B, classes)``; in the backward pass every adapted layer calls ``tell``."""
+    def in_one_batch(self, stack: Adapter, x: Tensor, on_backward: OnBackward | None = None) -> Tensor:
+        """The logits ``(C, B, classes)``; in the backward pass every adapted layer calls ``on_backward``."""
         stack = {name: tensor.to(self.initial[name].dtype) for name, tensor in stack.items()}
         for layer, scaling in self.adapted.scaling.items():  # B is small, what it writes is not
-            stack[f"{layer}.lora_B.weight"] = stack[f"{layer}.lora_B.weight"] * scaling
-        with _replaced(self._forwards(stack, tell)):
+            name_b = factor_names(layer)[1]
+            stack[name_b] = stack[name_b] * scaling
+        with _replaced(self._forwards(stack, on_backward)):
             logits = self.adapted.model(x.flatten(0, 1))
         return logits.unflatten(0, x.shape[:2])
 
-    def _forwards(self, stack: Adapter, tell: Tell | None) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    def _forwards(self, stack: Adapter, on_backward: OnBackward | None) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
         """The forward of every module that has weights of its own for each client."""
 
         def lora(name: str, layer: LoraLinear) -> Callable[[Tensor], Tensor]:
-            a, b, base = stack[f"{name}.lora_A.weight"], stack[f"{name}.lora_B.weight"], layer.base_layer
-            note = tell and partial(tell, name)
-            return lambda x: _LoRA.apply(*_autocast(x, base.weight, base.bias, a, b), note)
+            (a, b), base = (stack[factor] for factor in factor_names(name)), layer.base_layer
+            callback = on_backward and partial(on_backward, name)
+            return lambda x: _LoRA.apply(*_autocast(x, base.weight, base.bias, a, b), callback)
 
         def linear(name: str) -> Callable[[Tensor], Tensor]:
             weight, bias = stack[f"{name}.weight"], stack.get(f"{name}.bias")
 
             def forward(x: Tensor) -> Tensor:
-                y = _rows(x, weight) @ weight.mT
+                y = _by_client(x, weight) @ weight.mT
                 y = (y if bias is None else y + bias.unsqueeze(1)).reshape(*x.shape[:-1], -1)
-                if tell is not None:
-                    y.register_hook(lambda grad: tell(name, x.detach(), grad, None))
+                if on_backward is not None:
+                    y.register_hook(lambda grad: on_backward(name, x.detach(), grad, None))
                 return y
 
             return forward
@@ -118,10 +117,10 @@ class Grouped:
         }
 
     @torch.no_grad()
-    def agrees(self, stack: Adapter, x: Tensor) -> bool:
+    def matches_vmap(self, stack: Adapter, x: Tensor) -> bool:
         """Whether two clients with random adapters get the logits that ``vmap`` gives them; asked once per model and
         kind of input. A network that does not keep the batch on dim 0, or lets examples see each other, fails here."""
-        known, two = AGREED.setdefault(self.adapted.model, {}), min(len(x), 2)
+        known, two = COMPARED.setdefault(self.adapted.model, {}), min(len(x), 2)
         key = (tuple(stack), x.shape[2:], x.dtype, x.device, two)
         if key not in known:
             generator = torch.Generator().manual_seed(0)
@@ -139,43 +138,40 @@ class Grouped:
                     known[key] = False
         return known[key]
 
-    def per_sample_gradients(self, stack: Adapter, x: Tensor, y: Tensor, *, out: Tensor) -> None:
-        """Write each example's gradient of its own cross-entropy into ``out``, ``(C, N, P)``.
+    def per_sample_gradients(self, stack: Adapter, x: Tensor, y: Tensor) -> Tensor:
+        """Each example's gradient of its own cross-entropy, ``(C, N, P)``.
 
         One backward pass, in which every adapted layer adds a product per example as soon as its output's gradient is
-        there. It stands on ``in_one_batch``: ask ``agrees`` first.
+        there. It stands on ``in_one_batch``: ask ``matches_vmap`` first.
         """
-        place = dict(zip(stack, out.split([tensor[0].numel() for tensor in stack.values()], dim=2)))
-        untouched, examples = set(place), x.shape[:2].numel()
+        sizes = [tensor[0].numel() for tensor in stack.values()]
+        out = x.new_zeros(*y.shape, sum(sizes), dtype=next(iter(stack.values())).dtype)
+        place, examples = dict(zip(stack, out.split(sizes, dim=2))), y.numel()
 
-        def add(name: str, grad: Tensor) -> None:
-            if name in untouched:
-                place[name].copy_(grad.view(place[name].shape))
-                untouched.remove(name)
-            else:  # a layer that was called before
-                place[name] += grad.view(place[name].shape)
+        def add(name: str, grad: Tensor) -> None:  # also where a layer is called twice
+            place[name] += grad.view(place[name].shape)
 
-        def tell(name: str, read: Tensor, grad: Tensor, back: Tensor | None) -> None:
+        def on_backward(name: str, read: Tensor, grad: Tensor, back: Tensor | None) -> None:
             read, grad = (t.reshape(examples, -1, t.shape[-1]) for t in (read, grad))  # (C N, T, in), (C N, T, out)
             if back is None:
                 add(f"{name}.weight", grad.mT @ read)
                 if f"{name}.bias" in place:
                     add(f"{name}.bias", grad.sum(1))
             else:
-                a = stack[f"{name}.lora_A.weight"].to(read.dtype) * self.adapted.scaling[name]
-                hidden = (_rows(read, a) @ a.mT).view(examples, -1, a.shape[1])  # (C N, T, r)
-                add(f"{name}.lora_A.weight", back.view(hidden.shape).mT @ read)
-                add(f"{name}.lora_B.weight", grad.mT @ hidden)
+                name_a, name_b = factor_names(name)
+                a = stack[name_a].to(read.dtype) * self.adapted.scaling[name]
+                hidden = (_by_client(read, a) @ a.mT).view(examples, -1, a.shape[1])  # (C N, T, r)
+                add(name_a, back.view(hidden.shape).mT @ read)
+                add(name_b, grad.mT @ hidden)
 
         with torch.enable_grad():
-            trained = {n: t.detach().requires_grad_(".lora_B." in n) for n, t in stack.items()}  # so that all is asked
-            logits = self.in_one_batch(trained, x, tell)
+            trained = {n: t.detach().requires_grad_(is_lora(n, "B")) for n, t in stack.items()}  # so that all is asked
+            logits = self.in_one_batch(trained, x, on_backward)
             F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").backward()
-        for name in untouched:
-            place[name].zero_()
+        return out
 
 
-def _rows(x: Tensor, stack: Tensor) -> Tensor:
+def _by_client(x: Tensor, stack: Tensor) -> Tensor:
     """``x`` of ``(C * B, ..., n)`` with the clients apart: ``(C, rows, n)``."""
     return x.reshape(len(stack), -1, x.shape[-1])
 
@@ -191,28 +187,28 @@ def _autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
 class _LoRA(torch.autograd.Function):
     """``x W0ᵀ + bias + (x Aᵀ) Bᵀ`` with A and B of each client's own; both additions write into what is there.
 
-    ``tell(x, grad, grad B)`` replaces the gradients in A and B where it is given.
+    ``on_backward(x, grad, grad B)`` replaces the gradients in A and B where it is given.
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, tell: Callable | None) -> Tensor:
-        rows = _rows(x, a)
+    def forward(x, weight, bias, a, b, on_backward):
+        rows = _by_client(x, a)
         return F.linear(rows, weight, bias).baddbmm_(rows @ a.mT, b.mT).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, weight, _, a, b, ctx.tell = inputs
+        x, weight, _, a, b, ctx.on_backward = inputs
         ctx.save_for_backward(x, weight, a, b)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, a, b = ctx.saved_tensors
-        rows, grad, need = _rows(x, a), _rows(grad, b), ctx.needs_input_grad
+        rows, grad, need = _by_client(x, a), _by_client(grad, b), ctx.needs_input_grad
         back = grad @ b  # (C, rows, r)
         grad_a = grad_b = None
-        if ctx.tell is not None:
-            ctx.tell(x, grad, back)
+        if ctx.on_backward is not None:
+            ctx.on_backward(x, grad, back)
         else:
             grad_a = back.mT @ rows if need[3] else None
             grad_b = grad.mT @ (rows @ a.mT) if need[4] else None
@@ -220,14 +216,14 @@ class _LoRA(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None
 
 
-class _OneBatch(torch.autograd.Function):
+class _OneBatchFunction(torch.autograd.Function):
     """The backbone with a rule of its own for ``vmap``: there all clients are at hand, and autograd follows the rule.
 
     Under other transforms, such as a ``torch.func.grad`` in an objective, derivatives are those of the backbone.
     """
 
     @staticmethod
-    def forward(runner: Grouped, names: tuple[str, ...], x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(runner: OneBatch, names: tuple[str, ...], x: Tensor, *tensors: Tensor) -> Tensor:
         return runner.adapted(dict(zip(names, tensors)), x)
 
     @staticmethod
@@ -243,12 +239,12 @@ class _OneBatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        function, tensors = _OneBatch._function(ctx)
+        function, tensors = _OneBatchFunction._function(ctx)
         return None, None, None, *vjp(function, *tensors)[1](grad)
 
     @staticmethod
     def jvp(ctx, runner, names, x, *tangents):
-        function, tensors = _OneBatch._function(ctx)
+        function, tensors = _OneBatchFunction._function(ctx)
         tangents = tuple(torch.zeros_like(t) if tangent is None else tangent for t, tangent in zip(tensors, tangents))
         return jvp(function, tensors, tangents)[1]
 

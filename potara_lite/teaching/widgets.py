@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .plots import colour
 
-__all__ = ["weight_slider"]
-
 RING = '<circle cx="{:.1f}" cy="{:.1f}" r="8" fill="none" stroke="#d00000" stroke-width="2"/>'
 
 

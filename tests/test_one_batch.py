@@ -4,19 +4,20 @@ import copy
 
 import pytest
 import torch
+from conftest import train_one_by_one
 from peft import LoraConfig
 from torch import nn
 from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
 
 from potara_lite.adapters import attach, client_adapter, flatten, repeat_adapter, unflatten
-from potara_lite.algorithms import fedalt, gated
-from potara_lite.batching import each, plan
-from potara_lite.fisher import per_sample_gradients
-from potara_lite.grouped import Grouped, grouped
+from potara_lite.engine.batching import Execution, map_clients, plan
+from potara_lite.engine.gradients import per_sample_gradients
+from potara_lite.engine.one_batch import OneBatch, as_one_batch
+from potara_lite.engine.training import evaluate, train
+from potara_lite.field.algorithms import fedalt, gated
+from potara_lite.field.rounds import run_algorithm
 from potara_lite.merging import merge_exact
-from potara_lite.rounds import run
-from potara_lite.training import evaluate, train, train_sequentially
 
 OPTIONS = dict(steps=4, batch_size=4, lr=2e-3, seed=3)
 
@@ -101,12 +102,15 @@ def test_logits_gradients_and_training_are_those_of_each_client_alone(kind, fede
     stack, split = random_stack(adapted, 3, seed=0, scale=0.7), federation64.train
     flat, x = flatten(stack).requires_grad_(), split.x[:, :4]
     like = client_adapter(stack, 0)
-    together, alone = each(grouped(adapted), unflatten(flat, like), x), one_by_one(adapted, unflatten(flat, like), x)
+    together, alone = (
+        map_clients(as_one_batch(adapted), unflatten(flat, like), x),
+        one_by_one(adapted, unflatten(flat, like), x),
+    )
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
     weights = torch.randn(together.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     one, two = (torch.autograd.grad((weights * logits).sum(), flat)[0] for logits in (together, alone))
     torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
-    trained, oracle = train(adapted, stack, split, **OPTIONS), train_sequentially(adapted, stack, split, **OPTIONS)
+    trained, oracle = train(adapted, stack, split, **OPTIONS), train_one_by_one(adapted, stack, split, **OPTIONS)
     torch.testing.assert_close(flatten(trained.adapters), flatten(oracle.adapters), rtol=1e-9, atol=1e-12)
 
 
@@ -115,7 +119,7 @@ def test_logits_gradients_and_training_are_those_of_each_client_alone(kind, fede
 def test_per_sample_gradients_are_those_of_each_example_alone(kind, federation64, random_stack, chunk_size):
     adapted = attached(kind)
     stack, split = random_stack(adapted, 3, seed=1, scale=0.7), federation64.train
-    gradients = per_sample_gradients(adapted, stack, split, chunk_size=chunk_size)
+    gradients = per_sample_gradients(adapted, stack, split, execution=Execution(chunk_size=chunk_size))
     for client, n in enumerate(split.sizes.tolist()):
         x, y = split.client(client)
         for i in range(n):
@@ -130,35 +134,36 @@ def test_per_sample_gradients_are_those_of_each_example_alone(kind, federation64
 
 def test_a_network_that_disagrees_gets_chunks_for_copies_of_the_adapter(federation64, random_stack, monkeypatch):
     """Ten rows of the adapter for each sample, as for a network that is refused at sight."""
-    from potara_lite import fisher
+    from potara_lite.engine import gradients
 
-    refused, own, chunks = attached(SequenceFirst), fisher.losses, []
+    refused, own, chunks = attached(SequenceFirst), gradients.losses, []
     refused.model.get_submodule("base_model.model.fc1").register_forward_hook(lambda module, inputs, output: None)
+    small = Execution(memory_bytes=2**15)
     for adapted in (attached(SequenceFirst), refused):
         seen = []
         monkeypatch.setattr(
-            fisher, "losses", lambda *args, seen=seen, **rest: seen.append(len(args[2])) or own(*args, **rest)
+            gradients, "losses", lambda *args, seen=seen, **rest: seen.append(len(args[2])) or own(*args, **rest)
         )
         stack = random_stack(adapted, 3, seed=1)
-        per_sample_gradients(adapted, stack, federation64.train, memory=2**15)
+        per_sample_gradients(adapted, stack, federation64.train, execution=small)
         chunks.append(seen)
     x = federation64.train.x.flatten(0, 1).unsqueeze(1)
-    _, expected = plan(refused, refused, stack, x, batch_size=1, backward=True, memory=2**15, rows=10)
+    expected = plan(refused, stack, x, batch_size=1, backward=True, execution=small, adapter_copies=10).chunks
     assert chunks[0] == chunks[1] and max(chunks[0]) == expected[0].stop < 13
 
 
 def test_it_is_taken_where_it_should_be(adapted64, federation64, random_stack):
     for adapted in (adapted64, attached(), attached(Twice)):
-        forward = grouped(adapted)
-        assert isinstance(forward, Grouped)
-        assert forward.agrees(random_stack(adapted, 3, seed=0), federation64.train.x)
+        forward = as_one_batch(adapted)
+        assert isinstance(forward, OneBatch)
+        assert forward.matches_vmap(random_stack(adapted, 3, seed=0), federation64.train.x)
 
 
 def test_it_is_not_taken_where_it_would_be_wrong(federation64, random_stack):
     for kind in (SequenceFirst, Coupled):
         adapted = attached(kind)
-        forward, stack = grouped(adapted), random_stack(adapted, 3, seed=0)
-        assert not forward.agrees(stack, federation64.train.x)
+        forward, stack = as_one_batch(adapted), random_stack(adapted, 3, seed=0)
+        assert not forward.matches_vmap(stack, federation64.train.x)
         wrong = forward.in_one_batch(stack, federation64.train.x)
         assert (wrong - one_by_one(adapted, stack, federation64.train.x)).abs().max() > 1e-3
 
@@ -174,7 +179,7 @@ def test_what_cannot_be_told_apart_by_rows_is_left_to_vmap():
     config = LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["norm"])
     convolution = attach(nn.Sequential(nn.Conv2d(1, 4, 28), nn.Flatten(), nn.Linear(4, 4)), targets=["0"], head="2")
     for adapted in (training, hooked, merged, off, attached(Normed, config=config), convolution, gated(plain)):
-        assert grouped(adapted) is adapted
+        assert as_one_batch(adapted) is adapted
 
 
 def test_merged_models_of_any_rank_are_evaluated(adapted64, federation64, random_stack):
@@ -203,9 +208,9 @@ def sharp(f, tensors):
 @pytest.mark.parametrize("objective", [maml, sharp])
 def test_objectives_may_differentiate(adapted64, federation64, random_stack, objective):
     stack, split = random_stack(adapted64, 3, seed=4), federation64.train
-    assert isinstance(grouped(adapted64), Grouped)
+    assert isinstance(as_one_batch(adapted64), OneBatch)
     together = train(adapted64, stack, split, objective=objective, **OPTIONS)
-    alone = train(adapted64, stack, split, objective=objective, at_once=False, **OPTIONS)
+    alone = train(adapted64, stack, split, objective=objective, execution=Execution(vectorize=False), **OPTIONS)
     torch.testing.assert_close(together.losses, alone.losses, rtol=1e-9, atol=0)
     torch.testing.assert_close(flatten(together.adapters), flatten(alone.adapters), rtol=1e-9, atol=1e-12)
     plain = train(adapted64, stack, split, **OPTIONS)
@@ -215,7 +220,7 @@ def test_objectives_may_differentiate(adapted64, federation64, random_stack, obj
 def test_some_clients_may_share_what_does_not_vary(adapted64, federation64, random_adapter):
     """An adapter or examples without a client dimension are everybody's."""
     adapter, x = random_adapter(adapted64, seed=5), federation64.train.x[:, :2]
-    logits = vmap(grouped(adapted64), in_dims=(None, 0))(adapter, x)
+    logits = vmap(as_one_batch(adapted64), in_dims=(None, 0))(adapter, x)
     expected = torch.stack([adapted64(adapter, one) for one in x])
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-12)
 
@@ -224,7 +229,7 @@ def test_called_alone_it_is_the_backbone(adapted64, federation64, random_adapter
     adapter, x = random_adapter(adapted64, seed=6), federation64.train.x[0, :2]
     flat = flatten({name: t.unsqueeze(0) for name, t in adapter.items()}).requires_grad_()
     slopes = []
-    for forward in (adapted64, grouped(adapted64)):
+    for forward in (adapted64, as_one_batch(adapted64)):
         one = {name: t[0] for name, t in unflatten(flat, adapter).items()}
         slopes.append(torch.autograd.grad(forward(one, x).square().sum(), flat)[0])
     torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
@@ -237,9 +242,9 @@ def test_the_network_is_as_it_was_even_after_a_failure(federation64, random_stac
     layer.forward = own  # an instance's own forward, as some libraries put there
     before = {name: dict(vars(module)) for name, module in adapted.model.named_modules()}
     stack = random_stack(adapted, 3, seed=7)
-    each(grouped(adapted), stack, federation64.train.x)
+    map_clients(as_one_batch(adapted), stack, federation64.train.x)
     with pytest.raises(RuntimeError):
-        grouped(adapted).in_one_batch(stack, federation64.train.x[..., :20])
+        as_one_batch(adapted).in_one_batch(stack, federation64.train.x[..., :20])
     for name, module in adapted.model.named_modules():
         assert vars(module).get("forward") is before[name].get("forward")
     assert layer.forward is own
@@ -254,18 +259,18 @@ def test_adapters_in_bf16_give_gradients_in_bf16(adapted, federation, random_sta
 
 def test_an_adapter_behind_a_gate_trains_by_vmap(adapted64, federation64):
     """FedALT's gates stand between A and B, which rows alone do not see."""
-    result = run(fedalt(), adapted64, federation64.train, rounds=1, local_steps=1, batch_size=4, lr=1e-2)
-    assert grouped(result.adapted) is result.adapted
+    result = run_algorithm(fedalt(), adapted64, federation64.train, rounds=1, local_steps=1, batch_size=4, lr=1e-2)
+    assert as_one_batch(result.adapted) is result.adapted
 
 
 def test_an_objective_that_differentiates_is_given_a_quarter_of_the_clients(adapted, federation):
     stack, x = repeat_adapter(adapted.initial, 100), federation.train.x[:1].expand(100, -1, -1, -1, -1)
 
-    def chunk(forward):
-        _, chunks = plan(adapted, forward, stack, x, batch_size=4, backward=True, memory=4e6)
-        return chunks[0].stop
+    def chunk(function=None):
+        options = dict(batch_size=4, backward=True, execution=Execution(memory_bytes=4e6))
+        return plan(adapted, stack, x, function=function, **options).chunks[0].stop
 
-    whole, quarter = chunk(adapted), chunk(lambda tensors, x: maml(lambda adapter: adapted(adapter, x).sum(), tensors))
+    whole, quarter = chunk(), chunk(lambda tensors, x: maml(lambda adapter: adapted(adapter, x).sum(), tensors))
     assert quarter > 1 and whole / quarter == pytest.approx(4, rel=0.2)
 
 
@@ -276,5 +281,5 @@ def test_an_objective_that_vmap_cannot_take_runs_client_by_client(adapted64, fed
     stack, split = random_stack(adapted64, 3, seed=9, scale=1.0), federation64.train
     with pytest.warns(UserWarning, match="one after another"):
         trained = train(adapted64, stack, split, objective=clipped, **OPTIONS)
-    alone = train(adapted64, stack, split, objective=clipped, at_once=False, **OPTIONS)
+    alone = train(adapted64, stack, split, objective=clipped, execution=Execution(vectorize=False), **OPTIONS)
     torch.testing.assert_close(flatten(trained.adapters), flatten(alone.adapters), rtol=1e-9, atol=1e-12)

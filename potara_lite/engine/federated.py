@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapters import AdaptedBackbone, Adapter, nbytes, repeat_adapter
-from .data import Split
-from .training import OptimizerState, flatten, train
-
-__all__ = ["Federated", "Ledger", "average", "fedit", "participants"]
+from ..adapters import AdaptedBackbone, Adapter, adapter_bytes, flatten, repeat_adapter
+from ..data import Split
+from .training import OptimizerState, train
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Federated:
     state: OptimizerState
 
 
-def average(stack: Adapter, weights: Tensor) -> Adapter:
+def weighted_average(stack: Adapter, weights: Tensor) -> Adapter:
     """The weighted mean over the clients, tensor by tensor: FedAvg (McMahan et al., 2017) on the factors and the head.
 
     The mean of the factors is not the mean of the deltas: ``mean(B) mean(A) != mean(B A)``.
@@ -102,12 +100,13 @@ def fedit(
     Each round the participants download the adapter, take ``local_steps`` steps and upload theirs; at the end every
     client downloads the result. ``keep_optimizer``: each client goes on with the AdamW state of its own last round
     (it stays with the client and costs no bytes); otherwise every round starts afresh. ``training`` goes to
-    ``train`` (lr, batch_size, clip, chunk_size, …). ``adapter``, ``state`` and ``start`` (the rounds already behind) go
-    on with an earlier run. With one client and the optimiser kept, this is local training.
+    ``train`` (lr, batch_size, clip, execution, …). ``adapter``, ``state`` and ``start`` (the rounds already behind) go
+    on with an earlier run. With one client and the optimiser kept, this is local training. ``field`` has the same
+    method as a declaration beside the others, ``run_algorithm(FEDIT, ...)``; this function can go on with a run.
     """
     adapter, clients = adapted.initial if adapter is None else adapter, len(split)
-    size, paid, history = nbytes(adapter), [], []
-    memory = OptimizerState.zeros(flatten(repeat_adapter(adapter, clients))) if state is None else state
+    message_bytes, by_round, history = adapter_bytes(adapter), [], []
+    state = OptimizerState.zeros(flatten(repeat_adapter(adapter, clients))) if state is None else state
     for number in tqdm(range(start, start + rounds), disable=not progress, unit="round", desc="federated"):
         chosen = participants(split.ids, participation, seed, number)
         part = split.rows(chosen.tolist())
@@ -117,15 +116,16 @@ def fedit(
             part,
             steps=local_steps,
             start=number * local_steps,
-            state=memory.rows(chosen.to(memory.steps.device)) if keep_optimizer else None,
+            state=state.rows(chosen) if keep_optimizer else None,
             seed=(seed, 0),
             **training,
         )
-        adapter = average(result.adapters, part.sizes)
+        adapter = weighted_average(result.adapters, part.sizes)
         if keep_optimizer:
-            memory = memory.put(chosen.to(memory.steps.device), result.state)
-        paid.append(Ledger.zeros(clients).add(chosen, up=size, down=size, steps=local_steps))
+            state = state.replace_rows(chosen, result.state)
+        by_round.append(Ledger.zeros(clients).add(chosen, up=message_bytes, down=message_bytes, steps=local_steps))
         history.append(torch.full((clients,), torch.nan).index_copy(0, chosen, result.losses.mean(1).float().cpu()))
-    paid = Ledger.by_round([*paid, Ledger.zeros(clients).add(torch.arange(clients), down=size)])
+    last_download = Ledger.zeros(clients).add(torch.arange(clients), down=message_bytes)
+    ledger = Ledger.by_round([*by_round, last_download])
     losses = torch.stack(history) if history else torch.zeros(0, clients)
-    return Federated(adapter, paid.total(), paid, losses, memory)
+    return Federated(adapter, ledger.total(), ledger, losses, state)

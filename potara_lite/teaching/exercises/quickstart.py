@@ -10,8 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["check_best_single_weight"]
-
 
 def check_best_single_weight(function: Callable[[Tensor, Tensor], float]) -> str:
     """Notebook 00: the one mixing weight with the smallest mean loss, from weights ``(W,)`` and losses ``(C, W)``.

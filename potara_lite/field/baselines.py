@@ -5,7 +5,7 @@ zero). All functions take K stacks, such as ``[federated, local]``, and give a s
 
 - task arithmetic and RegMean stay low-rank, exactly: ranks are stacked;
 - Fisher merging works on the coordinates it is given: on the factors as they are, or on the deltas in the full-rank
-  form of ``from_delta``;
+  form of ``adapter_from_delta``;
 - TIES and DARE work on vectors; ``merge_deltas`` brings any such function to the deltas, and its result has full rank.
 
 ``compress`` cuts a result to a small rank and reports the relative error. Uniform merging is ``merge_exact(…, 0.5)``.
@@ -19,17 +19,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .adapters import AdaptedBackbone, Adapter, check_same_base, client_adapter, delta, flatten, lora_layers, unflatten
-from .data import Split
-from .merging import combine, from_delta
-
-__all__ = ["dare", "fisher_merge", "layer_grams", "merge_deltas", "regmean", "task_arithmetic", "ties"]
+from ..adapters import (
+    AdaptedBackbone,
+    Adapter,
+    adapter_from_delta,
+    check_same_base,
+    client_adapter,
+    delta,
+    factor_names,
+    flatten,
+    is_lora,
+    layer_of,
+    lora_layers,
+    unflatten,
+)
+from ..data import Split
+from ..merging import combine_adapters
 
 
 def task_arithmetic(models: Sequence[Adapter], coefficient: float) -> Adapter:
     """``coefficient`` times the sum of the task vectors (Ilharco et al., ICLR 2023, arXiv 2212.04089); ``1 / K`` is the
     mean. Exact, of rank K r."""
-    return combine(models, [coefficient] * len(models))
+    return combine_adapters(models, [coefficient] * len(models))
 
 
 def fisher_merge(models: Sequence[Adapter], fishers: Sequence[Tensor]) -> Adapter:
@@ -38,7 +49,7 @@ def fisher_merge(models: Sequence[Adapter], fishers: Sequence[Tensor]) -> Adapte
 
     ``fishers``: a matrix ``(C, P)`` per model, from ``diagonal_fisher``. Equal Fishers give the mean, and so do
     coordinates on which all of them are zero. On the factors the result depends on their basis; for a merge of the
-    deltas write the models and their Fishers in the form of ``from_delta``, where a factor is the identity for all.
+    deltas write the models and their Fishers in the form of ``adapter_from_delta``, where one factor is the identity.
 
     Raises ``ValueError`` for a negative Fisher or one of another shape.
     """
@@ -61,10 +72,10 @@ def layer_grams(
     ``X`` has a row per token of the client's examples, seen through the client's own model. Raises ``ValueError`` for
     convolutions.
     """
-    heads = [name for name, tensor in adapters.items() if ".lora_" not in name and tensor.dim() == 3]
+    heads = [name for name, tensor in adapters.items() if not is_lora(name) and tensor.dim() == 3]
     layers, grams = lora_layers(adapters) + [name.removesuffix(".weight") for name in heads], []
     for layer in lora_layers(adapters):
-        if adapters[f"{layer}.lora_A.weight"].dim() != 3:
+        if adapters[factor_names(layer)[0]].dim() != 3:
             raise ValueError(f"{layer}: RegMean is defined for linear layers only")
     for client in range(len(split)):
         x, _ = split.client(client)
@@ -98,19 +109,21 @@ def regmean(models: Sequence[Adapter], grams: Sequence[dict[str, Tensor]], off_d
     zero (a pseudo-inverse). Weights without a Gram (biases) are averaged. Equal Grams give the mean.
     """
     check_same_base(*models)
-    moved = [dict(model) for model in models]
+    # shrink: the Grams' entries off the diagonal
     shrunk = [{n: off_diagonal * g + (1 - off_diagonal) * _diagonal(g) for n, g in gram.items()} for gram in grams]
-    for name in models[0]:
-        if name.endswith(".lora_B.weight"):
-            continue
-        layer = name.removesuffix(".weight").removesuffix(".lora_A")
-        inverse = torch.linalg.pinv(sum(gram[layer] for gram in shrunk), hermitian=True) if layer in shrunk[0] else None
-        for k, model in enumerate(models):
-            if inverse is None or name.endswith(".bias"):
-                moved[k][name] = model[name] / len(models)
-            else:
-                moved[k][name] = (model[name].double() @ shrunk[k][layer] @ inverse).to(model[name])
-    return combine(moved, [1.0] * len(moved))
+    # solve: G_k (Σ G)⁻¹ for every layer that has Grams
+    totals = {layer: sum(gram[layer] for gram in shrunk) for layer in shrunk[0]}
+    inverses = {layer: torch.linalg.pinv(total, hermitian=True) for layer, total in totals.items()}
+    # apply: to A and to the head's weight; B stays, everything else is averaged
+    moved = [dict(model) for model in models]
+    for k, model in enumerate(models):
+        for name, tensor in model.items():
+            layer = layer_of(name).removesuffix(".weight")
+            if layer in inverses and not is_lora(name, "B") and not name.endswith(".bias"):
+                moved[k][name] = (tensor.double() @ shrunk[k][layer] @ inverses[layer]).to(tensor)
+            elif not is_lora(name):
+                moved[k][name] = tensor / len(models)
+    return combine_adapters(moved, [1.0] * len(moved))
 
 
 def _diagonal(gram: Tensor) -> Tensor:
@@ -128,7 +141,7 @@ def merge_deltas(models: Sequence[Adapter], scaling: dict[str, float], function:
     check_same_base(*models)
     changes = [delta(model, scaling) for model in models]
     merged = function(torch.stack([flatten(change) for change in changes]))
-    return from_delta(unflatten(merged, client_adapter(changes[0], 0)), scaling, models[0])
+    return adapter_from_delta(unflatten(merged, client_adapter(changes[0], 0)), scaling, models[0])
 
 
 def ties(vectors: Tensor, density: float = 0.2, coefficient: float = 1.0) -> Tensor:
@@ -144,10 +157,14 @@ def ties(vectors: Tensor, density: float = 0.2, coefficient: float = 1.0) -> Ten
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], not {density}")
+    # trim: the largest entries of each vector
     kept = max(1, round(density * vectors.shape[-1]))
-    least = vectors.abs().topk(kept, dim=-1).values[..., -1:]
-    trimmed = torch.where(vectors.abs() >= least, vectors, 0)
-    agree = (trimmed.sign() == trimmed.sum(0).sign()) & (trimmed != 0)
+    smallest_kept = vectors.abs().topk(kept, dim=-1).values[..., -1:]
+    trimmed = torch.where(vectors.abs() >= smallest_kept, vectors, 0)
+    # elect: the sign of each coordinate's sum
+    majority_sign = trimmed.sum(0).sign()
+    # disjoint merge: the mean of those that agree with it
+    agree = (trimmed.sign() == majority_sign) & (trimmed != 0)
     return coefficient * (trimmed * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
@@ -160,6 +177,8 @@ def dare(vectors: Tensor, drop: float = 0.9, seed: int = 0) -> Tensor:
     """
     if not 0 <= drop < 1:
         raise ValueError(f"drop must be in [0, 1), not {drop}")
+    # drop: entries drawn for each model
     draws = [np.random.default_rng([seed, k]).random(vectors.shape[-1]) for k in range(len(vectors))]
-    stays = torch.from_numpy(np.stack(draws) >= drop).view(len(vectors), *[1] * (vectors.dim() - 2), -1)
-    return torch.where(stays.to(vectors.device), vectors / (1 - drop), 0)
+    kept = torch.from_numpy(np.stack(draws) >= drop).view(len(vectors), *[1] * (vectors.dim() - 2), -1)
+    # rescale: so that the expectation stays
+    return torch.where(kept.to(vectors.device), vectors / (1 - drop), 0)

@@ -10,17 +10,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .benchmark import ORACLE
-from .data import Split
-
-__all__ = ["COLOURS", "along_weight", "frontier", "frontiers", "label_counts", "overview"]
+from ..data import Split
 
 COLOURS = {  # Okabe & Ito's palette, safe for colour-blind readers
     "federated": "#0072B2",
     "local": "#D55E00",
     "uniform": "#999999",
     "potara-paper": "#CC79A7",
-    "potara": "#009E73",
+    "potara-calibrated": "#009E73",
     "oracle": "#000000",
     "predicted": "#009E73",
     "bound": "#CC79A7",
@@ -97,7 +94,7 @@ def _curves(panels, weights: Tensor, values: Tensor, chosen: Mapping[str, Chosen
 
 
 def frontier(table: pd.DataFrame) -> Figure:
-    """Mean client accuracy against megabytes per client, from ``benchmark.summary``; bars are standard errors."""
+    """Mean client accuracy against megabytes per client, from ``results.summary``; bars are standard errors."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     _frontier(figure.subplots(), table)
     return figure
@@ -116,24 +113,24 @@ def _frontier(panel, table: pd.DataFrame) -> None:
 
 
 def frontiers(
-    board: pd.DataFrame, efficient: pd.Series, highlight: str = "potara", references: Collection[str] = (ORACLE,)
+    board: pd.DataFrame, front: pd.Series, highlight: str = "potara-calibrated", references: Collection[str] = ()
 ) -> Figure:
-    """A panel per federation of a ``sweep.leaderboard``: mean client accuracy against megabytes per client.
+    """A panel per federation of a ``results.leaderboard``: mean client accuracy against megabytes per client.
 
-    The line joins the ``efficient`` methods. They and ``highlight`` are named and have standard errors over seeds as
-    bars; ``references`` are left out.
+    The line joins the methods on the Pareto ``front``. They and ``highlight`` are named and have standard errors over
+    seeds as bars; ``references`` are left out.
     """
     names = list(dict.fromkeys(board.index.get_level_values("federation")))
     figure = Figure(figsize=(4.6 * len(names), 6), layout="constrained")
     for panel, name in zip(np.atleast_1d(figure.subplots(1, len(names), sharex=True)), names):
-        table = board.loc[name].assign(MB=lambda t: t["bytes"] / 1e6, best=efficient[name])
+        table = board.loc[name].assign(MB=lambda t: t["bytes"] / 1e6, best=front[name])
         table = table[~table.index.isin(references)]
         named = table["best"] | (table.index == highlight)
         panel.plot(table["MB"][~named], table["accuracy"][~named], "o", ms=5, color="#CCCCCC", zorder=0)
         line = table[table["best"]].sort_values("MB")
         panel.plot(line["MB"], line["accuracy"], color="#888888", lw=1, zorder=1, drawstyle="steps-post")
         for (method, row), marker in zip(table[named].sort_values("MB").iterrows(), itertools.cycle("osD^vPX<>")):
-            shade = COLOURS["potara"] if method == highlight else COLOURS["federated"]
+            shade = COLOURS["potara-calibrated"] if method == highlight else COLOURS["federated"]
             error = None if np.isnan(row["±"]) else row["±"]
             panel.errorbar(row["MB"], row["accuracy"], yerr=error, fmt=marker, ms=7, color=shade, lw=1, label=method)
         panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=8, frameon=False)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from potara_lite import Moments, estimate_curve, estimate_fisher, estimate_uniform
+from potara_lite import Moments, estimate_curve, estimate_paper, estimate_uniform
 from potara_lite.adapters import client_adapter, delta, flatten
 from potara_lite.data import Split
 
@@ -147,18 +147,18 @@ def test_uniform_is_a_half(adapted64, random_stack, federation64):
 
 @pytest.fixture
 def plant(monkeypatch):
-    """Let ``estimate_fisher`` see gradients of our own for the federated (first) and the local model."""
+    """Let ``estimate_paper`` see gradients of our own for the federated (first) and the local model."""
 
     def run(federated, local, sizes, **options):
         planted = iter([torch.as_tensor(federated), torch.as_tensor(local)])
         monkeypatch.setattr(
-            sys.modules[estimate_fisher.__module__], "per_sample_gradients", lambda *_, **__: next(planted)
+            sys.modules[estimate_paper.__module__], "per_sample_gradients", lambda *_, **__: next(planted)
         )
         n = max(sizes)
         split = Split(
             torch.zeros(len(sizes), n, 1), torch.zeros(len(sizes), n).long(), torch.tensor(sizes), (*range(len(sizes)),)
         )
-        return estimate_fisher(None, {}, {}, split, **options)
+        return estimate_paper(None, {}, {}, split, **options)
 
     return run
 
@@ -243,7 +243,7 @@ def test_fisher_survives_zero_gradients_identical_models_and_one_sample(plant):
 def test_fisher_of_real_models_by_a_loop_of_autograd(adapted64, random_stack, federation64):
     federated, local = random_stack(adapted64, 3, seed=1), random_stack(adapted64, 3, seed=2)
     split = federation64.calibration
-    found = estimate_fisher(adapted64, federated, local, split, damping=0.2)
+    found = estimate_paper(adapted64, federated, local, split, damping=0.2)
     for client in range(3):
         x, y = split.client(client)
         both = []
@@ -297,7 +297,7 @@ def test_a_clients_weight_does_not_depend_on_the_order_of_clients(adapted64, ran
     order = [2, 0, 1]
     turned = [{name: tensor[order] for name, tensor in stack.items()} for stack in (federated, local)]
     assert torch.equal(flatten(turned[0])[0], flatten(federated)[2])
-    for estimator in (estimate_fisher, estimate_curve):
+    for estimator in (estimate_paper, estimate_curve):
         usual = estimator(adapted64, federated, local, federation64.calibration).weight
         mixed = estimator(adapted64, *turned, federation64.calibration.rows(order)).weight
         torch.testing.assert_close(mixed, usual[order], rtol=1e-9, atol=1e-12)

@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from potara_lite.benchmark import COLUMNS, ORACLE, Setting, prepare, summary
-from potara_lite.plots import along_weight
+from potara_lite.experiment import ORACLE, prepare
+from potara_lite.results import COLUMNS, summary
+from potara_lite.setting import Setting
+from potara_lite.teaching.plots import along_weight
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,7 +75,7 @@ def test_what_the_readme_says_beats_what_is_in_the_committed_rows():
     text = " ".join((ROOT / "README.md").read_text().split())
     loss, accuracy = (rows.pivot_table(index="seed", columns="method", values=v) for v in ("loss", "accuracy"))
     assert list(loss.index) == [0, 1, 2, 3, 4]
-    for merged in ("uniform", "potara-paper", "potara"):
+    for merged in ("uniform", "potara-paper", "potara-calibrated"):
         for alone in ("federated", "local"):
             assert (loss[merged] < loss[alone]).all() and (accuracy[merged] > accuracy[alone]).all()
 
@@ -84,35 +86,41 @@ def test_what_the_readme_says_beats_what_is_in_the_committed_rows():
     for table, one, two, before, after in (
         (accuracy, "uniform", "federated", "", " more accurate than federated"),
         (accuracy, "uniform", "local", "", " than local"),
-        (loss, "uniform", "potara", "lower loss than `uniform` by ", " nats"),
-        (loss, "potara-paper", "potara", "than `potara-paper` by ", "."),
-        (accuracy, "potara", "potara-paper", "above the paper's estimator by ", ";"),
-        (accuracy, "potara", "uniform", "told apart (", ")"),
+        (loss, "uniform", "potara-calibrated", "lower loss than `uniform` by ", " nats"),
+        (loss, "potara-paper", "potara-calibrated", "than `potara-paper` by ", "."),
+        (accuracy, "potara-calibrated", "potara-paper", "above the paper's estimator by ", ";"),
+        (accuracy, "potara-calibrated", "uniform", "told apart (", ")"),
     ):
         quoted, size = difference(table, one, two)
         assert f"{before}{quoted}{after}" in text
         assert size < 2 if "told apart" in before else size > 2
     assert (loss["potara-paper"] - loss["uniform"]).mean() > 0
-    for method in ("potara", "uniform", "potara-paper"):
+    for method in ("potara-calibrated", "uniform", "potara-paper"):
         assert f"`{method}` {(loss[method] - loss[ORACLE]).mean():.3f}" in text
 
 
-def test_the_five_lines_of_the_readme_run():
-    code = re.search(r"## In five lines\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+def test_the_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    code = re.search(r"## Use it\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
     small = "Setting(clients=2, train_size=8, test_size=8, rounds=1, round_steps=1, local_steps=1)"
-    assert code.count("Setting()") == 1
+    assert code.count("Setting()") == 1 and len(code.splitlines()) <= 12
     names = {}
+    monkeypatch.chdir(tmp_path)
     exec(code.replace("Setting()", small), names)
-    assert names["weight"].shape == (2,) and names["merged"].keys() == names["adapted"].initial.keys()
+    assert names["merged"].keys() == names["adapted"].initial.keys()
+    assert (tmp_path / "client-0" / "adapter_config.json").is_file()
+    assert re.fullmatch(r"loss \d\.\d{3} nats, accuracy \d\.\d{3}, saved: client-0\n", capsys.readouterr().out)
 
 
 def test_a_chosen_weight_is_marked_on_the_curve_or_where_its_own_value_is():
     weights, values = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[3.0, 1.0, 2.0], [4.0, 2.0, 3.0]])
-    chosen = {"potara": torch.tensor([0.25, 0.5]), "uniform": (torch.tensor([0.5, 0.5]), torch.tensor([0.7, 1.9]))}
+    chosen = {
+        "potara-calibrated": torch.tensor([0.25, 0.5]),
+        "uniform": (torch.tensor([0.5, 0.5]), torch.tensor([0.7, 1.9])),
+    }
     panels = along_weight(weights, values, chosen).axes[:2]
     marks = [{line.get_label(): line.get_xydata()[0].tolist() for line in panel.lines[1:]} for panel in panels]
-    assert marks[0] == {"potara": [0.25, 2.0], "uniform": [0.5, pytest.approx(0.7)]}
-    assert marks[1] == {"potara": [0.5, 2.0], "uniform": [0.5, pytest.approx(1.9)]}
+    assert marks[0] == {"potara-calibrated": [0.25, 2.0], "uniform": [0.5, pytest.approx(0.7)]}
+    assert marks[1] == {"potara-calibrated": [0.5, 2.0], "uniform": [0.5, pytest.approx(1.9)]}
 
 
 def test_the_thousand_clients_are_those_of_the_committed_run():

@@ -1,0 +1,155 @@
+"""Curvature: per-sample gradients, the diagonal Fisher, and Gauss–Newton products along a direction.
+
+Everything here takes stacks and works on all clients in one batched pass. Padded examples (label -100) contribute
+nothing, and means are over each client's real examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.nn import functional as F
+
+from ..adapters import (
+    AdaptedBackbone,
+    Adapter,
+    adapter_from_delta,
+    delta,
+    flatten,
+    is_dense_factor,
+    is_lora,
+    layer_of,
+    unflatten,
+)
+from ..data import Split
+from .batching import Execution, Plan, map_clients, plan
+from .one_batch import OneBatch, as_one_batch
+from .training import check_clients, losses
+
+
+def per_sample_gradients(
+    adapted: AdaptedBackbone,
+    adapters: Adapter,
+    split: Split,
+    *,
+    labels: Tensor | None = None,
+    execution: Execution = Execution(),
+) -> Tensor:
+    """The gradient of each example's own loss at its client's adapter, ``(C, N, P)``; zero rows for padding.
+
+    ``chunk_size`` of ``execution`` counts examples; the result itself comes on top of the memory. ``P`` runs over the
+    tensors in the adapter's order (see ``flatten``). ``labels`` ``(C, N)`` replace the split's own.
+
+    Where only linear layers are adapted, one backward pass for a block of examples and a product per example
+    (``one_batch.py``). Anywhere else: an example's gradient is the gradient of a client that owns this example alone,
+    so this is one pass of the training engine over ``C * N`` clients of one example.
+    """
+    check_clients(adapters, split)
+    y = split.y if labels is None else labels
+    flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
+    gradients = flat.new_empty(*y.shape, flat.shape[1])
+    chosen = _plan_examples(adapted, adapters, split.x, execution)
+    for block in _blocks(*y.shape, chosen.chunks[0].stop):
+        stack = unflatten(flat[block[0]].to(adapted.device), like)
+        batch = stack, split.x[block].to(adapted.device), y[block].to(adapted.device)  # K clients of M examples
+        if isinstance(chosen.forward, OneBatch):
+            part = chosen.forward.per_sample_gradients(*batch)
+        else:
+            part = _client_per_example(chosen, *batch)
+        gradients[block] = part.to(gradients)
+    return gradients
+
+
+def _plan_examples(adapted: AdaptedBackbone, adapters: Adapter, x: Tensor, execution: Execution) -> Plan:
+    """The plan for all examples, each a client of its own; ``forward`` is a ``OneBatch`` only where that is exact."""
+    examples, options = x.flatten(0, 1).unsqueeze(1), dict(batch_size=1, backward=True, execution=execution)
+    copies = 2 if isinstance(as_one_batch(adapted), OneBatch) else None
+    chosen = plan(adapted, adapters, examples, adapter_copies=copies, **options)
+    if not isinstance(chosen.forward, OneBatch):
+        return chosen
+    first = {name: tensor[:1].to(adapted.device) for name, tensor in adapters.items()}
+    if chosen.forward.matches_vmap(first, examples[:2].to(adapted.device)):
+        return chosen
+    return replace(plan(adapted, adapters, examples, **options), forward=adapted)
+
+
+def _client_per_example(chosen: Plan, stack: Adapter, x: Tensor, y: Tensor) -> Tensor:
+    """The gradients ``(K, M, P)`` of ``x`` ``(K, M, ...)``, by the training engine."""
+    rows = flatten(stack).repeat_interleave(y.shape[1], 0).requires_grad_()  # (K M, P)
+    examples = x.flatten(0, 1).unsqueeze(1), y.flatten().unsqueeze(1)
+    like = {name: tensor[0] for name, tensor in stack.items()}
+    values = losses(chosen.forward, unflatten(rows, like), *examples, _summed, vectorize=chosen.vectorize)
+    return torch.autograd.grad(values.sum(), rows)[0].view(*y.shape, -1)
+
+
+def _blocks(clients: int, n: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of clients × samples of at most ``most``: whole clients where they fit, else parts of one."""
+    together = max(1, most // n)
+    for client in range(0, clients, together):
+        for sample in range(0, n, most):
+            yield slice(client, min(client + together, clients)), slice(sample, min(sample + most, n))
+
+
+def delta_gradients(
+    adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, labels: Tensor | None = None, **options
+) -> Tensor:
+    """The gradient of each example's loss in the deltas and the directly trained weights, ``(C, N, P)``.
+
+    ``P`` runs over the tensors of ``delta(adapters)`` in their order, the entries of every adapted layer's weight among
+    them: far more than the adapter has. ``options`` go to ``per_sample_gradients``.
+    """
+    dense = adapter_from_delta(delta(adapters, adapted.scaling), adapted.scaling, adapters)
+    rows = per_sample_gradients(adapted, dense, split, labels=labels, **options)
+    parts = dict(zip(dense, rows.split([tensor[0].numel() for tensor in dense.values()], dim=2)))
+    in_layers = [part / adapted.scaling[layer_of(name)] for name, part in parts.items() if is_dense_factor(name, dense)]
+    return torch.cat(in_layers + [part for name, part in parts.items() if not is_lora(name)], dim=2)
+
+
+def _summed(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y, reduction="sum")  # a padded example counts zero, not NaN
+
+
+def diagonal_fisher(gradients: Tensor, sizes: Tensor) -> Tensor:
+    """The mean of the squared per-sample gradients ``(C, N, P)``, coordinate by coordinate: ``(C, P)``.
+
+    With the data's labels this is the empirical Fisher, with labels drawn from the model the Fisher (Kunstner et al.,
+    2019). The square stands inside the mean: the squared gradient of the batch is something else.
+    """
+    return gradients.square().sum(1) / sizes.to(gradients).unsqueeze(1)
+
+
+def directional_derivatives(
+    adapted: AdaptedBackbone, adapters: Adapter, direction: Tensor, split: Split, *, execution: Execution = Execution()
+) -> tuple[Tensor, Tensor]:
+    """Slope and Gauss–Newton curvature of each example's loss along ``direction`` ``(C, P)``: two ``(C, N)``.
+
+    With logits ``z``, ``u = J v`` (one forward-mode product) and ``p = softmax(z)``: the slope is
+    ``(p - onehot(y)) · u`` and the curvature ``uᵀ (diag(p) - p pᵀ) u``, the variance of ``u`` under ``p``. Padded
+    examples give zeros.
+    """
+    flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
+
+    def logits_and_tangents(row: Tensor, tangent: Tensor, x: Tensor) -> Tensor:
+        def logits(row: Tensor) -> Tensor:
+            return adapted({name: tensor[0] for name, tensor in unflatten(row.unsqueeze(0), like).items()}, x)
+
+        return torch.stack(jvp(logits, (row,), (tangent,)))  # (2, N, classes)
+
+    chosen = plan(adapted, adapters, split.x, batch_size=split.y.shape[1], backward=True, execution=execution)
+    with torch.no_grad():
+        parts = (
+            map_clients(
+                logits_and_tangents, flat[rows], direction.to(flat)[rows], split.x[rows], vectorize=chosen.vectorize
+            )
+            for rows in chosen.chunks
+        )
+        z, u = torch.cat(list(parts)).unbind(1)  # (C, N, classes) each
+        p, real = z.softmax(-1), split.y >= 0
+        mean = (p * u).sum(-1)
+        slope = mean - u.gather(-1, split.y.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        curvature = (p * (u - mean.unsqueeze(-1)).square()).sum(-1)
+    return slope * real, curvature * real

@@ -1,0 +1,43 @@
+"""Estimators of the mixing weight, one idea per file, the equation beside the function that applies it.
+
+``ESTIMATORS`` is the table of those that the command and the benchmarks compare: each is a function of (backbone,
+federated stack, local stack, federation) that picks its samples itself.
+"""
+
+from collections.abc import Callable
+
+from ..adapters import AdaptedBackbone, Adapter
+from ..data import Federation
+from .calibrated import estimate_calibrated, estimate_pooled, pooled_offset, pooled_weight
+from .combined import combined_weight, estimate_combined
+from .curve import estimate_curve, parabola_moments, segment_losses
+from .ensemble import estimate_ensemble
+from .estimate import Estimate, by_layer, estimate_uniform, head_and_body
+from .gauss_newton import estimate_gauss_newton, moments_from_slopes
+from .gradient import estimate_gradient, gradient_moments
+from .laplace import estimate_laplace, laplace_moments
+from .paper import estimate_paper, fisher_moments
+from .shrinkage import estimate_shrinkage, shrinkage_moments
+
+Estimator = Callable[[AdaptedBackbone, Adapter, Adapter, Federation], Estimate]
+
+
+def on_train(estimate: Callable[..., Estimate], **options) -> Estimator:
+    """The estimator on each client's training samples, as the paper has it."""
+    return lambda adapted, federated, local, federation: estimate(
+        adapted, federated, local, federation.train, **options
+    )
+
+
+def on_calibration(estimate: Callable[..., Estimate], **options) -> Estimator:
+    """The estimator on each client's calibration samples, which trained neither model."""
+    return lambda adapted, federated, local, federation: estimate(
+        adapted, federated, local, federation.calibration, **options
+    )
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "uniform": on_calibration(estimate_uniform),
+    "potara-paper": on_train(estimate_paper),
+    "potara-calibrated": on_calibration(estimate_calibrated),
+}

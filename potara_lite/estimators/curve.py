@@ -1,0 +1,81 @@
+"""The held-out loss along the segment between the two models, and each client's own minimum of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..adapters import AdaptedBackbone, Adapter, select_clients
+from ..connectivity import weight_grid
+from ..data import Split
+from ..engine.batching import Execution, map_clients, plan
+from ..merging import merge_exact
+from ..moments import Moments
+from .estimate import Estimate
+from .gauss_newton import moments_from_slopes
+
+
+def estimate_curve(
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    *,
+    points: int = 9,
+    parabola: bool = False,
+) -> Estimate:
+    """Each client alone: the weight with the smallest mean loss on its samples, on a grid or by a fitted parabola.
+
+    Nothing is assumed of the models, only that the samples are fresh. Its expected regret is about ``1 / (2 n)`` nats
+    for n samples where the models are calibrated, and more where they are over-confident. Cost: ``points``
+    forward passes per sample.
+    """
+    weights = weight_grid(points)
+    loss = segment_losses(adapted, federated, local, split, weights).double().sum(2).cpu() / split.sizes.unsqueeze(1)
+    details = {"weights": weights, "loss": loss}
+    if parabola:
+        moments = parabola_moments(weights, loss)
+        return Estimate(moments.weight, moments, details)
+    return Estimate(weights.double()[loss.argmin(1)], None, details)
+
+
+def parabola_moments(weights: Tensor, loss: Tensor) -> Moments:
+    """Moments from the least-squares parabola through the loss ``(C, W)`` at the weights ``(W,)``, W ≥ 3."""
+    design = torch.stack([weights**0, weights, weights**2], dim=1).double().cpu()
+    _, slope, half = torch.linalg.lstsq(design, loss.double().cpu().mT).solution  # three (C,)
+    slope = torch.where(half > 0, slope, slope + half)  # one that opens downwards: its lower end, by the chord
+    return moments_from_slopes(slope, 2 * half.clamp_min(0))
+
+
+def example_losses(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
+    """Each example's loss ``(C, N)``; zeros for padding."""
+    return F.cross_entropy(client_logits(adapted, adapters, split).transpose(1, 2), split.y, reduction="none")
+
+
+def segment_losses(
+    adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split, weights: Tensor
+) -> Tensor:
+    """Each example's loss at each mixing weight of the exact merge, ``(C, W, N)``; zeros for padding."""
+    merges = (merge_exact(federated, local, weight) for weight in weights.tolist())
+    return torch.stack([example_losses(adapted, merged, split) for merged in merges], dim=1)
+
+
+@torch.no_grad()
+def client_logits(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
+    """Every client's logits on its own examples, ``(C, N, classes)``."""
+    options = dict(batch_size=split.y.shape[1], backward=False, execution=Execution())
+    chosen = plan(adapted, adapters, split.x, **options)
+    parts = (
+        map_clients(chosen.forward, select_clients(adapters, rows), split.x[rows], vectorize=chosen.vectorize)
+        for rows in chosen.chunks
+    )
+    return torch.cat(list(parts))
+
+
+def slope_variance(slopes: np.ndarray, n: np.ndarray) -> float:
+    """The variance of a sample's slope ``(C, N)`` about its client's mean, pooled; padding is zero."""
+    real = np.arange(slopes.shape[1])[None] < n[:, None]
+    excess = (slopes - slopes.sum(1, keepdims=True) / n[:, None]) * real
+    return float((excess**2).sum() / max((n - 1).sum(), 1))

@@ -1,0 +1,88 @@
+"""What an estimator returns, and the groups of tensors it may give weights to.
+
+An estimator takes (backbone, federated stack, local stack, samples) and returns an ``Estimate``. The samples are a
+``Split``; which one is the caller's choice, and it matters: on the samples that trained it an over-fitted local model
+has hardly any gradient left and looks perfect. ``calibration`` samples trained neither model. ``by`` asks for a weight
+per group of tensors instead of one per client (see ``by_layer``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..adapters import AdaptedBackbone, Adapter, delta, factor_names, is_lora, layer_of, lora_layers
+from ..data import Split
+from ..moments import Moments
+
+Grouping = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mixing weight per client ``(C,)``, or with groups a dictionary of them that ``merge_exact`` takes as it is.
+
+    ``moments``: what the weight comes from, where the estimator has moments. ``details``: diagnostics; with groups,
+    ``client``, one number per client for tables and pictures, is among them. ``floats``: how many numbers each client
+    sends up and gets back for it.
+    """
+
+    weight: Tensor | dict[str, Tensor]
+    moments: Moments | None = None
+    details: dict[str, Tensor] = field(default_factory=dict)
+    floats: tuple[int, int] = (0, 0)
+
+    @property
+    def client_weight(self) -> Tensor:
+        """One weight per client ``(C,)``: the weight itself, or what stands for its groups' weights."""
+        return self.details["client"] if isinstance(self.weight, dict) else self.weight
+
+
+def by_layer(name: str) -> str:
+    """A group for each adapted layer and each directly trained layer (its weight and bias together)."""
+    return layer_of(name).removesuffix(".weight").removesuffix(".bias")
+
+
+def head_and_body(name: str) -> str:
+    """Two groups: ``body``, the adapted layers, and ``head``, what is trained directly."""
+    return "body" if is_lora(name) else "head"
+
+
+def group_coordinates(
+    adapters: Adapter, by: Grouping | None, on_delta: bool = False
+) -> tuple[list[str], Tensor | None]:
+    """The labels of the groups, and the group of each coordinate ``(P,)`` of ``flatten(adapters)`` or of the deltas."""
+    if by is None:
+        return [], None
+    labels = sorted({by(name) for name in adapters})
+    for layer in lora_layers(adapters):
+        if len({by(name) for name in factor_names(layer)}) > 1:
+            raise ValueError(f"both factors of a layer must be in one group: {layer!r}")
+    if on_delta:
+        adapters = delta(adapters, dict.fromkeys(lora_layers(adapters), 1.0))
+    parts = [torch.full((tensor[0].numel(),), labels.index(by(name))) for name, tensor in adapters.items()]
+    return labels, torch.cat(parts).to(next(iter(adapters.values())).device)
+
+
+def group_sum(values: Tensor, groups: Tensor | None) -> Tensor:
+    """Coordinates ``(C, P)`` summed to ``(C,)``, or to ``(C, G)`` with ``groups`` ``(P,)`` of numbers below G."""
+    if groups is None:
+        return values.sum(1)
+    return values.new_zeros(len(values), int(groups.max()) + 1).index_add(1, groups, values)
+
+
+def from_moments(moments: Moments, adapters: Adapter, by: Grouping | None) -> Estimate:
+    """The estimate with the closed form's weights: one per client, or with ``by`` one for each group's tensors."""
+    if by is None:
+        return Estimate(moments.weight, moments)
+    labels, _ = group_coordinates(adapters, by)
+    weight = {layer_of(name): moments.weight[:, labels.index(by(name))] for name in adapters}
+    return Estimate(weight, moments, {"client": moments.weight.mean(1)})
+
+
+def estimate_uniform(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split) -> Estimate:
+    """Weight ½ for every client: hard to beat when moments are badly estimated. Costs nothing."""
+    return Estimate(torch.full((len(split),), 0.5, dtype=torch.float64))

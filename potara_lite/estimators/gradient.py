@@ -1,0 +1,114 @@
+"""Moments from mean gradients: near the optimum the gradient is the error times the curvature, bias included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..adapters import AdaptedBackbone, Adapter
+from ..data import Split
+from ..engine.gradients import per_sample_gradients
+from ..moments import Moments
+from .estimate import Estimate, Grouping, from_moments, group_coordinates
+
+
+def gradient_moments(
+    g_f: Tensor,
+    g_l: Tensor,
+    sizes: Tensor,
+    *,
+    unbiased: bool = False,
+    damping: float | None = None,
+    cross_fit: bool = False,
+    groups: Tensor | None = None,
+) -> Moments:
+    """Moments from mean gradients: near the optimum ``ḡ(θ) ≈ H (θ - θ*)``, bias included.
+
+    With ``damping=None``, ``H ∝ I``: ``a = |ḡ_F|²``, ``b = |ḡ_L|²``, ``c = ḡ_F · ḡ_L``, and the merge has the smallest
+    mixed gradient, the two-task min-norm point of MGDA (Désidéri, 2012). With a ``damping``, the metric is ``H⁻¹``,
+    ``H = F + damping * mean(F) * I`` with the full empirical Fisher of both models' gradients, inverted in the space
+    the gradients span (Woodbury). ``unbiased`` leaves the pairs of a sample with itself out of ``|Σ g_i|²`` (a
+    U-statistic), which takes the noise of the mean gradient out of the moments; negative ``a`` or ``b`` become 0.
+    ``cross_fit``: every second sample gives the metric in which the products of the others are taken, and the other
+    way round, always without the pairs of a sample with itself.
+    """
+    if cross_fit and damping is None:
+        raise ValueError("there is no metric to cross-fit with damping=None")
+    if groups is not None:
+        if damping is not None:
+            raise ValueError("the metric couples the groups: use damping=None with groups")
+        parts = [gradient_moments(g_f[..., groups == k], g_l[..., groups == k], sizes, unbiased=unbiased)
+                 for k in range(int(groups.max()) + 1)]  # fmt: skip
+        return Moments(*(torch.stack([getattr(part, name) for part in parts], dim=1) for name in "abc"))
+    both = torch.cat([g_f, g_l], dim=1).double()
+    gram = both @ both.mT  # (C, 2N, 2N)
+    if cross_fit:
+        return _cross_fitted(gram, sizes, damping, both.shape[2])
+    if damping is not None:
+        count = 2 * sizes.to(gram).view(-1, 1, 1)
+        ridge = damping * gram.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1) / both.shape[2]  # count * mean(F)
+        eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        gram = count * torch.linalg.solve(gram + ridge.clamp_min(1e-30) * eye, gram)
+    n = sizes.to(gram)
+    half = g_f.shape[1]
+    blocks = gram[:, :half, :half], gram[:, half:, half:], gram[:, :half, half:]
+    if unbiased:
+        pairs = (n * (n - 1)).clamp_min(1)
+        a, b, c = (_off_diagonal_sum(block) / pairs for block in blocks)
+    else:
+        a, b, c = (block.sum((1, 2)) / n**2 for block in blocks)
+    return Moments(a.clamp_min(0).cpu(), b.clamp_min(0).cpu(), c.cpu())
+
+
+def _off_diagonal_sum(block: Tensor) -> Tensor:
+    """The sum over the pairs of two different samples, ``(C, N, N)`` to ``(C,)``."""
+    return block.sum((1, 2)) - block.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def _cross_fitted(gram: Tensor, sizes: Tensor, damping: float, coordinates: int) -> Moments:
+    """``gradient_moments`` from the Gram matrix ``(C, 2N, 2N)`` of both models' gradients, in two folds of samples.
+
+    With ``G_S`` the fold S of ``count`` gradients, ``H = G_Sᵀ G_S / count + δ I`` and, by Woodbury,
+    ``g_iᵀ H⁻¹ g_j = (g_i · g_j - g_iᵀ G_Sᵀ (count δ I + G_S G_Sᵀ)⁻¹ G_S g_j) / δ``.
+    """
+    half = gram.shape[1] // 2
+    fold_of, totals, pairs = torch.arange(2 * half) % half % 2, 0.0, 0.0
+    for fold in (0, 1):
+        inside, other = torch.where(fold_of == fold)[0], torch.where(fold_of != fold)[0]
+        taken, given = ((sizes + 1 - k) // 2 for k in (fold, 1 - fold))  # real samples of the fold and of the other
+        cross, metric = gram[:, inside][:, :, other], gram[:, other][:, :, other]
+        trace = metric.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
+        ridge = (damping * trace / coordinates).clamp_min(1e-30)  # count * δ
+        eye = torch.eye(len(other), dtype=gram.dtype, device=gram.device)
+        rest = gram[:, inside][:, :, inside] - cross @ torch.linalg.solve(metric + ridge * eye, cross.mT)
+        inverse = 2 * given.to(gram).view(-1, 1, 1) / ridge * rest
+        n, middle = (taken * (taken - 1) * (given > 0)).to(gram), len(inside) // 2
+        blocks = inverse[:, :middle, :middle], inverse[:, middle:, middle:], inverse[:, :middle, middle:]
+        sums = torch.stack([_off_diagonal_sum(block) for block in blocks])
+        totals, pairs = totals + torch.where(n > 0, sums, 0.0), pairs + n
+    a, b, c = totals / pairs.clamp_min(1)
+    return Moments(a.clamp_min(0).cpu(), b.clamp_min(0).cpu(), c.cpu())
+
+
+def estimate_gradient(
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    *,
+    unbiased: bool = True,
+    damping: float | None = 0.1,
+    cross_fit: bool = False,
+    by: Grouping | None = None,
+) -> Estimate:
+    """Moments from the mean gradients of both models: bias included, in the metric of the inverse Fisher.
+
+    Equations and options: ``gradient_moments``. Assumes that both models are close enough to the client's
+    optimum for the gradient to be linear in the error. The metric couples the groups, so ``by`` needs
+    ``damping=None``. Cost: 2 gradients per sample.
+    """
+    g_f, g_l = (per_sample_gradients(adapted, stack, split) for stack in (federated, local))
+    groups = group_coordinates(local, by)[1]
+    options = dict(unbiased=unbiased, damping=damping, cross_fit=cross_fit, groups=groups)
+    moments = gradient_moments(g_f, g_l, split.sizes, **options)
+    return from_moments(moments, local, by)

@@ -1,0 +1,219 @@
+"""One federation and seed: prepare it, train the two models of every client, and see what methods make of them.
+
+A *method* is a function of a ``Trial`` that returns a ``Result``: the clients' models and what they cost. The merges of
+the two models are here; ``field.methods`` has the rest of the field in the same form.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .adapters import AdaptedBackbone, Adapter, attach, repeat_adapter
+from .backbones import lab_vit
+from .connectivity import along_segment, weight_grid
+from .data import Federation, Split, fashion_mnist
+from .engine.batching import Execution
+from .engine.federated import Ledger, fedit
+from .engine.training import evaluate, train
+from .estimators import ESTIMATORS, Estimate
+from .merging import merge_exact
+from .setting import Setting
+
+ORACLE = "oracle weight (test data, reference)"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two models of every client as stacks, trained independently, and what each cost."""
+
+    federated: Adapter
+    local: Adapter
+    ledgers: tuple[Ledger, Ledger]
+    seconds: tuple[float, float]
+
+    @property
+    def models(self) -> tuple[Adapter, Adapter]:
+        """The federated and the local stack."""
+        return self.federated, self.local
+
+
+def prepare(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
+    """The lab ViT with an empty adapter and the Fashion-MNIST federation of this setting and seed.
+
+    The inputs are the images' tokens: the backbone's frozen prefix is computed once (``LabViT.embed``).
+    """
+    federation = fashion_mnist(**setting.partition, seed=seed)
+    backbone = lab_vit(federation.classes)
+    adapted = attach(backbone, rank=setting.rank, seed=seed).to(setting.device)
+    return adapted, federation.to(setting.device).map(backbone.to(setting.device).embed)
+
+
+def training_options(setting: Setting, lr_scale: float = 1.0) -> dict:
+    """What ``train`` and ``fedit`` are told; ``lr_scale`` multiplies the setting's learning rate."""
+    execution = Execution(chunk_size=setting.chunk_size)
+    return dict(batch_size=setting.batch_size, lr=lr_scale * setting.lr, execution=execution)
+
+
+def train_pair(
+    adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: int, progress: bool = False
+) -> Pair:
+    """Train the federated and the local models, each from the same initial adapter, with batches of its own."""
+    clients, began = len(federation), time.perf_counter()
+    options = training_options(setting, setting.federated_lr_scale) | dict(rounds=setting.rounds, progress=progress)
+    federated = fedit(adapted, federation.train, local_steps=setting.round_steps, seed=seed, **options)
+    middle = time.perf_counter()
+    options = training_options(setting, setting.local_lr_scale) | dict(steps=setting.local_steps, progress=progress)
+    local = train(adapted, repeat_adapter(adapted.initial, clients), federation.train, seed=(seed, 1), **options)
+    seconds = (middle - began, time.perf_counter() - middle)
+    local_ledger = Ledger.zeros(clients).add(torch.arange(clients), steps=setting.local_steps)
+    return Pair(repeat_adapter(federated.adapter, clients), local.adapters, (federated.ledger, local_ledger), seconds)
+
+
+@dataclass
+class Trial:
+    """One federation and seed, with what its methods share: each part is made when first asked for."""
+
+    adapted: AdaptedBackbone
+    federation: Federation
+    setting: Setting
+    seed: int
+    progress: bool = False
+    pairs_from_federated: dict[float, Pair] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def pair(self) -> Pair:
+        """The two models of every client that all merges share."""
+        return train_pair(self.adapted, self.federation, self.setting, self.seed, self.progress)
+
+    def pair_from_federated(self, lr_scale: float = 1.0) -> Pair:
+        """The pair whose local models were trained from the federated one, so not independently of it."""
+        if lr_scale not in self.pairs_from_federated:
+            options, began = training_options(self.setting, lr_scale), time.perf_counter()
+            options |= dict(steps=self.setting.local_steps, seed=(self.seed, 1), progress=self.progress)
+            local = train(self.adapted, self.pair.federated, self.federation.train, **options).adapters
+            seconds = (self.pair.seconds[0], time.perf_counter() - began)
+            self.pairs_from_federated[lr_scale] = replace(self.pair, local=local, seconds=seconds)
+        return self.pairs_from_federated[lr_scale]
+
+    @cached_property
+    def test_curve(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mixing weights ``(W,)``, and test loss and accuracy ``(C, W)`` of the pair's exact merge: for reference."""
+        weights, execution = weight_grid(11), Execution(chunk_size=self.setting.chunk_size)
+        curves = along_segment(self.adapted, *self.pair.models, self.federation.test, weights, execution=execution)
+        return weights, *curves
+
+
+@dataclass(frozen=True)
+class Result:
+    """The clients' models (a stack) and the backbone that runs them, what they cost, and the mixing weight ``(C,)`` of
+    those that are merged."""
+
+    adapted: AdaptedBackbone
+    adapters: Adapter
+    ledger: Ledger
+    seconds: float
+    weight: Tensor | None = None
+
+    def evaluate(self, split: Split, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """Loss (nats) and accuracy (a fraction) of each client's model on its part of ``split``, ``(C,)`` each."""
+        return evaluate(self.adapted, self.adapters, split, execution=Execution(chunk_size=chunk_size))
+
+
+Method = Callable[[Trial], Result]
+ChoosePair = Callable[[Trial], Pair]
+
+
+def initial_adapter(trial: Trial) -> Result:
+    """The backbone as it is: nothing is trained."""
+    clients = len(trial.federation)
+    return Result(trial.adapted, repeat_adapter(trial.adapted.initial, clients), Ledger.zeros(clients), 0.0)
+
+
+def one_of_pair(which: int) -> Method:
+    """One of the two models that are merged: 0 the federated, 1 the local one, at its part of the steps."""
+
+    def method(trial: Trial) -> Result:
+        pair, weight = trial.pair, torch.full((len(trial.federation),), float(1 - which))
+        return Result(trial.adapted, pair.models[which], pair.ledgers[which], pair.seconds[which], weight)
+
+    return method
+
+
+def independent_pair(trial: Trial) -> Pair:
+    """The pair as the paper has it: the two models are trained independently."""
+    return trial.pair
+
+
+def local_from_federated(lr_scale: float = 1.0) -> ChoosePair:
+    """The pair whose local models start from the federated one; ``lr_scale`` is that of their steps."""
+    return lambda trial: trial.pair_from_federated(lr_scale)
+
+
+def merging(
+    merge: Callable[[Trial, Pair], Adapter | tuple[Adapter, Estimate]], pair_of: ChoosePair = independent_pair
+) -> Method:
+    """A merge of a pair; what an estimate's numbers weigh when they travel is counted."""
+
+    def method(trial: Trial) -> Result:
+        pair, began = pair_of(trial), time.perf_counter()
+        merged = merge(trial, pair)
+        seconds, ledger = sum(pair.seconds) + time.perf_counter() - began, pair.ledgers[0] + pair.ledgers[1]
+        if not isinstance(merged, tuple):
+            return Result(trial.adapted, merged, ledger, seconds)
+        adapters, estimate = merged
+        up, down = (4 * floats for floats in estimate.floats)
+        ledger = ledger.add(torch.arange(len(trial.federation)), up=up, down=down)
+        return Result(trial.adapted, adapters, ledger, seconds, estimate.client_weight)
+
+    return method
+
+
+def with_estimator(estimator: Callable[..., Estimate], merge=merge_exact, pair_of=independent_pair) -> Method:
+    """A pair merged with the weight of an estimator like those of ``ESTIMATORS``."""
+
+    def merged(trial: Trial, pair: Pair) -> tuple[Adapter, Estimate]:
+        estimate = estimator(trial.adapted, *pair.models, trial.federation)
+        return merge(*pair.models, estimate.weight), estimate
+
+    return merging(merged, pair_of)
+
+
+def oracle_weight(weights: Tensor, loss: Tensor) -> Tensor:
+    """Each client's best of the ``weights`` ``(W,)`` by its test loss ``(C, W)``: a reference and never a method."""
+    return weights.to(loss.device)[loss.argmin(1)]
+
+
+def best_on_test(trial: Trial, pair: Pair) -> tuple[Adapter, Estimate]:
+    """Each client's best weight of an 11-point grid on its test data: a reference and never a method."""
+    estimate = Estimate(oracle_weight(*trial.test_curve[:2]))
+    return merge_exact(*pair.models, estimate.weight), estimate
+
+
+PAIR_METHODS: dict[str, Method] = {  # what the command compares: the two models, their merges, and the reference
+    "backbone": initial_adapter,
+    "federated": one_of_pair(0),
+    "local": one_of_pair(1),
+    **{name: with_estimator(estimator) for name, estimator in ESTIMATORS.items()},
+    ORACLE: merging(best_on_test),
+}
+
+
+def run_methods(
+    setting: Setting,
+    seeds: Sequence[int] = (0,),
+    methods: Mapping[str, Method] = PAIR_METHODS,
+    *,
+    prepare: Callable[[Setting, int], tuple[AdaptedBackbone, Federation]] = prepare,
+    progress: bool = False,
+) -> Iterator[tuple[str, Trial, Result]]:
+    """Every method on every seed, one after another: its name, the trial and its result as soon as it is there."""
+    for seed in seeds:
+        trial = Trial(*prepare(setting, seed), setting, seed, progress)
+        for name, method in methods.items():
+            yield name, trial, method(trial)

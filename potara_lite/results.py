@@ -1,0 +1,135 @@
+"""Results as tidy tables: a row per method, seed and client; means over seeds, paired differences, the Pareto front."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from scipy import stats
+
+from .data import Split
+from .experiment import ORACLE, PAIR_METHODS, Method, Result, Trial, run_methods
+from .setting import Setting
+
+COLUMNS = ["method", "seed", "client", "accuracy", "loss", "weight", "bytes_up", "bytes_down", "steps", "seconds"]
+
+
+def result_rows(method: str, trial: Trial, result: Result, split: Split | None = None) -> pd.DataFrame:
+    """A row per client in the order of ``COLUMNS``: accuracy and loss (nats) on ``split``, by default the test split;
+    the mixing weight on the federated model, where there is one; what the client paid."""
+    loss, accuracy = result.evaluate(trial.federation.test if split is None else split, trial.setting.chunk_size)
+    columns = {
+        "accuracy": accuracy,
+        "loss": loss,
+        "weight": torch.full_like(loss, torch.nan) if result.weight is None else result.weight,
+        "bytes_up": result.ledger.up,
+        "bytes_down": result.ledger.down,
+        "steps": result.ledger.steps,
+    }
+    frame = pd.DataFrame({name: tensor.cpu().numpy() for name, tensor in columns.items()})
+    frame = frame.assign(method=method, seed=trial.seed, client=range(len(frame)), seconds=round(result.seconds, 3))
+    return frame[COLUMNS]
+
+
+def compare(setting: Setting, seeds: Sequence[int] = (0,), methods: dict[str, Method] = PAIR_METHODS) -> pd.DataFrame:
+    """The rows of every method on every seed of one setting.
+
+    >>> tiny = Setting(clients=2, train_size=8, calibration_size=4, test_size=8, rounds=1, round_steps=1, local_steps=1)
+    >>> rows = compare(tiny, methods={name: PAIR_METHODS[name] for name in ("federated", "local")})
+    >>> rows.weight.tolist(), rows.steps.tolist()
+    ([1.0, 1.0, 0.0, 0.0], [1, 1, 1, 1])
+    """
+    return pd.concat([result_rows(*found) for found in run_methods(setting, seeds, methods)], ignore_index=True)
+
+
+def _keys(rows: pd.DataFrame) -> list[str]:
+    """What a line of a table stands for: a method, or a federation's method where the rows have federations."""
+    return ["federation", "method"] if "federation" in rows else ["method"]
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per method (and federation): means over clients and seeds, standard errors over seeds, the costs.
+
+    ``accuracy`` and ``loss`` (nats) are means over clients, then over seeds, ``±`` their standard errors over seeds
+    (NaN for one seed); ``worst`` is the lowest client accuracy of each seed, averaged; ``bytes`` are up plus down per
+    client.
+    """
+    rows = rows.assign(bytes=rows.bytes_up + rows.bytes_down)
+    seeds = rows.groupby([*_keys(rows), "seed"], sort=False)
+    by_seed = seeds[["accuracy", "loss", "weight", "bytes", "steps", "seconds"]].mean()
+    by_seed["worst"] = seeds.accuracy.min()
+    methods = by_seed.groupby(_keys(rows), sort=False)
+    table = methods.mean()
+    table["±"], table["± loss"] = methods.accuracy.sem(), methods.loss.sem()
+    return table[["accuracy", "±", "worst", "loss", "± loss", "weight", "bytes", "steps", "seconds"]]
+
+
+def leaderboard(rows: pd.DataFrame, local: str = "local") -> pd.DataFrame:
+    """One line per federation and method, the most accurate first within each federation: ``summary`` and more.
+
+    ``bottom``: mean accuracy of the lowest tenth of all clients of all seeds; ``better``: the share of clients that are
+    more accurate than with the method ``local`` on the same seed; ``union``: accuracy on the union of the clients'
+    examples.
+    """
+    table, client = summary(rows), ["federation", "seed", "client"]
+    alone = rows[rows.method == local].set_index(client).accuracy
+    better = rows.accuracy.to_numpy() > alone.reindex(pd.MultiIndex.from_frame(rows[client])).to_numpy()
+    methods = rows.assign(better=better.astype(float)).groupby(_keys(rows), sort=False)
+    table["bottom"] = methods.accuracy.apply(lambda a: a.nsmallest(max(1, round(len(a) / 10))).mean())
+    table["better"], table["union"] = methods.better.mean(), methods.union_accuracy.mean()
+    table = table[["accuracy", "±", "worst", "bottom", "better", "union", "loss", "bytes", "steps", "seconds"]]
+    federations = dict.fromkeys(rows.federation)
+    parts = [table.loc[[name]].sort_values("accuracy", ascending=False, kind="stable") for name in federations]
+    return pd.concat(parts)
+
+
+def pareto_front(board: pd.DataFrame, references: Collection[str] = (ORACLE,)) -> pd.Series:
+    """Which lines of a leaderboard no other of the same federation beats: none is as accurate for fewer bytes, or more
+    accurate for as many. ``references``, on test data, do not count and are never on the front themselves."""
+    real = ~board.index.get_level_values("method").isin(references)
+    result = pd.Series(False, index=board.index)
+    for line in board.index[real]:
+        one, others = board.loc[line], board[real & (board.index.get_level_values(0) == line[0])]
+        as_good = (others["bytes"] <= one["bytes"]) & (others.accuracy >= one.accuracy)
+        strictly = (others["bytes"] < one["bytes"]) | (others.accuracy > one.accuracy)
+        result[line] = not (as_good & strictly).any()
+    return result
+
+
+def paired_differences(rows: pd.DataFrame, method: str = "potara-calibrated", score: str = "accuracy") -> pd.DataFrame:
+    """``method`` minus each other method, paired by seed, one line per (federation and) other method.
+
+    ``difference`` of the mean client ``score``, ``±`` its standard error over seeds, ``p`` of a two-sided paired
+    t-test over the seeds, and ``p (Holm)``, corrected for the number of other methods (Holm, 1979).
+    """
+    seeds = rows.groupby([*_keys(rows), "seed"], sort=False)[score].mean()
+    parts = {name: seeds[name] for name in dict.fromkeys(rows.federation)} if "federation" in rows else {None: seeds}
+    lines, index = [], []
+    for federation, means in parts.items():
+        others = [name for name in dict.fromkeys(means.index.get_level_values("method")) if name != method]
+        pairs = [(means[method] - means[name]).dropna() for name in others]
+        p = [float(stats.ttest_1samp(d, 0.0).pvalue) if len(d) > 1 and d.std() > 0 else torch.nan for d in pairs]
+        lines += [[d.mean(), d.sem(), value, corrected] for d, value, corrected in zip(pairs, p, _holm(p))]
+        index += others if federation is None else [(federation, name) for name in others]
+    index = pd.Index(index, name="method") if None in parts else pd.MultiIndex.from_tuples(index, names=_keys(rows))
+    return pd.DataFrame(lines, index=index, columns=["difference", "±", "p", "p (Holm)"])
+
+
+def _holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction; NaN stays NaN and does not count."""
+    order = sorted((value, i) for i, value in enumerate(p) if value == value)
+    corrected, largest = list(p), 0.0
+    for place, (value, i) in enumerate(order):
+        largest = max(largest, min(1.0, value * (len(order) - place)))
+        corrected[i] = largest
+    return corrected
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a reader or an interruption never sees half of it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(text)
+    os.replace(partial, path)

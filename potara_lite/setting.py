@@ -1,0 +1,57 @@
+"""One federation and how its models are trained, as numbers: what the command, the notebooks and the benchmarks vary.
+
+This file imports nothing heavy, so that the command answers ``--help`` and bad options at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One federation and how its models are trained. The defaults were chosen on calibration data of other seeds
+    (``benchmarks/choose_default.py``). ``federated_lr_scale`` and ``local_lr_scale`` multiply ``lr`` for the two models
+    that are merged.
+
+    Raises ``ValueError`` for sizes below 1, negative lengths, and rates or ``alpha`` that are not positive.
+    """
+
+    clients: int = 8
+    train_size: int = 100
+    calibration_size: int = 30
+    test_size: int = 250
+    alpha: float = 0.5
+    shift: bool = False
+    rank: int = 4
+    batch_size: int = 8
+    lr: float = 4e-3
+    federated_lr_scale: float = 1.0
+    local_lr_scale: float = 1.0
+    rounds: int = 40
+    round_steps: int = 5
+    local_steps: int = 100
+    chunk_size: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self):
+        for name in ("clients", "train_size", "calibration_size", "test_size", "rank", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("rounds", "round_steps", "local_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in ("alpha", "lr", "federated_lr_scale", "local_lr_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+    @property
+    def partition(self) -> dict:
+        """What a data set is told about the clients and their examples."""
+        names = "clients", "train_size", "calibration_size", "test_size", "alpha", "shift"
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def total_steps(self) -> int:
+        """The optimiser steps per client of the two models together: the budget of every method that is compared."""
+        return self.rounds * self.round_steps + self.local_steps

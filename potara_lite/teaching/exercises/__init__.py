@@ -1,0 +1,1 @@
+"""Checkers for the notebooks' exercises, a file per notebook."""
