@@ -121,7 +121,7 @@ def attach(
     patterns, rsLoRA, convolutions); it then replaces ``rank``, ``alpha``, ``targets`` and ``head``.
 
     Raises ``ValueError`` for dropout (the random numbers of one client would depend on the others), for DoRA and
-    embedding layers (not a sum of ``B A``), and for a backbone whose ``targets`` do not exist.
+    embedding layers (not a sum of ``B A``), and for ``targets`` or a ``head`` that the backbone has not.
     """
     if config is None:
         config = LoraConfig(
@@ -143,6 +143,7 @@ def attach(
         _adapter_name(parameter): parameter for parameter, _ in model.named_parameters() if ".default." in parameter
     }
     _check_mergeable(model, initial, names)
+    _check_found(initial, config)
     if config.modules_to_save:
         for name, tensor in initial.items():
             if not is_lora(name):
@@ -167,6 +168,17 @@ def _check_mergeable(model: PeftModel, initial: Adapter, parameter_names: dict[s
             raise ValueError(
                 f"{layer}: nn.MultiheadAttention reads this weight without calling the layer, so LoRA does nothing"
             )
+
+
+def _check_found(initial: Adapter, config: LoraConfig) -> None:
+    """Raise ``ValueError`` for a target or a head that is no layer: PEFT asks only that *some* target matches."""
+    targets = [] if isinstance(config.target_modules, str) else config.target_modules or []
+    layers = [f".{layer}" for layer in lora_layers(initial)]
+    if missing := sorted(name for name in targets if not any(layer.endswith(f".{name}") for layer in layers)):
+        raise ValueError(f"targets {missing} match no layer of this backbone")
+    heads = config.modules_to_save or []
+    if missing := [head for head in heads if not any(f".{head}." in name for name in initial if not is_lora(name))]:
+        raise ValueError(f"head {missing[0]!r} is no module of this backbone")
 
 
 def lora_layers(adapter: Adapter) -> list[str]:

@@ -248,11 +248,11 @@ def partition(
     )
 
 
-def data_path(name: str = "") -> Path:
-    """Where the shipped file ``name`` lies: inside an installed wheel, or in ``data/`` of a checkout."""
+def data_path(name: str = "", folder: str = "data") -> Path:
+    """Where the shipped file ``name`` lies: inside an installed wheel, or in this ``folder`` of a checkout."""
     package = Path(__file__).resolve().parent
-    folder = package / "_data"
-    return (folder if folder.is_dir() else package.parent / "data") / name
+    shipped = package / "_data"
+    return (shipped if shipped.is_dir() else package.parent / folder) / name
 
 
 def check_file(path: str | Path) -> Path:

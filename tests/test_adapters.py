@@ -296,3 +296,17 @@ def test_adapters_of_different_ranks_or_bases_are_refused(backbone, adapted):
 def test_the_repr_is_short_and_formats_no_tensor(adapted):
     """``vmap`` takes the repr of what it maps at every call; printing the tensors cost more than the forward pass."""
     assert repr(adapted).startswith("AdaptedBackbone(LabViT, 4 layers, rank 2, ") and len(repr(adapted)) < 100
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (dict(targets=["qkv", "fc3"]), "targets .'fc3'. match no layer"),
+        (dict(targets=["qkv", "c1"]), "targets .'c1'. match no layer"),  # an ending of a name is not a name
+        (dict(head="haed"), "head 'haed' is no module"),
+        (dict(head="ead"), "head 'ead' is no module"),
+    ],
+)
+def test_a_misspelt_target_or_head_is_refused(backbone, names, message):
+    with pytest.raises(ValueError, match=message):
+        attach(backbone, rank=2, **names)
