@@ -64,7 +64,8 @@ def main() -> None:
         shutil.copy(Path(folder) / "config.json", HERE / "quick.json")
     table, differences = tables(pd.read_csv(HERE / "quick.csv"))
     (HERE / "quick.md").write_text(
-        f"# The command's table\n\n{table}\n\nPaired over the seeds (mean difference, standard error):\n\n{differences}\n"
+        f"# The command's table\n\n{table}\n\n"
+        f"Paired over the seeds (mean difference, standard error):\n\n{differences}\n"
     )
     fill(HERE.parent / "README.md", "quick", table)
     figure().savefig(HERE.parent / "docs" / "quick.png", dpi=90)

@@ -1,9 +1,12 @@
 """The book: notebooks as they were committed, the pages of ``docs/`` and the API, as HTML.
 
-    pip install ".[docs]" && sphinx-build -W -c docs . build/book      # then open build/book/docs/index.html
+pip install ".[docs]" && sphinx-build -W -c docs . build/book      # then open build/book/docs/index.html
 """
 
 import re
+from pathlib import Path
+
+import jupyter_server_mathjax
 
 import potara_lite
 
@@ -12,18 +15,34 @@ author = copyright = "the potara_lite developers"
 release = potara_lite.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
-include_patterns = ["docs/**", "notebooks/**", "benchmarks/README.md", "benchmarks/quick.md", "data/README.md", "README.md"]
+include_patterns = [
+    "README.md",
+    "docs/**",
+    "notebooks/**",
+    "benchmarks/README.md",
+    "benchmarks/quick.md",
+    "data/README.md",
+]
 exclude_patterns = ["**/.ipynb_checkpoints"]
 
 nb_execution_mode = "off"  # what is committed was executed; CI executes it again
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "attrs_inline"]
 myst_heading_anchors = 3
+nb_ipywidgets_js = {}  # the sliders need a kernel; their cells are tagged remove-output
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 html_theme = "furo"  # search, dark mode, previous and next
 html_title = "potara_lite"
-html_static_path = []
+html_static_path = [str(Path(jupyter_server_mathjax.__file__).parent / "static")]  # formulas without a network
+mathjax_path = "MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe"
+mathjax2_config = {
+    "HTML-CSS": {"availableFonts": [], "imageFont": None, "preferredFont": None, "webFont": "STIX-Web"},
+    "tex2jax": {"processClass": "math", "ignoreClass": "body", "inlineMath": [["\\(", "\\)"]]},
+    "messageStyle": "none",
+    "showMathMenu": False,
+}
+myst_update_mathjax = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -31,7 +50,7 @@ autodoc_default_options = {"members": True}
 
 
 def as_restructured_text(app, what, name, obj, options, lines):
-    """The docstrings are prose with literals: keep bars from becoming substitutions, and indented shell lines literal."""
+    """The docstrings are prose with literals: keep bars outside of literals from becoming substitutions."""
     lines[:] = [re.sub(r"(?<![`|])\|(?=[^|`]*\|)(?![^`]*``)", r"\\|", line) for line in lines]
 
 

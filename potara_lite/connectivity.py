@@ -1,4 +1,4 @@
-"""Loss along the segment between two models, and the barrier on it."""
+"""Loss along the segment between two models and over the plane through them, and the barrier on the segment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .adapters import AdaptedBackbone, Adapter
 from .data import Split
 from .engine.training import evaluate
-from .merging import merge_exact
+from .merging import combine_adapters, merge_exact
 
 
 def weight_grid(points: int = 11) -> Tensor:
@@ -47,3 +47,27 @@ def barrier(loss: Tensor, weights: Tensor) -> Tensor:
     weights = weights.to(loss)
     line = (1 - weights) * loss[:, :1] + weights * loss[:, -1:]
     return (loss - line).amax(dim=1)
+
+
+def along_plane(
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    x: Tensor | Sequence[float],
+    y: Tensor | Sequence[float],
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Loss (nats) and accuracy of every client over the plane ``x * dW_F + y * dW_L``: two ``(C, Y, X)``.
+
+    The plane goes through the frozen backbone with its empty adapter (0, 0), the federated model (1, 0) and the local
+    one (0, 1); the segment between the two is where ``x + y = 1``. Every point is an adapter of rank 2r, exactly (see
+    ``combine_adapters``). ``federated`` and ``local`` are stacks. ``options`` go to ``evaluate``.
+    """
+    points = [
+        evaluate(adapted, combine_adapters([federated, local], [float(right), float(up)]), split, **options)
+        for up in y
+        for right in x
+    ]
+    loss, accuracy = (torch.stack(column, dim=1).unflatten(1, (len(y), len(x))) for column in zip(*points))
+    return loss, accuracy

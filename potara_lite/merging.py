@@ -87,6 +87,31 @@ def merge_factors(federated: Adapter, local: Adapter, weight: Weight) -> Adapter
     return merged
 
 
+def change_basis(adapter: Adapter, matrix: Tensor) -> Adapter:
+    """The same model with other factors: ``(B M, M⁻¹ A)`` in every adapted layer; the head stays.
+
+    ``matrix``: ``(r, r)``, invertible. Takes an adapter or a stack. A rotation keeps the lengths of the factors, the
+    identity changes nothing. Raises ``ValueError`` for a matrix of another shape and for one without an inverse.
+
+    >>> one = {"l.lora_A.weight": torch.ones(1, 2), "l.lora_B.weight": torch.ones(3, 1)}
+    >>> change_basis(one, torch.tensor([[-2.0]]))["l.lora_A.weight"]
+    tensor([[-0.5000, -0.5000]])
+    """
+    inverse, failed = torch.linalg.inv_ex(matrix)
+    if failed:
+        raise ValueError("the matrix has no inverse, so it is no change of basis")
+    result = dict(adapter)
+    for name, tensor in adapter.items():
+        if not is_lora(name):
+            continue
+        dim = rank_dim(name, tensor)
+        if matrix.shape != (rank := tensor.shape[dim], rank):
+            raise ValueError(f"{name}: a basis of rank {rank} is changed by a square matrix of as many rows")
+        turn = inverse.mT if is_lora(name, "A") else matrix  # along the rank: Aᵀ M⁻ᵀ and B M
+        result[name] = torch.tensordot(tensor, turn.to(tensor), dims=([dim], [0])).movedim(-1, dim)
+    return result
+
+
 def compress(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Tensor]]:
     """The best adapter of rank ``rank`` (Eckart–Young), and each layer's relative error ``|dW - dW_r| / |dW|``.
 

@@ -1,4 +1,4 @@
-"""The first notebook in a real JupyterLab: run all cells, drag the slider, see the picture change."""
+"""Notebooks in a real JupyterLab: run all cells, drag every slider, see the picture change."""
 
 import os
 import re
@@ -16,7 +16,7 @@ import pytest
 import potara_lite
 
 ROOT = Path(potara_lite.__file__).resolve().parent.parent
-NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "00_quickstart.ipynb"
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --no-proxy-server --disable-background-networking "
@@ -29,14 +29,15 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-
 
 @pytest.fixture
 def lab(tmp_path):
-    """The address of a JupyterLab on a copy of the notebook without its outputs, so that all we see was made here."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    notebook.metadata.pop("widgets", None)
+    """The address of a JupyterLab on copies of the notebooks without outputs, so that all we see was made here."""
     (tmp_path / "work").mkdir()
-    nbformat.write(notebook, tmp_path / "work" / NOTEBOOK.name)
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        notebook.metadata.pop("widgets", None)
+        nbformat.write(notebook, tmp_path / "work" / path.name)
     settings = {  # keep cells in the page that are out of sight, and ask no questions in the corner
         "notebook-extension/tracker": '{"windowingMode": "none"}',
         "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
@@ -127,14 +128,50 @@ def picture(page):
     return image.evaluate("async e => await (await fetch(e.src)).text()")
 
 
-def test_run_all_cells_and_drag_the_slider(lab, page, tmp_path):
-    page.goto(f"{lab}/lab/tree/{NOTEBOOK.name}")
+def opened(page, lab, name):
+    """The notebook with all cells run; the messages that the browser's console calls errors."""
+    errors = []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(f"{lab}/lab/tree/{name}.ipynb")
     page.locator(".jp-Notebook h1").first.wait_for(timeout=120_000)
     page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for(timeout=120_000)
-
     prompts = run_all(page)
     assert prompts.all_inner_texts() == [f"[{number + 1}]:" for number in range(prompts.count())]
     assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    return errors
+
+
+@pytest.mark.parametrize("name", ["02_linear_mode_connectivity", "03_variance_trace_bound"])
+def test_every_slider_moves_its_picture(lab, page, tmp_path, name):
+    errors = opened(page, lab, name)
+    assert page.locator(".jp-OutputArea-output img[src^='data:image/png']").count() >= 2
+    handles = page.locator(".jupyter-widgets .noUi-handle")
+    assert handles.count() >= 1
+    for number in range(handles.count()):
+        handle = handles.nth(number)
+        handle.scroll_into_view_if_needed()
+        before = picture(page)
+        knob = handle.bounding_box()
+        track = page.locator(".jupyter-widgets .noUi-base").nth(number).bounding_box()
+        x, y = knob["x"] + knob["width"] / 2, knob["y"] + knob["height"] / 2
+        middle = track["x"] + track["width"] / 2
+        end = track["x"] + (0.9 if x < middle else 0.1) * track["width"]
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(end, y, steps=8)
+        page.mouse.up()
+        page.wait_for_timeout(500)
+        assert picture(page) != before, f"slider {number}"
+        after = picture(page)
+        handle.press("ArrowLeft" if end > x else "ArrowRight")  # a keyboard does as well
+        page.wait_for_timeout(500)
+        assert picture(page) != after, f"slider {number} by the keyboard"
+    page.screenshot(path=tmp_path / "after.png")
+    assert not errors
+
+
+def test_run_all_cells_and_drag_the_slider(lab, page, tmp_path):
+    errors = opened(page, lab, "00_quickstart")
     assert page.locator(".jp-OutputArea-output img[src^='data:image/png']").count() == 4
 
     handle = page.locator(".jupyter-widgets .noUi-handle")
@@ -167,3 +204,4 @@ def test_run_all_cells_and_drag_the_slider(lab, page, tmp_path):
     text.filter(has_text="client 3, λ = 1.00").wait_for()
     page.wait_for_timeout(200)
     assert picture(page) != after
+    assert not errors

@@ -1,0 +1,90 @@
+"""The HTML book builds without a warning, and every link in it leads somewhere."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+pytest.importorskip("myst_nb", reason="the book needs the extra `docs`")
+
+ROOT = Path(__file__).resolve().parent.parent
+LESSONS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+class Page(HTMLParser):
+    """The links of a page, and the places in it that links may point to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.places = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in ("href", "src") and value:
+                self.links.append(value)
+            elif name in ("id", "name") and value:
+                self.places.add(value)
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("book")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs", "-d", folder / "doctrees"]
+    done = subprocess.run([*command, ".", folder / "html"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "html"
+
+
+def test_every_link_leads_somewhere(book):
+    pages = {path.resolve(): Page(path.read_text()) for path in book.rglob("*.html")}
+    assert len(pages) > 2 * len(LESSONS) + 6
+    dead, followed = [], 0
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc or link.startswith("#top"):
+                assert parts.scheme in ("https", "data", ""), link
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            found = target.is_file() and (
+                not parts.fragment or target not in pages or unquote(parts.fragment) in pages[target].places
+            )
+            followed += 1
+            if not found:
+                dead.append((path.name, link))
+    assert not dead and followed > 1000, dead[:10]
+
+
+def test_pages_load_nothing_from_elsewhere(book):
+    """The book is read from a disk: scripts, styles and pictures are its own."""
+    for path in book.rglob("*.html"):
+        text = path.read_text()
+        loaded = re.findall(
+            r"<(?:script|img)[^>]* src=\"([^\"]+)\"|<link[^>]* rel=\"stylesheet\"[^>]* href=\"([^\"]+)\"", text
+        )
+        assert not [one for pair in loaded for one in pair if one.startswith(("http", "//"))], path
+
+
+def test_the_front_page_lists_the_course_with_minutes_and_prerequisites(book):
+    text = (ROOT / "docs" / "index.md").read_text()
+    rows = re.findall(r"^\| \[.*?\]\(\.\./notebooks/(\w+)\.ipynb\) \| .+? \| (\d+) s \| .+? \|$", text, re.M)
+    assert [name for name, _ in rows] == LESSONS and all(0 < int(seconds) <= 120 for _, seconds in rows)
+    front = (book / "docs" / "index.html").read_text()
+    assert all(f"../notebooks/{name}.html" in front for name in LESSONS)
+    solutions = [path.stem for path in (ROOT / "notebooks" / "solutions").glob("*.ipynb")]
+    assert sorted(solutions) == LESSONS and all(
+        (book / "notebooks" / "solutions" / f"{n}.html").is_file() for n in LESSONS
+    )
+
+
+def test_the_api_names_every_file_in_reading_order():
+    import potara_lite
+
+    files = [name for name in re.findall(r"[\w/]+\.py", potara_lite.__doc__) if name != "__main__.py"]
+    named = re.findall(r"automodule:: potara_lite\.([\w.]+)", (ROOT / "docs" / "api.md").read_text())
+    assert [name.replace(".", "/") + ".py" for name in named] == files

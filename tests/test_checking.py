@@ -1,0 +1,92 @@
+"""What all checkers share: three states, copies of the inputs, slips that are recognised, and how far off one is."""
+
+import numpy as np
+import pytest
+import torch
+
+from potara_lite.teaching.exercises.checking import check, difference
+
+INPUTS = [(torch.tensor([1.0, 2.0]), 3), (torch.tensor([0.5, -1.0]), 2)]
+SLIPS = {
+    "that is the sum": lambda x, n: x + n,
+    "that is the first entry": lambda x, n: x[0],
+    "there is no third entry": lambda x, n: x[2],
+}
+
+
+def right(x, n):
+    return n * x
+
+
+def stop(x, n):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("stub", [lambda x, n: ..., lambda x, n: None, stop])
+def test_an_untouched_stub_is_not_attempted(stub):
+    assert check(stub, right, INPUTS, SLIPS) == "not attempted"
+
+
+@pytest.mark.parametrize("answer", [right, lambda x, n: (n * x).tolist(), lambda x, n: (n * x).numpy().astype("f8")])
+def test_a_right_answer_in_any_form_is_correct(answer):
+    assert check(answer, right, INPUTS, SLIPS) == "correct"
+
+
+@pytest.mark.parametrize("hint", SLIPS)
+def test_a_slip_is_recognised(hint):
+    assert check(SLIPS[hint], right, INPUTS, SLIPS) == f"hint: {hint}"
+
+
+@pytest.mark.parametrize(
+    "wrong, hint",
+    [
+        (
+            lambda x, n: n * x + 0.5 * (n == 2),
+            "right on one example of 2, not on f(tensor([ 0.5000, -1.0000]), 2): off by up to 0.5",
+        ),
+        (lambda x, n: x[:, None], "the answer has the shape (2,); yours has (2, 1)"),
+        (lambda x, n: "six", "the answer is a tensor of shape (2,); yours is a str"),
+        (lambda x, n: 1 / 0, "your function stopped with ZeroDivisionError: division by zero"),
+        (lambda x, n: x * torch.nan, "off by up to inf: entry (0,) is 3, yours is nan"),
+        (lambda x, n: None if n == 2 else n * x, "your function returns nothing here"),
+    ],
+)
+def test_any_other_answer_gets_a_hint(wrong, hint):
+    line = check(wrong, right, INPUTS, SLIPS)
+    assert line.startswith("hint: ") and hint in line
+
+
+def test_an_accepted_answer_is_correct_with_a_remark():
+    accepted = {"with a minus": lambda x, n: -n * x}
+    assert check(accepted["with a minus"], right, INPUTS, accepted=accepted) == "correct (with a minus)"
+
+
+def test_nobody_can_change_what_the_next_one_sees():
+    def careless(x, n):
+        return x.mul_(n)
+
+    before = [x.clone() for x, _ in INPUTS]
+    assert check(careless, right, INPUTS, SLIPS) == "correct"
+    for (x, _), old in zip(INPUTS, before):
+        torch.testing.assert_close(x, old)
+
+
+@pytest.mark.parametrize(
+    "answer, wanted, text",
+    [
+        (1.0, torch.tensor(1.0), ""),
+        (torch.tensor([1.0], requires_grad=True), 1.0, ""),
+        ([1.0, 2.0], 1.0, "the answer is one number; yours has the shape (2,)"),
+        (np.float64(2), 1.0, "the answer is 1, yours is 2"),
+        ("a", 1.0, "the answer is a number; yours is a str"),
+        (torch.tensor(True), True, ""),
+        (False, True, "the answer is True, yours is False"),
+        ({"a": 1, "b": 2}, {"a": 1}, "an entry that does not belong there: 'b'"),
+        ({"a": 2}, {"a": 1}, "entry 'a': the answer is 1, yours is 2"),
+        (3, {"a": 1}, "the answer is a dictionary; yours is a int"),
+        ((1, 3), (1, 2), "part 1: the answer is 2, yours is 3"),
+        (1, (1, 2), "the answer is 2 things, separated by commas; yours is a int"),
+    ],
+)
+def test_differences_in_words(answer, wanted, text):
+    assert difference(answer, wanted) == text

@@ -1,0 +1,81 @@
+"""Notebook 01: its checkers know every slip that they list, and its widget shows what it is given."""
+
+import math
+
+import pytest
+import torch
+
+from potara_lite import fashion_mnist
+from potara_lite.engine.federated import weighted_average
+from potara_lite.teaching.exercises import federated_lora as checkers
+from potara_lite.teaching.explorers import heterogeneity_explorer
+
+EXERCISES = {
+    checkers.check_fedavg: (checkers.FEDAVG_SLIPS, weighted_average),
+    checkers.check_total_bytes: (
+        checkers.TOTAL_BYTES_SLIPS,
+        lambda adapter, rounds: (2 * rounds + 1) * sum(t.nbytes for t in adapter.values()),
+    ),
+    checkers.check_aggregate_gap: (
+        checkers.AGGREGATE_GAP_SLIPS,
+        lambda A, B: float(
+            torch.linalg.norm(sum(b @ a for a, b in zip(A, B)) / len(A) - B.mean(0) @ A.mean(0))
+            / torch.linalg.norm(sum(b @ a for a, b in zip(A, B)) / len(A))
+        ),
+    ),
+    checkers.check_ffa_trains: (checkers.FFA_TRAINS_SLIPS, lambda name: ".lora_A." not in name),
+}
+SLIPS = [(check, hint, slip) for check, (slips, _) in EXERCISES.items() for hint, slip in slips.items()]
+
+
+@pytest.mark.parametrize("check", EXERCISES, ids=lambda check: check.__name__)
+def test_stub_and_solution(check):
+    assert check(lambda *given: ...) == "not attempted"
+    assert check(EXERCISES[check][1]) == "correct"
+
+
+@pytest.mark.parametrize("check, hint, slip", SLIPS, ids=[f"{check.__name__}: {hint[:40]}" for check, hint, _ in SLIPS])
+def test_every_slip_gets_its_own_hint(check, hint, slip):
+    assert check(slip) == f"hint: {hint}"
+
+
+@pytest.mark.parametrize(
+    "check, wrong, hint",
+    [
+        (checkers.check_fedavg, lambda stack, sizes: list(stack.values())[0].mean(0), "the answer is a dictionary"),
+        (checkers.check_fedavg, lambda stack, sizes: {"tensor 0": stack["tensor 0"][0]}, "missing: 'tensor 1'"),
+        (checkers.check_fedavg, lambda stack, sizes: stack, "the answer has the shape (3,); yours has (3, 3)"),
+        (checkers.check_total_bytes, lambda adapter, rounds: 0.0, "yours is 0"),
+        (checkers.check_aggregate_gap, lambda A, B: B.mean(0) @ A.mean(0), "the answer is one number"),
+        (checkers.check_ffa_trains, lambda name: "head" in name, "right on 4 examples of 6, not on f('base_model"),
+    ],
+)
+def test_other_answers_get_a_hint(check, wrong, hint):
+    line = check(wrong)
+    assert line.startswith("hint: ") and hint in line
+
+
+def test_the_explorer_counts_kinds_and_swaps_pictures():
+    alphas = [0.1, math.inf]
+    sizes = dict(clients=3, train_size=40, calibration_size=4, test_size=8)
+    splits = [fashion_mnist(alpha=alpha, **sizes).train for alpha in alphas]
+    slider, text, picture = heterogeneity_explorer(alphas, splits, list("abcdefghij")).children
+    assert text.value.startswith("α = ∞: a client has 10.0 of 10 kinds")
+    even = picture.value
+    slider.index = 0
+    labels = [splits[0].client(i)[1] for i in range(3)]
+    kinds = sum(len(y.unique()) for y in labels) / 3
+    commonest = sum((y.bincount().max() / len(y)).item() for y in labels) / 3
+    together = (torch.cat(labels).bincount().max() / 120).item()
+    assert text.value == (
+        f"α = 0.1: a client has {kinds:.1f} of 10 kinds, its commonest is {commonest:.0%} of its images "
+        f"(of all clients' images together: {together:.0%})"
+    )
+    assert picture.value != even and bytes(picture.value).startswith(b"<?xml")
+    slider.index = 1
+    assert picture.value == even
+
+
+def test_the_explorer_wants_a_split_for_each_concentration(federation):
+    with pytest.raises(ValueError, match="2 concentrations, but 1 splits"):
+        heterogeneity_explorer([0.1, 1], [federation.train], list("abcd"))
