@@ -1,5 +1,6 @@
 """The HTML book builds without a warning, and every link in it leads somewhere."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from test_results import script
 
 pytest.importorskip("myst_nb", reason="the book needs the extra `docs`")
 
@@ -72,8 +74,10 @@ def test_pages_load_nothing_from_elsewhere(book):
 
 def test_the_front_page_lists_the_course_with_minutes_and_prerequisites(book):
     text = (ROOT / "docs" / "index.md").read_text()
-    rows = re.findall(r"^\| \[.*?\]\(\.\./notebooks/(\w+)\.ipynb\) \| .+? \| (\d+) s \| .+? \|$", text, re.M)
-    assert [name for name, _ in rows] == LESSONS and all(0 < int(seconds) <= 120 for _, seconds in rows)
+    measured = json.loads((ROOT / "benchmarks" / "notebooks.json").read_text())["notebooks"]
+    assert f"<!-- course -->\n{script('notebooks').table(measured)}\n<!-- /course -->" in text
+    assert sorted(measured) == LESSONS and all(0 < found["seconds"] <= 120 for found in measured.values())
+    assert sum(found["seconds"] for found in measured.values()) <= 720
     front = (book / "docs" / "index.html").read_text()
     assert all(f"../notebooks/{name}.html" in front for name in LESSONS)
     solutions = [path.stem for path in (ROOT / "notebooks" / "solutions").glob("*.ipynb")]

@@ -1,0 +1,68 @@
+"""How long every notebook takes, and how much memory: what a lecturer has to plan for.
+
+    python benchmarks/notebooks.py            # ten minutes; leave the machine alone meanwhile
+    python benchmarks/notebooks.py 00 03      # these only
+
+Every notebook is executed from top to bottom by a kernel of its own, one after another, without being changed. Writes
+``notebooks.json`` (wall seconds, start of the kernel included; peak resident bytes of the kernel) and the table of
+``docs/index.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pages import facts, fill
+
+HERE = Path(__file__).parent
+NOTEBOOKS = HERE.parent / "notebooks"
+RUN = """
+import resource, sys, nbformat
+from nbclient import NotebookClient
+NotebookClient(nbformat.read(sys.argv[1], as_version=4), resources={"metadata": {"path": sys.argv[2]}}).execute()
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def measure(path: Path) -> dict[str, float]:
+    """Seconds and bytes of one notebook."""
+    began = time.perf_counter()
+    command = [sys.executable, "-c", RUN, path, path.parent]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kilobytes
+    return {"seconds": time.perf_counter() - began, "bytes": unit * int(done.stdout.split()[-1])}
+
+
+def table(measured: dict[str, dict[str, float]]) -> str:
+    """The course as Markdown: question, seconds and prerequisites of every notebook."""
+    lines = ["| notebook | its question | two CPU cores | before it |", "| --- | --- | --- | --- |"]
+    for name, found in sorted(measured.items()):
+        cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+        head = "".join(cells[0]["source"])
+        title, bold = (re.search(pattern, head, re.M).group(1) for pattern in (r"^# (.+)", r"^\*\*(.+?)\*\*$"))
+        question = title if title.endswith("?") else bold
+        before = re.search(r"\*\*Prerequisites:\*\* (.+?)\n\n", head, re.S).group(1)
+        before = re.sub(r"\]\((\w+\.ipynb)\)", r"](../notebooks/\1)", " ".join(before.split()))
+        before = re.sub(r" \[\d\]", "", before)
+        lines.append(f"| [{name[:2]}](../notebooks/{name}.ipynb) | {question} | {found['seconds']:.0f} s | {before} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    path = HERE / "notebooks.json"
+    measured = json.loads(path.read_text())["notebooks"] if path.is_file() else {}
+    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
+        if len(sys.argv) == 1 or notebook.stem[:2] in sys.argv[1:]:
+            measured[notebook.stem] = measure(notebook)
+            print(notebook.stem, measured[notebook.stem], flush=True)
+    path.write_text(json.dumps({"notebooks": measured} | facts(), indent=1) + "\n")
+    fill(HERE.parent / "docs" / "index.md", "course", table(measured))
+
+
+if __name__ == "__main__":
+    main()
