@@ -44,8 +44,8 @@ def table(measured: dict[str, dict[str, float]]) -> str:
     for name, found in sorted(measured.items()):
         cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
         head = "".join(cells[0]["source"])
-        title, bold = re.search(r"^# (.+?)\n+\*\*(.+?)\*\*\n", head, re.S).groups()
-        question = " ".join((title if title.endswith("?") else bold).split())
+        title, *bold = re.findall(r"^# (.+)$|^\*\*([^*]+\?)\*\*$", head, re.M)
+        question = title[0] if title[0].endswith("?") else bold[0][1]
         before = re.search(r"\*\*Prerequisites:\*\* (.+?)\n\n", head, re.S).group(1)
         before = re.sub(r"\]\((\w+\.ipynb)\)", r"](../notebooks/\1)", " ".join(before.split()))
         before = re.sub(r" \[\d\]", "", before)

@@ -2,6 +2,8 @@
 
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -88,6 +90,27 @@ def test_claims_are_asserts_that_nbval_checks(path):
     pictures = ["image/png" in output.get("data", {}) for cell in cells for output in cell.outputs]
     sliders = ["widget-view+json" in str(output.get("data", {})) for cell in cells for output in cell.outputs]
     assert sum(sliders) == 1 and pictures.index(True) < sliders.index(True), "a static figure comes first"
+
+
+LECTURES = [path for path in LESSONS if path.name[:2] in ("00", "02", "03")]
+
+
+@pytest.mark.parametrize("path", LECTURES, ids=lambda path: path.name)
+def test_a_lecture_stops_at_every_prediction(path, tmp_path):
+    """As slides: a slide per section, and what follows a prediction comes only when it is asked for."""
+    cells = read(path).cells
+    kinds = [cell.metadata.get("slideshow", {}).get("slide_type") for cell in cells]
+    for number, cell in enumerate(cells):
+        if cell.cell_type == "markdown" and re.search(r"^## ", cell.source, re.M):
+            assert kinds[number] == "slide"
+        if "**Predict:**" in cell.source:
+            assert kinds[number] in ("slide", "subslide")
+            follows = next(n for n in range(number + 1, len(cells)) if cells[n].cell_type == "code")
+            assert kinds[follows] == "fragment", cells[follows].source
+    command = [sys.executable, "-m", "nbconvert", "--to", "slides", "--output-dir", tmp_path, path]
+    subprocess.run(command, check=True, capture_output=True)
+    text = (tmp_path / f"{path.stem}.slides.html").read_text()
+    assert text.count("<section") > kinds.count("slide")
 
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.name)

@@ -193,7 +193,7 @@ def test_no_address_is_invented():
     ]
     assert len(texts) > 50 or not listed  # a source archive has no git
     for path in texts:
-        text = path.read_text()
+        text = path.read_text() if path != Path(__file__) else ""
         if path.suffix == ".ipynb":
             text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
         for address in re.findall(r"https?://[\w./%?=&-]+", text):
