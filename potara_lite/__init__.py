@@ -9,8 +9,11 @@ order:
     estimators/estimate.py, estimators/gauss_newton.py, estimators/curve.py, estimators/calibrated.py,
     estimators/combined.py, estimators/paper.py, estimators/laplace.py, estimators/gradient.py,
     estimators/shrinkage.py, estimators/ensemble.py, experiment.py, results.py, field/rounds.py,
-    field/algorithms.py, field/baselines.py, field/methods.py, field/sweep.py, teaching/plots.py,
-    teaching/widgets.py, teaching/exercises/quickstart.py, __main__.py
+    field/algorithms.py, field/baselines.py, field/methods.py, field/sweep.py, teaching/rows.py, teaching/plots.py,
+    teaching/convex_head.py, teaching/widgets.py, teaching/explorers.py, teaching/bound_explorer.py,
+    teaching/seeds_explorer.py, teaching/exercises/checking.py, teaching/exercises/quickstart.py,
+    teaching/exercises/federated_lora.py, teaching/exercises/connectivity.py, teaching/exercises/bound.py,
+    teaching/exercises/benchmark.py, teaching/exercises/your_own.py, __main__.py
 
 What is below is imported when it is first used, so that ``import potara_lite`` costs nothing.
 """

@@ -1,0 +1,167 @@
+"""Checkers of notebook 05: what is a sample, who is on the frontier, and what is a fair comparison.
+
+Each takes a reader's function and says one line about it: ``"not attempted"``, ``"correct"``, or a hint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .checking import check
+
+# Two methods on three seeds (rows) and four clients, with wins, losses and ties.
+FIRST = torch.tensor([[0.80, 0.90, 0.70, 0.75], [0.60, 0.85, 0.65, 0.70], [0.95, 0.90, 0.75, 0.80]]).double()
+SECOND = torch.tensor([[0.70, 0.90, 0.75, 0.70], [0.60, 0.75, 0.60, 0.65], [0.85, 0.95, 0.75, 0.60]]).double()
+
+
+def _error(samples: Tensor) -> float:
+    return float(samples.std() / len(samples) ** 0.5)
+
+
+def paired_difference(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Means over the clients (dim 1) first; then the seeds (dim 0) are the samples."""
+    seeds = (first - second).mean(1)
+    return float(seeds.mean()), _error(seeds)
+
+
+def _with_error(error: Callable[[Tensor, Tensor], float]) -> Callable:
+    return lambda first, second: (float((first - second).mean()), float(error(first, second)))
+
+
+PAIRED_DIFFERENCE_SLIPS = {
+    "that is the unpaired error: it adds the spread of both methods; subtract seed by seed first": _with_error(
+        lambda first, second: (_error(first.mean(1)) ** 2 + _error(second.mean(1)) ** 2) ** 0.5
+    ),
+    "you divided by n inside the deviation; the mean was estimated from the same seeds, so it is n - 1 (ddof 1)": (
+        _with_error(lambda first, second: (first - second).mean(1).std(correction=0) / len(first) ** 0.5)
+    ),
+    "you took every client for a sample of its own; clients of one seed share a federated model: average them first": (
+        _with_error(lambda first, second: _error((first - second).flatten()))
+    ),
+    "that is the standard deviation of one seed; the error of the mean is smaller by the root of their number": (
+        _with_error(lambda first, second: (first - second).mean(1).std())
+    ),
+    "the difference is first minus second; yours has the other sign": lambda first, second: paired_difference(
+        second, first
+    ),
+}
+
+
+def check_paired_difference(function: Callable[[Tensor, Tensor], tuple[float, float]]) -> str:
+    """Mean difference of two methods and its standard error over seeds, from two tables ``(seeds, clients)``.
+
+    >>> check_paired_difference(lambda first, second: (float((first - second).mean()), 0.0)).startswith("hint: ")
+    True
+    """
+    inputs = [(FIRST, SECOND), (FIRST[:2, :3], SECOND[1:, :3])]
+    return check(function, paired_difference, inputs, PAIRED_DIFFERENCE_SLIPS)
+
+
+def frontier(points: Tensor) -> Tensor:
+    """Which points ``(megabytes, accuracy)`` no other one beats: none is as good in both and better in one."""
+    as_good = (points[:, None, 0] <= points[None, :, 0]) & (points[:, None, 1] >= points[None, :, 1])
+    better = (points[:, None, 0] < points[None, :, 0]) | (points[:, None, 1] > points[None, :, 1])
+    return ~(as_good & better).any(0)
+
+
+def _keeps_dominated(points: Tensor) -> Tensor:
+    cheaper = points[:, None, 0] < points[None, :, 0]
+    return ~(cheaper & (points[:, None, 1] > points[None, :, 1])).any(0)
+
+
+def _drops_ties(points: Tensor) -> Tensor:
+    as_good = (points[:, None, 0] <= points[None, :, 0]) & (points[:, None, 1] >= points[None, :, 1])
+    return ~(as_good & ~torch.eye(len(points), dtype=torch.bool)).any(0)
+
+
+FRONTIER_SLIPS = {
+    "you keep points that are beaten: as accurate for fewer bytes, or more accurate for as many, is enough": (
+        _keeps_dominated
+    ),
+    "two equal points do not beat each other; one of the two comparisons has to be strict": _drops_ties,
+    "you drop every point: each is as good as itself; leave it out, or ask for strictly better in one": (
+        lambda points: torch.zeros(len(points), dtype=torch.bool)
+    ),
+    "you prefer more megabytes; fewer are better": lambda points: frontier(points * torch.tensor([-1.0, 1.0])),
+    "that is only the most accurate point; a cheaper one may be less accurate and still unbeaten": (
+        lambda points: points[:, 1] == points[:, 1].max()
+    ),
+    "those are the beaten ones; the answer is true for the others": lambda points: ~frontier(points),
+}
+
+
+def check_frontier(function: Callable[[Tensor], Tensor]) -> str:
+    """Which rows of ``points`` ``(N, 2)``, megabytes and accuracy, no other row beats: a truth value each.
+
+    >>> check_frontier(lambda points: points[:, 1] == points[:, 1].max())
+    'hint: that is only the most accurate point; a cheaper one may be less accurate and still unbeaten'
+    """
+    inputs = [
+        (torch.tensor([[0.0, 0.70], [3.0, 0.80], [3.0, 0.75], [5.0, 0.80], [7.0, 0.85], [9.0, 0.72]]),),
+        (torch.tensor([[2.0, 0.6], [1.0, 0.5], [2.0, 0.6], [4.0, 0.9]]),),  # two equal points
+    ]
+    return check(function, frontier, inputs, FRONTIER_SLIPS)
+
+
+def fair_rounds(budget: int, steps: int, models: int) -> int:
+    """Whole rounds within ``budget`` optimiser steps, ``steps`` for each of the ``models`` in every round."""
+    return budget // (steps * models)
+
+
+FAIR_ROUNDS_SLIPS = {
+    "a method that trains two models takes its steps twice in every round": lambda budget, steps, models: (
+        budget // steps
+    ),
+    "more models make a round dearer, so there are fewer rounds, not more": lambda budget, steps, models: (
+        budget * models // steps
+    ),
+    "a round that is not finished does not count: whole rounds only, rounded down": lambda budget, steps, models: (
+        budget / (steps * models)
+    ),
+    "rounded up, the last round exceeds the budget": lambda budget, steps, models: -(-budget // (steps * models)),
+}
+
+
+def check_fair_rounds(function: Callable[[int, int, int], int]) -> str:
+    """The rounds that a method may play: ``budget`` optimiser steps, ``steps`` a round for each of ``models`` models.
+
+    >>> check_fair_rounds(lambda budget, steps, models: budget // steps)
+    'hint: a method that trains two models takes its steps twice in every round'
+    """
+    return check(function, fair_rounds, [(180, 5, 1), (180, 5, 2), (100, 7, 2)], FAIR_ROUNDS_SLIPS)
+
+
+def share_better(first: Tensor, second: Tensor) -> float:
+    """The share of clients, of all seeds, that are more accurate with the first method."""
+    return float((first > second).double().mean())
+
+
+SHARE_BETTER_SLIPS = {
+    "you count ties as wins; a client that is as accurate has gained nothing": lambda first, second: (
+        (first >= second).double().mean()
+    ),
+    "you averaged the clients before you compared: that asks whose mean is higher, not how many gain": (
+        lambda first, second: (first.mean(1) > second.mean(1)).double().mean()
+    ),
+    "you averaged everything before you compared: that asks whose mean is higher, not how many gain": (
+        lambda first, second: (first.mean() > second.mean()).double()
+    ),
+    "that is the share that loses": lambda first, second: (first < second).double().mean(),
+    "you count a tie as half a win, which is a convention; here a tie is none": lambda first, second: (
+        (first > second).double() + 0.5 * (first == second)
+    ).mean(),
+    "that is their number; the answer is the share": lambda first, second: (first > second).sum(),
+}
+
+
+def check_share_better(function: Callable[[Tensor, Tensor], float]) -> str:
+    """The share of clients that the first of two methods serves better, from two tables ``(seeds, clients)``.
+
+    >>> check_share_better(lambda first, second: (first >= second).double().mean())
+    'hint: you count ties as wins; a client that is as accurate has gained nothing'
+    """
+    inputs = [(FIRST, SECOND), (SECOND, FIRST), (FIRST, SECOND[[1, 2, 0]])]
+    return check(function, share_better, inputs, SHARE_BETTER_SLIPS)
