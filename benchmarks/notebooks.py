@@ -4,8 +4,8 @@
     python benchmarks/notebooks.py 00 03      # these only
 
 Every notebook is executed from top to bottom by a kernel of its own, one after another, without being changed. Writes
-``notebooks.json`` (wall seconds, start of the kernel included; peak resident bytes of the kernel) and the table of
-``docs/index.md``.
+``notebooks.json`` (wall seconds, start of the kernel included; peak resident bytes of the kernel) the table of
+``docs/index.md`` and a sentence of ``docs/teaching.md``.
 """
 
 from __future__ import annotations
@@ -53,6 +53,12 @@ def table(measured: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def memory(measured: dict[str, dict[str, float]]) -> str:
+    """What the page for lecturers says of memory."""
+    most = max(found["bytes"] for found in measured.values())
+    return f"A student's kernel needs up to {most / 1e9:.1f} GB of memory"
+
+
 def main() -> None:
     path = HERE / "notebooks.json"
     measured = json.loads(path.read_text())["notebooks"] if path.is_file() else {}
@@ -62,6 +68,8 @@ def main() -> None:
             print(notebook.stem, measured[notebook.stem], flush=True)
     path.write_text(json.dumps({"notebooks": measured} | facts(), indent=1) + "\n")
     fill(HERE.parent / "docs" / "index.md", "course", table(measured))
+    page = HERE.parent / "docs" / "teaching.md"
+    page.write_text(re.sub(r"A student's kernel needs .+", memory(measured), page.read_text()))
 
 
 if __name__ == "__main__":

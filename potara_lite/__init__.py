@@ -11,9 +11,10 @@ order:
     estimators/shrinkage.py, estimators/ensemble.py, experiment.py, results.py, field/rounds.py,
     field/algorithms.py, field/baselines.py, field/methods.py, field/sweep.py, teaching/rows.py, teaching/plots.py,
     teaching/convex_head.py, teaching/widgets.py, teaching/explorers.py, teaching/bound_explorer.py,
-    teaching/seeds_explorer.py, teaching/exercises/checking.py, teaching/exercises/quickstart.py,
-    teaching/exercises/federated_lora.py, teaching/exercises/connectivity.py, teaching/exercises/bound.py,
-    teaching/exercises/benchmark.py, teaching/exercises/your_own.py, __main__.py
+    teaching/estimator_explorer.py, teaching/seeds_explorer.py, teaching/exercises/checking.py,
+    teaching/exercises/quickstart.py, teaching/exercises/federated_lora.py, teaching/exercises/connectivity.py,
+    teaching/exercises/bound.py, teaching/exercises/estimating.py, teaching/exercises/benchmark.py,
+    teaching/exercises/your_own.py, __main__.py
 
 What is below is imported when it is first used, so that ``import potara_lite`` costs nothing.
 """

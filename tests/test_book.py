@@ -77,6 +77,7 @@ def test_the_front_page_lists_the_course_with_minutes_and_prerequisites(book):
     measured = json.loads((ROOT / "benchmarks" / "notebooks.json").read_text())["notebooks"]
     assert f"<!-- course -->\n{script('notebooks').table(measured)}\n<!-- /course -->" in text
     assert sorted(measured) == LESSONS and all(0 < found["seconds"] <= 120 for found in measured.values())
+    assert script("notebooks").memory(measured) in (ROOT / "docs" / "teaching.md").read_text()
     assert sum(found["seconds"] for found in measured.values()) <= 720
     front = (book / "docs" / "index.html").read_text()
     assert all(f"../notebooks/{name}.html" in front for name in LESSONS)

@@ -1,0 +1,243 @@
+"""Notebook 04: checkers that know every listed slip, the explorer, and the rows of ``benchmarks/course.py``."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from potara_lite import Setting
+from potara_lite.engine.gradients import diagonal_fisher
+from potara_lite.estimators import fisher_moments
+from potara_lite.teaching.estimator_explorer import METHODS, estimator_explorer, loss_along
+from potara_lite.teaching.exercises.estimating import (
+    check_damped_weight,
+    check_diagonal_fisher,
+    check_regret,
+    check_shrink,
+)
+from potara_lite.teaching.rows import committed_rows
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def raising(error):
+    def function(*given):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("check", [check_diagonal_fisher, check_damped_weight, check_shrink, check_regret])
+@pytest.mark.parametrize("stub", [lambda *given: ..., lambda *given: None, raising(NotImplementedError())])
+def test_every_checker_knows_an_untouched_stub_and_a_crash(check, stub):
+    assert check(stub) == "not attempted"
+    assert check(raising(KeyError("x"))).startswith("hint: your function stopped with KeyError")
+
+
+def mean(values, sizes):
+    return values.sum(1) / sizes.view(-1, 1)
+
+
+@pytest.mark.parametrize("right", [diagonal_fisher, lambda g, n: (g**2).sum(1) / n[:, None]])
+def test_the_fisher(right):
+    assert check_diagonal_fisher(right) == "correct"
+
+
+@pytest.mark.parametrize(
+    "wrong, hint",
+    [
+        (lambda g, n: mean(g, n) ** 2, "squares the gradient of the whole batch"),
+        (lambda g, n: g.mean(1) ** 2, "squares the gradient of the whole batch"),
+        (lambda g, n: (g**2).sum(1), "the sum over the examples"),
+        (lambda g, n: (g**2).mean(1), "the padded length"),
+        (lambda g, n: g.var(1), "variance"),
+        (lambda g, n: g.var(1, unbiased=False), "variance"),
+        (lambda g, n: mean(g**2, n) - mean(g, n) ** 2, "variance"),
+        (lambda g, n: mean(g**2, n).sum(1), "the trace"),
+        (lambda g, n: 2 * mean(g**2, n), "off by up to"),
+    ],
+)
+def test_slips_of_the_fisher(wrong, hint):
+    line = check_diagonal_fisher(wrong)
+    assert line.startswith("hint: ") and hint in line
+
+
+def weight_of(var_f, var_l, rho):
+    a, b, c = var_f.sum(), var_l.sum(), (rho * (var_f * var_l) ** 0.5).sum()
+    return (b - c) / (a + b - 2 * c)
+
+
+def free_weight(f, p, rho, damping):
+    delta = damping * torch.cat([f, p]).mean()
+    return weight_of(1 / (f + delta), 1 / (p + delta), rho)
+
+
+def right_weight(*given):
+    return min(max(float(free_weight(*given)), 0), 1)
+
+
+def test_the_damped_weight_is_the_librarys():
+    assert check_damped_weight(right_weight) == "correct"
+    random = torch.Generator().manual_seed(0)
+    g_f, g_l = torch.randn(2, 7, 5, generator=random, dtype=torch.float64)
+    f, p = g_f.square().mean(0), g_l.square().mean(0)
+    rho = ((g_f * g_l).mean(0) / (f * p).sqrt()).clamp(0, 1)
+    wanted = fisher_moments(g_f[None], g_l[None], torch.tensor([7]), damping=0.1).weight
+    assert right_weight(f, p, rho, 0.1) == pytest.approx(float(wanted), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "wrong, hint",
+    [
+        (free_weight, "must stay in [0, 1]"),
+        (lambda f, p, r, d: weight_of(1 / (f + d * torch.cat([f, p]).mean()), 1 / p, r), "damp F only"),
+        (lambda f, p, r, d: weight_of(1 / f, 1 / (p + d * torch.cat([f, p]).mean()), r), "damp L only"),
+        (lambda f, p, r, d: weight_of(1 / f, 1 / (p + d * torch.cat([f, p]).mean()), r).clamp(0, 1), "damp L only"),
+        (lambda f, p, r, d: weight_of(1 / (f + d), 1 / (p + d), r), "it is relative"),
+        (lambda f, p, r, d: weight_of(1 / (f + d), 1 / (p + d), r).clamp(0, 1), "it is relative"),
+        (lambda f, p, r, d: weight_of(1 / (f + d * f.mean()), 1 / (p + d * p.mean()), r), "a δ of its own"),
+        (lambda f, p, r, d: free_weight(f, p, r, 2 * d), "with their sum"),
+        (lambda f, p, r, d: free_weight(f, p, 0 * r, d), "the covariance is missing"),
+        (lambda f, p, r, d: weight_of(f + d * (f + p).mean() / 2, p + d * (f + p).mean() / 2, r), "one over it"),
+        (lambda *given: 1 - right_weight(*given), "on the local model"),
+        (lambda *given: 0.5, "the answer is"),
+    ],
+)
+def test_slips_of_the_damped_weight(wrong, hint):
+    line = check_damped_weight(wrong)
+    assert line.startswith("hint: ") and hint in line
+
+
+@pytest.mark.parametrize(
+    "right", [lambda o, s2, c, t2: (t2 * o + s2 * c) / (s2 + t2), lambda o, s2, c, t2: c + t2 / (s2 + t2) * (o - c)]
+)
+def test_shrinking(right):
+    assert check_shrink(right) == "correct"
+
+
+@pytest.mark.parametrize(
+    "wrong, hint",
+    [
+        (lambda o, s2, c, t2: (s2 * o + t2 * c) / (s2 + t2), "swapped"),
+        (lambda o, s2, c, t2: (o / s2 + c / t2) / (1 / s2 + 1 / t2), "t2 = 0"),
+        (lambda o, s2, c, t2: (t2**0.5 * o + s2**0.5 * c) / (s2**0.5 + t2**0.5), "standard deviations"),
+        (lambda o, s2, c, t2: (t2**2 * o + s2**2 * c) / (s2**2 + t2**2), "a variance already"),
+        (lambda o, s2, c, t2: (o + c) / 2, "halfway"),
+        (lambda o, s2, c, t2: t2 / (s2 + t2), "the share"),
+        (lambda o, s2, c, t2: c, "right on one example of 3"),
+    ],
+)
+def test_slips_of_shrinking(wrong, hint):
+    line = check_shrink(wrong)
+    assert line.startswith("hint: ") and hint in line
+
+
+def at(weights, loss, weight):
+    return float(np.interp(weight, weights, loss))
+
+
+def nearest(weights, loss, weight):
+    return loss[(weights - weight).abs().argmin()]
+
+
+def test_regret():
+    assert check_regret(lambda w, loss, x: at(w, loss, x) - float(loss.min())) == "correct"
+
+
+@pytest.mark.parametrize(
+    "wrong, hint",
+    [
+        (lambda w, loss, x: at(w, loss, x) - at(w, loss, 0.5), "over that of λ = ½"),
+        (lambda w, loss, x: loss.min() - at(w, loss, x), "the sign"),
+        (lambda w, loss, x: nearest(w, loss, x) - loss.min(), "nearest point of the grid"),
+        (lambda w, loss, x: at(w, loss, x) - min(loss[0], loss[-1]), "the better model"),
+        (lambda w, loss, x: at(w, loss, x), "the loss itself"),
+        (lambda w, loss, x: nearest(w, loss, x), "the loss itself"),
+        (lambda w, loss, x: abs(w[loss.argmin()] - x), "how far λ is"),
+        (lambda w, loss, x: loss - loss.min(), "one number"),
+    ],
+)
+def test_slips_of_regret(wrong, hint):
+    line = check_regret(wrong)
+    assert line.startswith("hint: ") and hint in line
+
+
+@pytest.fixture(scope="module")
+def course():
+    """The script, with a federation of three clients and a few steps."""
+    spec = importlib.util.spec_from_file_location("course_of_three_clients", BENCHMARKS / "course.py")
+    module = sys.modules["course_of_three_clients"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sizes = dict(clients=3, train_size=30, calibration_size=8, test_size=40)
+    module.SETTING = Setting(**sizes, rank=2, rounds=3, round_steps=2, local_steps=8)
+    module.ALPHAS, module.SEEDS, module.LENGTHS, module.POINTS = (0.5, float("inf")), [0], {0.5: (4, 8)}, 5
+    return module
+
+
+def test_the_script_writes_a_row_per_client_and_length_and_recomputes_nothing(course, tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "HERE", tmp_path)
+    monkeypatch.setattr(course, "CELLS", tmp_path / "course")
+    course.main()
+    made, rows = (tmp_path / "course.csv").read_bytes(), pd.read_csv(tmp_path / "course.csv")
+    counts = rows.groupby(["alpha", "local_steps"]).client.agg(list)
+    assert counts.to_dict() == {(0.5, 4): [0, 1, 2], (0.5, 8): [0, 1, 2], (np.inf, 8): [0, 1, 2]}
+    weights = rows.filter(like="weight_")
+    assert np.isfinite(rows.drop(columns="alpha")).all(axis=None) and weights.stack().between(0, 1).all()
+    for method in weights.columns.str.removeprefix("weight_").drop(["calibrated"]):
+        assert (rows[f"loss_{method}"] >= rows.loss_oracle - 1e-4).all()
+    assert np.allclose(rows.loss_local, rows["curve_0.000"]) and np.allclose(rows.loss_federated, rows["curve_1.000"])
+    assert rows[rows.alpha == 0.5].groupby("client").loss_federated.nunique().eq(1).all()
+    monkeypatch.setattr(course, "cell", None)
+    course.main()
+    assert (tmp_path / "course.csv").read_bytes() == made
+
+
+def test_a_longer_local_model_goes_on_from_the_shorter(course, monkeypatch):
+    both = course.cell(0.5, 0).query("local_steps == 8").reset_index(drop=True)
+    monkeypatch.setattr(course, "LENGTHS", {0.5: (8,)})
+    pd.testing.assert_frame_equal(both, course.cell(0.5, 0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return committed_rows("course.csv")
+
+
+def test_the_committed_rows_are_whole(rows):
+    spec = importlib.util.spec_from_file_location("course_as_committed", BENCHMARKS / "course.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    wanted = [(alpha, steps, seed, client) for alpha in script.ALPHAS for seed in script.SEEDS
+              for steps in script.lengths_of(alpha, seed) for client in range(8)]  # fmt: skip
+    index = ["alpha", "local_steps", "seed", "client"]
+    assert list(rows[index].itertuples(index=False, name=None)) == sorted(wanted)
+    assert {f"{kind}_{method}" for kind in ("weight", "loss") for method in METHODS} <= set(rows.columns)
+    assert np.isfinite(rows.drop(columns="alpha")).all(axis=None)
+    for method in METHODS:
+        curve = loss_along(rows)(rows[f"weight_{method}"].to_numpy()).diagonal()
+        assert np.allclose(curve, rows[f"loss_{method}"], atol=1e-3)
+        assert (rows[f"loss_{method}"] >= rows.loss_oracle - 1e-3).all()
+
+
+def test_the_explorer_shows_every_state_it_offers(rows):
+    some = rows[(rows.alpha == 0.1) & (rows.seed == 0)]
+    client, steps, text, picture = estimator_explorer(some).children
+    seen = set()
+    for client.value in range(8):
+        for steps.index in range(3):
+            row = some[(some.client == client.value) & (some.local_steps == steps.value)].iloc[0]
+            assert text.value.startswith(f"client {client.value}, {steps.value} local steps: best λ = ")
+            assert f"½ {row.loss_uniform - row.loss_oracle:.3f}" in text.value
+            assert len(re.findall(r"regret|nan", text.value)) == 1
+            seen.add(picture.value)
+    assert len(seen) == 24
+
+
+def test_the_explorer_refuses_more_than_one_federation(rows):
+    with pytest.raises(ValueError, match="one alpha and one seed"):
+        estimator_explorer(rows)
