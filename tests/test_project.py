@@ -177,6 +177,16 @@ def test_the_command_answers_at_once():
         assert done.returncode == code and not re.search(r"\| +(torch|pandas|numpy|matplotlib)\n", done.stderr)
 
 
+def test_what_is_said_of_the_start_is_what_was_measured():
+    found = json.loads((ROOT / "benchmarks" / "startup.json").read_text())["seconds"]
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    help_, version, bad = (found[name] for name in ("--help", "--version", "a bad option"))
+    assert f"answers in {help_:.2f} s, `--version` in {version:.2f} s and a bad option in {bad:.2f} s" in page
+    first, alone = found["import potara_lite"], found["python alone"]
+    assert f"takes {first:.2f} s, of which Python itself {alone:.2f} s" in page and max(help_, version, bad) < 0.5
+    assert f"imports torch, PEFT and transformers: {found['from potara_lite import train']:.0f} s" in page
+
+
 KNOWN = (  # the addresses that exist and may be named
     r"https://arxiv\.org/abs/\d{4}\.\d{5}",
     r"https://github\.com/(astral-sh/ruff-pre-commit|pre-commit/pre-commit-hooks|zalandoresearch/fashion-mnist)",
