@@ -193,6 +193,7 @@ KNOWN = (  # the addresses that exist and may be named
     r"https://github\.com/huggingface/peft/(issues|pull)/\d+",
     r"https://semver\.org",
     r"http://127\.0\.0\.1.*",
+    r"http://www\.w3\.org/2000/svg",  # the name of a format
 )
 
 
