@@ -70,7 +70,10 @@ def test_a_lesson_has_all_its_parts(path):
     assert len(re.findall(r"^\d\. ", goals, re.M)) == 3
     numbers = [int(n) for n in re.findall(r"^## (\d+)\. ", text, re.M)]
     assert numbers == list(range(1, len(numbers) + 1)) and numbers
-    assert text.count("**Predict") >= 5
+    predictions = re.split(r"\*\*Predict", text)[1:]
+    assert len(predictions) >= 5
+    for prediction in predictions:  # three options that a class can vote on
+        assert all(option in prediction[:700] for option in ("(a) ", "(b) ", "(c) ")), prediction[:100]
     assert section(text, "Summary").count("\n- ") >= 3
     assert re.findall(r"^(\d)\. ", section(text, "Questions"), re.M) == list("12345")
     references = section(text, "References")
