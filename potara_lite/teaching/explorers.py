@@ -4,7 +4,6 @@ or evaluated while you drag."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import StringIO
 
 import ipywidgets
 import numpy as np
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from ..data import Split
 from .plots import colour, label_counts
-
-RING = '<circle cx="{:.1f}" cy="{:.1f}" r="8" fill="none" stroke="#d00000" stroke-width="2"/>'
+from .widgets import as_svg, places_in, with_rings
 
 
 def heterogeneity_explorer(alphas: Sequence[float], splits: Sequence[Split], names: Sequence[str]) -> ipywidgets.VBox:
@@ -40,7 +38,7 @@ def heterogeneity_explorer(alphas: Sequence[float], splits: Sequence[Split], nam
     def update(_=None) -> None:
         at = slider.value
         if at not in drawn:
-            drawn[at] = _svg(label_counts(splits[at], names)).encode()
+            drawn[at] = as_svg(label_counts(splits[at], names)).encode()
         picture.value = drawn[at]
         labels = [splits[at].client(i)[1].cpu().numpy() for i in range(len(splits[at]))]
         counts = np.stack([np.bincount(y, minlength=len(names)) for y in labels])
@@ -97,9 +95,7 @@ def basis_explorer(
         row, at = client.value, slider.value
         if row not in drawn:
             drawn[row] = _turning(x, [c[row] for c in curves], [v[row] for v in levels])
-        svg, places = drawn[row]
-        rings = "".join(RING.format(*place[at]) for place in places)
-        picture.value = svg.replace("</svg>", rings + "</svg>").encode()
+        picture.value = with_rings(*drawn[row], at)
         text.value = (
             f"{client.label}, turned by {x[at]:.0f}°: by factors loss {curves[0][row, at]:.3f} nats, accuracy "
             f"{curves[1][row, at]:.3f}; by deltas {levels[0][row]:.3f} and {levels[1][row]:.3f}"
@@ -124,16 +120,7 @@ def _turning(
         panel.margins(0.07)
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    svg, height, places = _svg(figure), figure.bbox.height, []
-    for panel, y in zip(panels, curves):
-        pixels = panel.transData.transform(np.column_stack([x, y]))
-        places.append([(left, height - up) for left, up in pixels])
-    return svg, places
-
-
-def _svg(figure: Figure) -> str:
-    figure.savefig(file := StringIO(), format="svg", metadata={"Date": None})
-    return file.getvalue()
+    return as_svg(figure), [places_in(panel, x, y) for panel, y in zip(panels, curves)]
 
 
 def _number(alpha: float) -> str:

@@ -55,9 +55,7 @@ def weight_slider(
         if row not in drawn:
             marked = {name: float(weight[row]) for name, weight in chosen.items()}
             drawn[row] = _draw(x, {"test loss (nats)": loss[row], "test accuracy": accuracy[row]}, marked)
-        svg, places = drawn[row]
-        rings = "".join(RING.format(*place[at]) for place in places)
-        picture.value = svg.replace("</svg>", rings + "</svg>").encode()
+        picture.value = with_rings(*drawn[row], at)
         above = loss[row, at] - loss[row].min()
         text.value = (
             f"client {row}, λ = {x[at]:.2f}: loss {loss[row, at]:.3f} nats ({above:.3f} above its lowest), "
@@ -86,9 +84,22 @@ def _draw(
         panel.spines[["top", "right"]].set_visible(False)
     if marked:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(marked))
+    return as_svg(figure), [places_in(panel, x, y) for panel, y in zip(panels, curves.values())]
+
+
+def as_svg(figure: Figure) -> str:
+    """A figure as SVG; at 72 dpi a pixel is one unit of it."""
     figure.savefig(file := StringIO(), format="svg", metadata={"Date": None})
-    height, places = figure.bbox.height, []
-    for panel, y in zip(panels, curves.values()):
-        pixels = panel.transData.transform(np.column_stack([x, y]))
-        places.append([(left, height - up) for left, up in pixels])
-    return file.getvalue(), places
+    return file.getvalue()
+
+
+def places_in(panel, x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
+    """Where in the SVG of its figure the points of a curve lie, once the figure was drawn."""
+    height = panel.figure.bbox.height
+    return [(left, height - up) for left, up in panel.transData.transform(np.column_stack([x, y]))]
+
+
+def with_rings(svg: str, places: list[list[tuple[float, float]]], at: int) -> bytes:
+    """A picture with a ring around point ``at`` of every curve."""
+    rings = "".join(RING.format(*place[at]) for place in places)
+    return svg.replace("</svg>", rings + "</svg>").encode()
