@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--test-size", type=int, default=default["test_size"], help="test examples per client")
     p.add_argument("--rounds", type=int, default=default["rounds"], help="federated rounds")
     p.add_argument("--local-steps", type=int, default=default["local_steps"], help="optimiser steps of a local model")
+    p.add_argument("--local-from-federated", action="store_true", help="start the local models from the federated one")
     seeds = p.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0, help="the one seed to run")
     seeds.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="several seeds, one after the other")

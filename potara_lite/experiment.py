@@ -30,12 +30,14 @@ ORACLE = "oracle weight (test data, reference)"
 
 @dataclass(frozen=True)
 class Pair:
-    """The two models of every client as stacks, trained independently, and what each cost."""
+    """The two models of every client as stacks, what the training of each cost, and whether the local ones were trained
+    from the federated one or, as the paper has it, independently of it."""
 
     federated: Adapter
     local: Adapter
     ledgers: tuple[Ledger, Ledger]
     seconds: tuple[float, float]
+    local_from_federated: bool = False
 
     @property
     def models(self) -> tuple[Adapter, Adapter]:
@@ -63,16 +65,31 @@ def training_options(setting: Setting, lr_scale: float = 1.0) -> dict:
 def train_pair(
     adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: int, progress: bool = False
 ) -> Pair:
-    """Train the federated and the local models, each from the same initial adapter, with batches of its own."""
+    """Train the federated and the local models, with batches of their own: each from the same initial adapter, or, with
+    ``setting.local_from_federated``, the local ones from the finished federated one."""
     clients, began = len(federation), time.perf_counter()
     options = training_options(setting, setting.federated_lr_scale) | dict(rounds=setting.rounds, progress=progress)
-    federated = fedit(adapted, federation.train, local_steps=setting.round_steps, seed=seed, **options)
-    middle = time.perf_counter()
+    shared = fedit(adapted, federation.train, local_steps=setting.round_steps, seed=seed, **options)
+    federated, seconds = repeat_adapter(shared.adapter, clients), time.perf_counter() - began
+    start = federated if setting.local_from_federated else repeat_adapter(adapted.initial, clients)
+    local, ledger, more = train_local(adapted, start, federation, setting, seed, progress)
+    return Pair(federated, local, (shared.ledger, ledger), (seconds, more), setting.local_from_federated)
+
+
+def train_local(
+    adapted: AdaptedBackbone,
+    start: Adapter,
+    federation: Federation,
+    setting: Setting,
+    seed: int,
+    progress: bool = False,
+) -> tuple[Adapter, Ledger, float]:
+    """The local models from the stack ``start``, what their training cost, and its seconds."""
+    clients, began = len(federation), time.perf_counter()
     options = training_options(setting, setting.local_lr_scale) | dict(steps=setting.local_steps, progress=progress)
-    local = train(adapted, repeat_adapter(adapted.initial, clients), federation.train, seed=(seed, 1), **options)
-    seconds = (middle - began, time.perf_counter() - middle)
-    local_ledger = Ledger.zeros(clients).add(torch.arange(clients), steps=setting.local_steps)
-    return Pair(repeat_adapter(federated.adapter, clients), local.adapters, (federated.ledger, local_ledger), seconds)
+    local = train(adapted, start, federation.train, seed=(seed, 1), **options).adapters
+    ledger = Ledger.zeros(clients).add(torch.arange(clients), steps=setting.local_steps)
+    return local, ledger, time.perf_counter() - began
 
 
 @dataclass
@@ -94,11 +111,12 @@ class Trial:
     def pair_from_federated(self, lr_scale: float = 1.0) -> Pair:
         """The pair whose local models were trained from the federated one, so not independently of it."""
         if lr_scale not in self.pairs_from_federated:
-            options, began = training_options(self.setting, lr_scale), time.perf_counter()
-            options |= dict(steps=self.setting.local_steps, seed=(self.seed, 1), progress=self.progress)
-            local = train(self.adapted, self.pair.federated, self.federation.train, **options).adapters
-            seconds = (self.pair.seconds[0], time.perf_counter() - began)
-            self.pairs_from_federated[lr_scale] = replace(self.pair, local=local, seconds=seconds)
+            pair, setting = self.pair, replace(self.setting, local_lr_scale=lr_scale)
+            local, ledger, seconds = train_local(
+                self.adapted, pair.federated, self.federation, setting, self.seed, self.progress
+            )
+            cost = (pair.ledgers[0], ledger), (pair.seconds[0], seconds)
+            self.pairs_from_federated[lr_scale] = Pair(pair.federated, local, *cost, local_from_federated=True)
         return self.pairs_from_federated[lr_scale]
 
     @cached_property
@@ -140,7 +158,10 @@ def one_of_pair(which: int) -> Method:
 
     def method(trial: Trial) -> Result:
         pair, weight = trial.pair, torch.full((len(trial.federation),), float(1 - which))
-        return Result(trial.adapted, pair.models[which], pair.ledgers[which], pair.seconds[which], weight)
+        ledger, seconds = pair.ledgers[which], pair.seconds[which]
+        if which == 1 and pair.local_from_federated:
+            ledger, seconds = pair.ledgers[0] + ledger, pair.seconds[0] + seconds
+        return Result(trial.adapted, pair.models[which], ledger, seconds, weight)
 
     return method
 

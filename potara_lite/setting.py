@@ -12,7 +12,8 @@ from dataclasses import dataclass
 class Setting:
     """One federation and how its models are trained. The defaults were chosen on calibration data of other seeds
     (``benchmarks/choose_default.py``). ``federated_lr_scale`` and ``local_lr_scale`` multiply ``lr`` for the two models
-    that are merged.
+    that are merged; with ``local_from_federated`` the local one starts from the finished federated one instead of
+    independently of it.
 
     Raises ``ValueError`` for sizes below 1, negative lengths, and rates or ``alpha`` that are not positive.
     """
@@ -31,6 +32,7 @@ class Setting:
     rounds: int = 40
     round_steps: int = 5
     local_steps: int = 100
+    local_from_federated: bool = False
     chunk_size: int | None = None
     device: str = "cpu"
 

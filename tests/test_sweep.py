@@ -21,7 +21,7 @@ from potara_lite.adapters import adapter_bytes, client_adapter, delta, flatten
 from potara_lite.engine.federated import fedit
 from potara_lite.engine.training import evaluate, train
 from potara_lite.estimators import ESTIMATORS, Estimate
-from potara_lite.experiment import ORACLE, Trial, local_from_federated, train_pair, with_estimator
+from potara_lite.experiment import ORACLE, Trial, local_from_federated, one_of_pair, train_pair, with_estimator
 from potara_lite.field import algorithms
 from potara_lite.field import methods as M
 from potara_lite.field.sweep import COLUMNS, read_results, sweep, union
@@ -92,6 +92,20 @@ def test_a_local_model_trained_from_the_federated_one_is_fine_tuning(trial):
     )  # another trial has models of its own
     for other in (merged(0.0)(half), merged(0.0, lr_scale=0.5)(trial)):
         torch.testing.assert_close(delta(other.adapters, scaling), fine_tuned(5e-3), rtol=1e-5, atol=1e-6)
+
+
+def test_the_setting_starts_the_local_models_from_the_federated_one(trial):
+    """As the field's pair does it; the local model then costs what the federated one cost as well."""
+    setting = replace(SETTING, local_from_federated=True)
+    pair, expected = train_pair(trial.adapted, trial.federation, setting, 0), trial.pair_from_federated()
+    assert torch.equal(flatten(pair.federated), flatten(trial.pair.federated))
+    assert torch.equal(flatten(pair.local), flatten(expected.local))
+    assert not torch.equal(flatten(pair.local), flatten(trial.pair.local))
+    alone, after = (one_of_pair(1)(replace(trial, setting=s)).ledger for s in (SETTING, setting))
+    assert alone.up.eq(0).all() and alone.steps.tolist() == [SETTING.local_steps] * 3
+    assert torch.equal(after.up, pair.ledgers[0].up) and after.steps.tolist() == [SETTING.total_steps] * 3
+    merged = with_estimator(lambda *_: Estimate(torch.full((3,), 0.5)))(replace(trial, setting=setting)).ledger
+    assert merged.steps.tolist() == [SETTING.total_steps] * 3  # the federated steps once
 
 
 def test_the_two_models_of_a_pair_may_have_learning_rates_of_their_own(adapted, federation):
