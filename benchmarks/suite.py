@@ -47,7 +47,6 @@ from potara_lite.estimators import (
     Estimate,
     by_layer,
     estimate_calibrated,
-    estimate_combined,
     estimate_curve,
     estimate_gauss_newton,
     estimate_gradient,
@@ -121,13 +120,6 @@ def with_sizes(estimate: Callable[..., Estimate]) -> Callable[..., Estimate]:
     return lambda model, f, p, data: estimate(model, f, p, data.calibration, train_sizes=data.train_sizes)
 
 
-def with_prior(prior: Callable[..., Estimate]) -> Callable[..., Estimate]:
-    """Another estimator's weight against the curve."""
-    return lambda model, f, p, data: estimate_combined(
-        model, f, p, data.calibration, prior=prior(model, f, p, data.calibration).weight
-    )
-
-
 SINGLE = "best single λ (test data, reference)"
 ESTIMATORS = {
     "local alone": lambda model, f, p, data: everyone(0, data),
@@ -149,9 +141,6 @@ ESTIMATORS = {
     "james-stein, held-out": with_sizes(estimate_shrinkage),
     "curve, parabola": held_out(estimate_curve, points=5, parabola=True),
     "curve, grid": held_out(estimate_curve),
-    "combined, ½ and curve": held_out(estimate_combined),
-    "combined, fisher and curve": with_prior(estimate_paper),
-    "combined, gauss-newton and curve": with_prior(estimate_gauss_newton),
     "pooled": held_out(estimate_pooled),
     "pooled, head and body apart": held_out(estimate_calibrated),
     "gauss-newton by layer": held_out(estimate_gauss_newton, by=by_layer),

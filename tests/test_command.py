@@ -42,7 +42,7 @@ def test_results_state_weights_bytes_and_steps(out):
     assert (rows.loc["federated"].weight == 1).all() and (rows.loc["local"].weight == 0).all()
     assert rows.loc["potara-calibrated"].weight.between(0, 1).all()
     assert (rows.loc["local"].bytes_up == 0).all() and (rows.loc["local"].steps == 6).all()
-    for way, extra in (("bytes_up", 9), ("bytes_down", 3)):  # floats that choosing the weight sends
+    for way, extra in (("bytes_up", 13), ("bytes_down", 3)):  # floats that choosing the weight sends
         sent = {name: set(rows.loc[name][way]) for name in ("federated", "uniform", "potara-calibrated")}
         assert sent["uniform"] == sent["federated"] and sent["potara-calibrated"] == {
             n + 4 * extra for n in sent["federated"]

@@ -104,7 +104,7 @@ def test_trained_models_are_kept_and_the_shared_gradients_change_nothing(small, 
     with small.remembering():
         inside = {module.per_sample_gradients for module in modules}
         assert len(inside) == 1 and inside.isdisjoint(before)
-        curves = [getattr(small.estimators, name).segment_losses for name in ("curve", "calibrated", "combined")]
+        curves = [getattr(small.estimators, name).segment_losses for name in ("curve", "calibrated")]
         assert len(set(curves)) == 1
     assert [module.per_sample_gradients for module in modules] == before
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 from ..adapters import AdaptedBackbone, Adapter
 from ..data import Federation
-from .calibrated import estimate_calibrated, estimate_pooled, pooled_offset, pooled_weight
-from .combined import combined_weight, estimate_combined
+from .calibrated import estimate_calibrated, estimate_pooled, lowest_inside, pooled_offset, pooled_weight
 from .curve import estimate_curve, parabola_moments, segment_losses
 from .ensemble import estimate_ensemble
 from .estimate import Estimate, by_layer, estimate_uniform, head_and_body

@@ -1,27 +1,26 @@
-"""The default: every client's held-out curve, pooled over the clients, with head and body apart."""
+"""The default: every client's held-out curve, weighed against the clients' pool and ½, with head and body apart."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from ..adapters import AdaptedBackbone, Adapter, layer_of
 from ..connectivity import weight_grid
 from ..data import Split
 from ..merging import merge_exact
-from .curve import example_losses, segment_losses, slope_variance
+from .curve import example_losses, segment_losses
 from .estimate import Estimate, Grouping, head_and_body
 
 
 def estimate_calibrated(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split) -> Estimate:
-    """``potara-calibrated``, this library's default: the pooled held-out curve with head and body apart.
+    """``potara-calibrated``, this library's default: ``estimate_pooled`` with head and body apart.
 
-    ``split``: each client's calibration samples, which trained neither model. Why this one: ``docs/mixing_weight.md``.
-    Cost: 7 forward passes per sample, 9 floats up and 3 down per client.
+    ``split``: each client's calibration samples, which trained neither model. Where no head is trained there is one
+    weight. Why this one: ``docs/mixing_weight.md``. Cost: 12 forward passes per sample, 13 floats up and 3 down.
     """
-    return estimate_pooled(adapted, federated, local, split, by=head_and_body)
+    apart = len({head_and_body(name) for name in local}) == 2
+    return estimate_pooled(adapted, federated, local, split, by=head_and_body if apart else None)
 
 
 def estimate_pooled(
@@ -30,17 +29,17 @@ def estimate_pooled(
     local: Adapter,
     split: Split,
     *,
-    points: int = 5,
+    points: int = 9,
     probe: float = 0.3,
     by: Grouping | None = None,
 ) -> Estimate:
-    """The held-out curve of each client, shrunk towards the clients' pooled curve (``pooled_weight``).
+    """Each client's held-out minimum against that of all clients and ½, by their precisions (``pooled_weight``).
 
-    Every client sends its mean loss at the ``points`` weights and the spread of its slopes, and gets the federation's
-    centre and spread back. Assumes that the clients' best weights scatter about a common centre. With ``by`` naming two
-    groups, such as ``head_and_body``, the clients also learn one offset between them together
-    (``pooled_offset``), for three more floats up and one down: the second group in the order of names gets half
-    of it more, the first half of it less. Cost: ``points`` forward passes per sample, with ``by`` two more.
+    Every client sends its mean loss at the ``points`` weights, hears where all clients' are lowest together, sends the
+    variance of its slopes there, and gets its weight. With ``by`` naming two groups, such as ``head_and_body``, the
+    clients also learn one offset between them together (``pooled_offset``), for three more floats up and one down: the
+    second group in the order of names gets half of it more, the first half of it less. Cost: ``points`` forward passes
+    per sample, with ``by`` three more.
     """
     weights = weight_grid(points)
     losses = segment_losses(adapted, federated, local, split, weights)
@@ -56,59 +55,78 @@ def estimate_pooled(
         halves = {labels[0]: -offset / 2, labels[1]: offset / 2}
         return {layer_of(name): (weight + halves[by(name)]).clamp(0, 1) for name in local}
 
-    def losses_apart(offset: float) -> Tensor:
-        return example_losses(adapted, merge_exact(federated, local, apart(offset)), split)
-
-    middle = CubicSpline(weights, losses.double().cpu(), axis=1)(weight)[range(len(split)), range(len(split))]
-    offset, more = pooled_offset(
-        losses_apart(-probe), torch.from_numpy(middle), losses_apart(probe), split.sizes, probe=probe
-    )
+    three = (merge_exact(federated, local, apart(offset)) for offset in (-probe, 0.0, probe))
+    offset, more = pooled_offset(*(example_losses(adapted, one, split) for one in three), split.sizes, probe=probe)
     return Estimate(apart(offset), None, {"client": weight, **details, **more}, floats=(points + 4, 3))
 
 
 def pooled_weight(
-    weights: Tensor, losses: Tensor, sizes: Tensor, *, spread: tuple[float, ...] = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
+    weights: Tensor, losses: Tensor, sizes: Tensor, *, spread: float = 0.1, prior_spread: float = 0.25
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Each client's weight from its held-out losses ``(C, W, N)``, shrunk towards the clients' own pool.
+    """Each client's weight ``(C,)`` from its held-out losses ``(C, W, N)`` at W ≥ 3 equally spaced ``weights``.
 
-    Padded samples must have loss zero, as ``segment_losses`` gives them.
-
-    The held-out log-likelihood of client i along the segment is ``-n_i`` times its mean loss. The clients' best
-    weights are taken to scatter about a common centre, ``w_i ~ N(μ, τ²)`` on [0, 1]; ``μ`` is uniform there and ``τ``
-    one of ``spread``. Sum out ``μ`` and ``τ`` by their posterior given all clients (empirical Bayes with its
-    hyperparameters integrated), and return each client's posterior mean ``(C,)``. A client with much to say keeps its
-    own minimum, one with little gets the federation's.
-
-    The likelihood is tempered by ``h / v``, curvature over variance of the slope at the pooled minimum, which is 1
-    where the models are calibrated and smaller where they are over-confident (the sandwich of Huber, 1967).
+    Padded samples must have loss zero. Around the point of the grid where the clients' mean losses, each as often as it
+    has samples, are lowest together (of the two ends their neighbours), ``parabolas`` gives each client's slope ``g``
+    and the pool's curvature ``h`` and variance ``v`` of a sample's slope. Then ``weigh``.
     """
-    coarse, fine = weights.double().cpu().numpy(), np.linspace(0, 1, 101)
-    losses, n = losses.double().cpu().numpy(), sizes.cpu().numpy().astype(float)
-    mean = losses.sum(2) / n[:, None]  # (C, W)
-    curve = CubicSpline(coarse, mean, axis=1)
-    middle = fine[np.argmin((n[:, None] * curve(fine)).sum(0))]
-    curvature = float(np.average(curve(middle, 2), weights=n))
-    slopes = CubicSpline(coarse, losses, axis=1)(middle, 1)  # (C, N)
-    variance = slope_variance(slopes, n)
-    temper = float(np.clip(curvature / max(variance, 1e-30), 0.05, 1.0))
-    likelihood = -temper * n[:, None] * curve(fine)  # (C, 101)
-    centre, width = (m.reshape(-1, 1) for m in np.meshgrid(np.linspace(0, 1, 41), spread))
-    prior = -0.5 * ((fine - centre) / width) ** 2
-    prior -= np.log(np.exp(prior).sum(1, keepdims=True))  # (H, 101)
-    joint = likelihood[:, None] + prior[None]  # (C, H, 101)
-    top = joint.max(2, keepdims=True)
-    mass = np.exp(joint - top)
-    evidence = (np.log(mass.sum(2)) + top[..., 0]).sum(0)  # (H,)
-    belief = np.exp(evidence - evidence.max())
-    belief /= belief.sum()
-    weight = np.einsum("h,ch->c", belief, (mass * fine).sum(2) / mass.sum(2))
-    details = {
-        "loss": torch.from_numpy(mean),
-        "centre": torch.tensor(float(belief @ centre[:, 0])),
-        "spread": torch.tensor(float(belief @ width[:, 0])),
-        "temper": torch.tensor(temper),
-    }
-    return torch.from_numpy(weight), details
+    mean = losses.double().cpu().sum(2) / sizes.unsqueeze(1)
+    place = lowest_inside(mean, sizes)
+    three, step = losses[:, place - 1 : place + 2].unbind(1), float(weights[1] - weights[0])
+    weight, details = weigh(
+        float(weights[place]), *parabolas(*three, sizes, step), sizes, spread=spread, prior_spread=prior_spread
+    )
+    return weight, {"loss": mean, **details}
+
+
+def lowest_inside(mean: Tensor, sizes: Tensor) -> int:
+    """The point, not one of the two ends, where the mean losses ``(C, W)`` of all samples together are lowest."""
+    return 1 + int((sizes.double() @ mean)[1:-1].argmin())
+
+
+def parabolas(
+    low: Tensor, middle: Tensor, high: Tensor, sizes: Tensor, step: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The parabola through three losses per sample ``(C, N)``, ``step`` apart: of each client the mean slope in the
+    middle, the mean curvature, and the variance of a sample's slope, ``(C,)`` each. Padding is zero."""
+    low, middle, high = (part.double().cpu() for part in (low, middle, high))
+    slopes, bends = (high - low) / (2 * step), (high + low - 2 * middle) / step**2
+    real = torch.arange(slopes.shape[1]) < sizes.unsqueeze(1)
+    slope, curvature = slopes.sum(1) / sizes, bends.sum(1) / sizes
+    excess = (slopes - slope.unsqueeze(1)) * real
+    return slope, curvature, excess.square().sum(1) / (sizes - 1).clamp_min(1)
+
+
+def weigh(
+    place: float, slope: Tensor, curvature: Tensor, variance: Tensor, sizes: Tensor, *,
+    spread: float = 0.1, prior_spread: float = 0.25,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Each client's weight ``(C,)`` from the parabolas at ``place``: three estimates, weighed by their precisions.
+
+    Of client i's best weight three things are known (Bates & Granger, 1969, for the combination)::
+
+        own_i   = place - g_i / h     variance s_i² = v / (n_i h²)   the minimum of its own parabola
+        centre                        variance τ², ``spread``        the clients scatter about a common centre
+        ½                             variance σ², ``prior_spread``  the centre is not far from the middle
+
+    ``h`` and ``v`` are the clients' means. So the centre is the mean of the ``own_i`` and ½ with weights
+    ``1/(s_i² + τ²)`` and ``1/σ²``, and the weight that of ``own_i`` and the centre with ``1/s_i²`` and ``1/τ²``. Where
+    the pool has no minimum (``h ≤ 0``) it is ½.
+    """
+    h, v = pooled_mean(curvature, sizes), pooled_mean(variance, sizes - 1)
+    if h <= 0:
+        half = torch.full_like(slope, 0.5)
+        return half, {"centre": half[0], "share": torch.zeros_like(slope)}
+    own, sampling = place - slope / h, v / (sizes.double() * h**2)
+    precision = 1 / (sampling + spread**2)
+    centre = (precision @ own + 0.5 / prior_spread**2) / (precision.sum() + 1 / prior_spread**2)
+    share = spread**2 / (spread**2 + sampling)
+    return (centre + share * (own - centre)).clamp(0, 1), {"centre": centre, "share": share}
+
+
+def pooled_mean(values: Tensor, counts: Tensor) -> float:
+    """The mean of the clients' values ``(C,)``, each as often as it counts."""
+    counts = counts.double().clamp_min(0)
+    return float(values @ counts / counts.sum().clamp_min(1))
 
 
 def pooled_offset(
@@ -116,18 +134,22 @@ def pooled_offset(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One offset between two groups of tensors for all clients, from three losses per held-out sample ``(C, N)``.
 
-    The losses are those at the offsets ``-probe``, 0 and ``probe``. The minimum of the parabola through their means
-    over all clients' samples has sampling variance ``v / (n h²)`` (slope's variance, curvature, number of samples) and
-    is weighed against a prior ``N(0, spread²)`` by their precisions. Never more than twice the probe; 0 where the
-    parabola opens downwards. Padded samples must have loss zero. Returns the offset ``()``.
+    The losses are those at the offsets ``-probe``, 0 and ``probe``. Padded samples must have loss zero. See
+    ``weigh_offset``.
     """
-    low, middle, high = (part.double().cpu() for part in (low, middle, high))
-    total = float(sizes.sum())
-    slopes = (high - low) / (2 * probe)  # (C, N)
-    curvature = float((high + low - 2 * middle).sum()) / probe**2 / total
-    variance = slope_variance(slopes.numpy(), sizes.cpu().numpy().astype(float))
-    sampling = variance / (total * curvature**2) if curvature > 0 else torch.inf
-    share = spread**2 / (spread**2 + sampling)
-    offset = -share * float(slopes.sum()) / total / curvature if share > 0 else 0.0
-    details = {"offset": torch.tensor(min(max(offset, -2 * probe), 2 * probe)), "offset_share": torch.tensor(share)}
-    return details["offset"], details
+    return weigh_offset(*parabolas(low, middle, high, sizes, probe), sizes, probe=probe, spread=spread)
+
+
+def weigh_offset(
+    slope: Tensor, curvature: Tensor, variance: Tensor, sizes: Tensor, *, probe: float = 0.3, spread: float = 0.2
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The offset ``()`` from the clients' parabolas ``(C,)``: the minimum of the pool's, against no offset.
+
+    It has sampling variance ``v / (n h²)`` (slope's variance, curvature, number of samples) and is weighed against a
+    prior ``N(0, spread²)`` by their precisions. Never more than twice the probe; 0 where the pool opens downwards.
+    """
+    h, v, n = pooled_mean(curvature, sizes), pooled_mean(variance, sizes - 1), float(sizes.sum())
+    share = spread**2 / (spread**2 + v / (n * h**2)) if h > 0 else 0.0
+    offset = -share * pooled_mean(slope, sizes) / h if h > 0 else 0.0
+    offset = torch.tensor(min(max(offset, -2 * probe), 2 * probe), dtype=torch.float64)
+    return offset, {"offset": offset, "offset_share": torch.tensor(share, dtype=torch.float64)}

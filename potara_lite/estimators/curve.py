@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -72,10 +71,3 @@ def client_logits(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> 
         for rows in chosen.chunks
     )
     return torch.cat(list(parts))
-
-
-def slope_variance(slopes: np.ndarray, n: np.ndarray) -> float:
-    """The variance of a sample's slope ``(C, N)`` about its client's mean, pooled; padding is zero."""
-    real = np.arange(slopes.shape[1])[None] < n[:, None]
-    excess = (slopes - slopes.sum(1, keepdims=True) / n[:, None]) * real
-    return float((excess**2).sum() / max((n - 1).sum(), 1))
