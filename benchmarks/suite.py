@@ -149,6 +149,11 @@ ESTIMATORS = {
 
 
 DEAR = {"fisher on the deltas, held-out", "gauss-newton by layer"}  # too slow for more than the first seed
+FEDERATION = ["data", "federated", "local"]
+COLUMNS = [
+    "estimator", "client", "weight", "oracle", "loss", "regret", "accuracy", "oracle_accuracy",
+    "beats_both", "oracle_beats_both",
+]  # fmt: skip
 SHOWN = ["fisher, training samples (potara-paper)", "curve, grid", "pooled"]
 
 
@@ -241,38 +246,41 @@ def cell(data: Data, seed: int, estimators=ESTIMATORS) -> pd.DataFrame:
     """All four federations of one data set and seed: a row per estimator and client."""
     adapted, federation = prepare(settings(data), seed)
     federated, local, tests = trained(data, seed)
-    given, rows = samples(federation), []
+    wanted, rows = {name: each for name, each in estimators.items() if seed in seeds_of(name)}, []
     for (general, personal), test in tests.items():
-        f, p = federated[general], local[personal]
-        loss, accuracy = (CubicSpline(np.linspace(0, 1, POINTS), test[k], axis=1) for k in ("loss", "accuracy"))
-        curve, score = loss(FINE), accuracy(FINE)  # (C, 101)
-        best, client = curve.argmin(1), np.arange(len(curve))
-        given.test_curve = curve
-        with remembering():
-            estimates = {
-                name: estimator(adapted, f, p, given)
-                for name, estimator in estimators.items()
-                if seed in seeds_of(name)
-            }
-        for name, estimate in estimates.items():
-            if isinstance(estimate.weight, dict):
-                weight = estimate.client_weight.numpy()
-                found, hit = (t.numpy() for t in evaluate(adapted, merge_exact(f, p, estimate.weight), federation.test))
-            else:
-                weight = estimate.weight.numpy()
-                found, hit = (spline(weight)[client, client] for spline in (loss, accuracy))
-            least = np.minimum(curve[:, 0], curve[:, -1])
-            columns = dict(
-                client=client, weight=weight, oracle=FINE[best], loss=found, regret=found - curve[client, best],
-                accuracy=hit, oracle_accuracy=score[client, best], beats_both=found < least,
-                oracle_beats_both=curve[client, best] < least,
-            )  # fmt: skip
-            index = dict(data=data.name, federated=general, local=personal, seed=seed, estimator=name)
-            rows.append(pd.DataFrame(index | columns))
+        index = dict(data=data.name, federated=general, local=personal, seed=seed)
+        rows.append(judge(adapted, federated[general], local[personal], federation, test, wanted).assign(**index))
+    return pd.concat(rows, ignore_index=True)[[*FEDERATION, "seed", *COLUMNS]]
+
+
+def judge(
+    adapted, f: Adapter, p: Adapter, federation, test: dict[str, Tensor], estimators: dict[str, Callable]
+) -> pd.DataFrame:
+    """What each estimator makes of one pair of stacks: a row per estimator and client. ``test``: the test losses and
+    accuracies ``(C, W)`` along the segment."""
+    points = np.linspace(0, 1, test["loss"].shape[1])
+    loss, accuracy = (CubicSpline(points, test[k], axis=1) for k in ("loss", "accuracy"))
+    curve, score, rows = loss(FINE), accuracy(FINE), []  # (C, 101)
+    best, client = curve.argmin(1), np.arange(len(curve))
+    least = np.minimum(curve[:, 0], curve[:, -1])
+    given = samples(federation)
+    given.test_curve = curve
+    with remembering():
+        estimates = {name: estimator(adapted, f, p, given) for name, estimator in estimators.items()}
+    for name, estimate in estimates.items():
+        if isinstance(estimate.weight, dict):
+            weight = estimate.client_weight.numpy()
+            found, hit = (t.numpy() for t in evaluate(adapted, merge_exact(f, p, estimate.weight), federation.test))
+        else:
+            weight = estimate.weight.numpy()
+            found, hit = (spline(weight)[client, client] for spline in (loss, accuracy))
+        columns = dict(
+            estimator=name, client=client, weight=weight, oracle=FINE[best], loss=found,
+            regret=found - curve[client, best], accuracy=hit, oracle_accuracy=score[client, best],
+            beats_both=found < least, oracle_beats_both=curve[client, best] < least,
+        )  # fmt: skip
+        rows.append(pd.DataFrame(columns))
     return pd.concat(rows, ignore_index=True)
-
-
-FEDERATION = ["data", "federated", "local"]
 
 
 def report(rows: pd.DataFrame) -> pd.DataFrame:
