@@ -108,11 +108,13 @@ def weigh(
         centre                        variance τ², ``spread``        the clients scatter about a common centre
         ½                             variance σ², ``prior_spread``  the centre is not far from the middle
 
-    ``h`` and ``v`` are the clients' means. So the centre is the mean of the ``own_i`` and ½ with weights
-    ``1/(s_i² + τ²)`` and ``1/σ²``, and the weight that of ``own_i`` and the centre with ``1/s_i²`` and ``1/τ²``. Where
-    the pool has no minimum (``h ≤ 0``) it is ½.
+    So the centre is the mean of the ``own_i`` and ½ with weights ``1/(s_i² + τ²)`` and ``1/σ²``, and the client's
+    weight that of ``own_i`` and the centre with ``1/s_i²`` and ``1/τ²``. ``v`` is the clients' mean, and so is ``h``, but at
+    least ``v/4``: a calibrated model has ``h = v`` (Bartlett's identity), an over-confident one less, and a curve that
+    falls to one end may bend either way and still says to which. Where there is neither (``h = 0``), it is ½.
     """
-    h, v = pooled_mean(curvature, sizes), pooled_mean(variance, sizes - 1)
+    v = pooled_mean(variance, sizes - 1)
+    h = max(pooled_mean(curvature, sizes), v / 4)
     if h <= 0:
         half = torch.full_like(slope, 0.5)
         return half, {"centre": half[0], "share": torch.zeros_like(slope)}
