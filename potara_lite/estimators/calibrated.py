@@ -109,9 +109,9 @@ def weigh(
         ½                             variance σ², ``prior_spread``  the centre is not far from the middle
 
     So the centre is the mean of the ``own_i`` and ½ with weights ``1/(s_i² + τ²)`` and ``1/σ²``, and the client's
-    weight that of ``own_i`` and the centre with ``1/s_i²`` and ``1/τ²``. ``v`` is the clients' mean, and so is ``h``, but at
-    least ``v/4``: a calibrated model has ``h = v`` (Bartlett's identity), an over-confident one less, and a curve that
-    falls to one end may bend either way and still says to which. Where there is neither (``h = 0``), it is ½.
+    weight that of ``own_i`` and the centre with ``1/s_i²`` and ``1/τ²``. ``v`` is the clients' mean, and so is ``h``,
+    but at least ``v/4``: a calibrated model has ``h = v`` (Bartlett's identity), an over-confident one less, and a
+    curve that falls to one end may bend either way and still says to which. Without any slope or curve it is ½.
     """
     v = pooled_mean(variance, sizes - 1)
     h = max(pooled_mean(curvature, sizes), v / 4)
