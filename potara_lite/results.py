@@ -71,13 +71,14 @@ def leaderboard(rows: pd.DataFrame, local: str = "local") -> pd.DataFrame:
     """One line per federation and method, the most accurate first within each federation: ``summary`` and more.
 
     ``bottom``: mean accuracy of the lowest tenth of all clients of all seeds; ``better``: the share of clients that are
-    more accurate than with the method ``local`` on the same seed; ``union``: accuracy on the union of the clients'
-    examples.
+    more accurate than with the method ``local`` on the same seed (NaN where the rows have none of it); ``union``:
+    accuracy on the union of the clients' examples.
     """
     table, client = summary(rows), ["federation", "seed", "client"]
     alone = rows[rows.method == local].set_index(client).accuracy
-    better = rows.accuracy.to_numpy() > alone.reindex(pd.MultiIndex.from_frame(rows[client])).to_numpy()
-    methods = rows.assign(better=better.astype(float)).groupby(_keys(rows), sort=False)
+    alone = alone.reindex(pd.MultiIndex.from_frame(rows[client])).to_numpy()
+    better = (rows.accuracy > alone).where(~pd.isna(alone)).astype(float)
+    methods = rows.assign(better=better).groupby(_keys(rows), sort=False)
     table["bottom"] = methods.accuracy.apply(lambda a: a.nsmallest(max(1, round(len(a) / 10))).mean())
     table["better"], table["union"] = methods.better.mean(), methods.union_accuracy.mean()
     table = table[["accuracy", "±", "worst", "bottom", "better", "union", "loss", "bytes", "steps", "seconds"]]

@@ -1,6 +1,7 @@
 """The benchmark of the field: equal budgets, rows that nobody computes twice, and tables checked by hand."""
 
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -24,7 +25,7 @@ from potara_lite.estimators import ESTIMATORS, Estimate
 from potara_lite.experiment import ORACLE, Trial, local_from_federated, one_of_pair, train_pair, with_estimator
 from potara_lite.field import algorithms
 from potara_lite.field import methods as M
-from potara_lite.field.sweep import COLUMNS, read_results, sweep, union
+from potara_lite.field.sweep import COLUMNS, fingerprint, read_results, sweep, union
 from potara_lite.merging import merge_exact
 from potara_lite.results import leaderboard, paired_differences, pareto_front
 from potara_lite.setting import Setting
@@ -206,6 +207,15 @@ def test_a_sweep_gives_a_row_per_client_and_never_computes_twice(tmp_path, prepa
     more = sweep(methods, settings, [0, 1, 2], tmp_path, prepare=prepared, shard=(1, 2))
     assert calls[8:] == [("local", 2), ("uniform", 2)]  # of six cells the second, fourth and sixth
     assert len(more) == len(read_results(tmp_path)) == 30
+    for shard in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="shard"):
+            sweep(methods, settings, [0], tmp_path, prepare=prepared, shard=shard)
+    with pytest.raises(ValueError, match="counts once"):
+        sweep(methods, settings, [3, 3], tmp_path, prepare=prepared)
+    for name in ("..", ".", "", "!!!"):
+        with pytest.raises(ValueError, match="can name no file"):
+            sweep(methods, {name: SETTING}, [0], tmp_path / "sub", prepare=prepared)
+    assert not (tmp_path / "sub").exists()
     with pytest.raises(ValueError, match="another setting"):
         sweep(methods, {"one": replace(SETTING, lr=1e-3)}, [0], tmp_path, prepare=prepared)
     with pytest.raises(ValueError, match="must differ in letters or digits"):
@@ -224,6 +234,76 @@ def test_what_was_interrupted_goes_on_and_half_a_file_is_not_read(tmp_path, prep
     assert set(rows.method) == {"local", "uniform"} and len(rows) == 6 and not rows.accuracy.isna().any()
     clean = sweep(few("local", "uniform"), {"one": SETTING}, [0], tmp_path / "clean", prepare=prepared)
     pd.testing.assert_frame_equal(rows.drop(columns="seconds"), clean.drop(columns="seconds"))
+
+
+@pytest.mark.parametrize("harm", ["cut", "doubled", "number", "headless", "copied"])
+def test_a_cell_that_was_harmed_is_refused_by_name(tmp_path, prepared, harm):
+    settings = {"one": SETTING, "two": SETTING}
+    sweep(few("local", "uniform"), settings, [0], tmp_path, prepare=prepared)
+    path = tmp_path / "one" / "seed-0" / "local.csv"
+    text = path.read_text()
+    harmed = {
+        "cut": text[: len(text) // 2],
+        "doubled": text + text.split("\n", 2)[2],
+        "number": text.replace("0.", "1.", 1),
+        "headless": text.split("\n", 1)[1],
+        "copied": (tmp_path / "two" / "seed-0" / "local.csv").read_text(),
+    }
+    path.write_text(harmed[harm])
+    for read in (read_results, lambda folder: sweep(few("local"), settings, [0], folder, prepare=prepared)):
+        with pytest.raises(ValueError, match="local.csv (is damaged|holds the rows of another cell)"):
+            read(tmp_path)
+    path.unlink()
+    assert len(sweep(few("local"), settings, [0], tmp_path, prepare=prepared)) == 12
+
+
+def test_a_cell_is_computed_anew_when_what_made_it_changes(tmp_path, prepared, monkeypatch):
+    calls = []
+
+    def method(option):
+        def run(trial):
+            calls.append(option)
+            return M.METHODS["local"](trial)
+
+        return run
+
+    def once(function, **options):
+        before = len(calls)
+        sweep({"mine": function}, {"one": SETTING}, [0], tmp_path, **{"prepare": prepared, **options})
+        return len(calls) - before
+
+    assert [once(method(1)), once(method(1)), once(method(2)), once(method(2))] == [1, 0, 1, 0]
+    assert once(method(2), eval_split=lambda data: data.calibration) == 1
+    assert once(method(2), prepare=lambda setting, seed: prepared(setting, seed)) == 1
+    monkeypatch.setattr("potara_lite.field.sweep.__version__", "0.0")
+    assert [once(method(2)), once(method(2))] == [1, 0]
+
+
+def test_fingerprints_tell_the_methods_of_the_field_apart_and_are_the_same_in_another_process():
+    prints = {name: fingerprint(method) for name, method in (M.METHODS | M.REFERENCES).items()}
+    assert len(set(prints.values())) == len(prints)
+    assert fingerprint(M.FAMILIES["Ditto"](strength=0.1)) != fingerprint(M.FAMILIES["Ditto"](strength=0.2))
+    code = (
+        "from potara_lite.field import methods as M, sweep as S\n"
+        "print(*(S.fingerprint(method) for method in (M.METHODS | M.REFERENCES).values()))"
+    )
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+    )
+    assert found.stdout.split() == list(prints.values())
+
+    def loop(trial):
+        return loop
+
+    assert fingerprint(loop) == fingerprint(loop)
+
+
+def test_without_rows_of_the_local_method_nothing_is_said_of_better():
+    board = leaderboard(table([[0.5, 0.7]], "mine"))
+    assert board.better.isna().all() and board.accuracy.item() == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="at least 1 example"):
+        union(None, 0)
 
 
 def test_rows_are_judged_on_the_split_that_is_asked_for(tmp_path, prepared, trial):

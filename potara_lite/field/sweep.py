@@ -1,22 +1,28 @@
 """Methods × federations × seeds → one tidy table, method by method on disk.
 
-Every finished (federation, seed, method) is a CSV file of its own, put in place in one step: an interrupted sweep goes
-on where it stopped, nothing finished is computed again, and a half-written file is never read. ``results`` reads such
-tables.
+Every finished (federation, seed, method) is a CSV file of its own, a *cell*, put in place in one step: an interrupted
+sweep goes on where it stopped, nothing finished is computed again, and a half-written file is never read. A cell's
+first line has the digest of its rows and that of what made them: a damaged cell is refused, that of another method or
+version is computed anew. ``results`` reads such tables.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
+from functools import partial
+from io import StringIO
 from pathlib import Path
+from types import CodeType, FunctionType
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from .. import __version__
 from ..adapters import AdaptedBackbone
 from ..data import Federation, Split
 from ..experiment import Method, Trial, prepare
@@ -28,7 +34,12 @@ COLUMNS = ["federation", "method", "seed", "client", "accuracy", "loss", "union_
 
 
 def union(split: Split, per_client: int) -> Split:
-    """The first examples of every client, given to all of them: what a personalised model costs elsewhere."""
+    """The first examples of every client, given to all of them: what a personalised model costs elsewhere.
+
+    Raises ``ValueError`` for ``per_client`` below 1.
+    """
+    if per_client < 1:
+        raise ValueError(f"the union needs at least 1 example of every client, not {per_client}")
     sizes = split.sizes.clamp_max(per_client)
     examples = [(split.x[i, : int(n)], split.y[i, : int(n)]) for i, n in enumerate(sizes)]
     x, y = (torch.cat(parts).expand(len(split), *(-1,) * parts[0].dim()) for parts in zip(*examples))
@@ -52,11 +63,12 @@ def sweep(
     A row per client, in the order of ``COLUMNS``: accuracy and loss (nats) on the client's own examples and on the
     ``union`` of ``union_size`` examples of every client; the mixing weight, where there is one; what the client paid.
     ``eval_split`` picks the examples: the test split, or the calibration split to choose options by. ``shard=(i, n)``
-    does every n-th pair of federation and seed from the i-th, to share the work between processes. The folder remembers
-    the settings, not the methods: when a method changes, delete its files.
+    does every n-th pair of federation and seed from the i-th (0 ≤ i < n), to share the work between processes. A cell
+    is computed anew when its method, ``prepare``, ``eval_split`` or the version of the library is another one
+    (``fingerprint``).
 
-    Raises ``ValueError`` when the folder holds a federation of the same name and another setting, and for names that
-    would share a file.
+    Raises ``ValueError`` when the folder holds a federation of the same name and another setting or a damaged cell, for
+    names that would share a file or make none, for a seed given twice, and for no such shard.
 
     A method of your own beside one of the field (LG-FedAvg shares the head and keeps the rest; arXiv 2001.01523):
 
@@ -71,10 +83,16 @@ def sweep(
     >>> leaderboard(rows).loc["tiny", "bytes"].sort_index().tolist()
     [25800.0, 0.0]
     """
-    folder, cells = Path(folder), [(name, seed) for name in settings for seed in seeds][shard[0] :: shard[1]]
     _check_names(methods, settings)
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard {shard}: the first number must be at least 0 and below the second")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"every seed counts once, unlike in {list(seeds)}")
+    folder, cells = Path(folder), [(name, seed) for name in settings for seed in seeds][shard[0] :: shard[1]]
     for name, setting in settings.items():
         _remember_setting(folder / _slug(name), setting, union_size)
+    common = fingerprint((__version__, prepare, eval_split))
+    keys = {method: fingerprint((common, function)) for method, function in methods.items()}
     with tqdm(total=len(methods) * len(cells), disable=not progress, unit="run") as bar:
         for name, seed in cells:
             trial, place = None, folder / _slug(name) / f"seed-{seed}"
@@ -82,28 +100,81 @@ def sweep(
             for method, function in methods.items():
                 path = place / f"{_slug(method)}.csv"
                 bar.set_description(f"{name}, seed {seed}, {method}")
-                if not path.is_file():
+                if not path.is_file() or _read_cell(path)[0] != keys[method]:
                     trial = trial or Trial(*prepare(settings[name], seed), settings[name], seed)
                     rows = _rows(method, function, trial, eval_split(trial.federation), union_size)
-                    write_atomically(path, rows.assign(federation=name)[COLUMNS].to_csv(index=False))
+                    _write_cell(path, keys[method], rows.assign(federation=name)[COLUMNS])
                 bar.update()
     return read_results(folder)
 
 
 def read_results(folder: str | Path) -> pd.DataFrame:
-    """All rows that a sweep's folder holds, by federation, seed and method."""
-    frames = [pd.read_csv(path) for path in sorted(Path(folder).glob("*/seed-*/*.csv"))]
+    """All rows that a sweep's folder holds, by federation, seed and method.
+
+    Raises ``ValueError`` for a damaged cell.
+    """
+    frames = [_read_cell(path)[1] for path in sorted(Path(folder).glob("*/seed-*/*.csv"))]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
+
+
+def fingerprint(thing: object) -> str:
+    """A digest of a function and of what it holds: its code, defaults, closure and arguments, as far as these are numbers,
+    strings, tuples, dictionaries, functions and dataclasses; not of the functions that it calls."""
+    return hashlib.sha256(repr(_contents(thing, ())).encode()).hexdigest()[:16]
+
+
+def _contents(thing: object, above: tuple[int, ...]) -> object:
+    """What ``fingerprint`` sees: plain values, whose text is the same everywhere. ``above``: what it is inside of."""
+    if id(thing) in above:
+        return "itself"
+    if isinstance(thing, FunctionType):
+        closure = tuple(cell.cell_contents for cell in thing.__closure__ or ())
+        parts = thing.__code__, thing.__defaults__, thing.__kwdefaults__, closure
+    elif isinstance(thing, CodeType):
+        parts = thing.co_code, thing.co_names, *thing.co_consts
+    elif isinstance(thing, partial):
+        parts = thing.func, thing.args, thing.keywords
+    elif is_dataclass(thing) and not isinstance(thing, type):
+        parts = tuple(getattr(thing, field.name) for field in fields(thing))
+    elif isinstance(thing, dict):
+        parts = tuple(thing.items())
+    elif isinstance(thing, tuple):
+        parts = thing
+    else:
+        plain = str | bytes | int | float | complex | None
+        return thing if isinstance(thing, plain) else getattr(thing, "__qualname__", type(thing).__qualname__)
+    return tuple(_contents(part, (*above, id(thing))) for part in parts)
+
+
+def _write_cell(path: Path, key: str, rows: pd.DataFrame) -> None:
+    text = rows.to_csv(index=False)
+    write_atomically(path, f"# {key} {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+
+def _read_cell(path: Path) -> tuple[str, pd.DataFrame]:
+    """The fingerprint of what made a cell, and its rows."""
+    first, _, text = path.read_text().partition("\n")
+    sign, _, rest = first.partition(" ")
+    key, _, digest = rest.partition(" ")
+    if sign != "#" or hashlib.sha256(text.encode()).hexdigest() != digest:
+        raise ValueError(f"{path} is damaged or was changed by hand: delete it, and it is computed again")
+    rows = pd.read_csv(StringIO(text))
+    federation, method, seed = rows.loc[0, ["federation", "method", "seed"]].astype(str)
+    if path.parts[-3:] != (_slug(federation), f"seed-{seed}", f"{_slug(method)}.csv"):
+        raise ValueError(f"{path} holds the rows of another cell: delete it, and it is computed again")
+    return key, rows
 
 
 def _slug(name: str) -> str:
     """A name as a file name."""
-    return re.sub(r"[^\w.=-]+", "-", name).strip("-")
+    return re.sub(r"[^\w.=-]+", "-", name).strip("-.")
 
 
 def _check_names(*collections: Mapping[str, object]) -> None:
     for names in collections:
-        if len({_slug(name) for name in names}) < len(names):
+        if empty := [name for name in names if not _slug(name)]:
+            raise ValueError(f"{empty[0]!r} can name no file: a name needs a letter or a digit")
+        if len({_slug(name).lower() for name in names}) < len(names):
             raise ValueError(f"names must differ in letters or digits, unlike some of {list(names)}")
 
 
