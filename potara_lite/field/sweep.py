@@ -118,8 +118,8 @@ def read_results(folder: str | Path) -> pd.DataFrame:
 
 
 def fingerprint(thing: object) -> str:
-    """A digest of a function and of what it holds: its code, defaults, closure and arguments, as far as these are numbers,
-    strings, tuples, dictionaries, functions and dataclasses; not of the functions that it calls."""
+    """A digest of a function and of what it holds: its code, defaults, closure and arguments, as far as these are
+    numbers, strings, tuples, dictionaries, functions and dataclasses; not of the functions that it calls."""
     return hashlib.sha256(repr(_contents(thing, ())).encode()).hexdigest()[:16]
 
 
