@@ -14,74 +14,148 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-Examples = tuple[Tensor, Tensor]  # inputs (n, ...), labels (n,)
+Inputs = Tensor | dict[str, Tensor]  # one tensor, or by name what the network is called with (token ids and their mask)
+Examples = tuple[Inputs, Tensor]  # inputs (n, ...); labels (n,), or token-level targets (n, T)
 DRAWS = 100  # how often a federation's class proportions are drawn anew before a class counts as run out
-PADDING = -100  # the label of a padded example, which cross_entropy ignores
+PADDING = -100  # the label of a padded example and of a token that is no target, which cross_entropy ignores
+MASK = "attention_mask"  # of a mapping: 1 for a real token, 0 for padding
 
 
 class SupplyError(ValueError):
     """The clients ask for more examples of a class than there are."""
 
 
+def map_inputs(function: Callable[..., Tensor], *inputs: Inputs) -> Inputs:
+    """``function`` of the tensors, or name by name of those of mappings."""
+    if isinstance(inputs[0], Tensor):
+        return function(*inputs)
+    return {name: function(*(one[name] for one in inputs)) for name in inputs[0]}
+
+
+def take(inputs: Inputs, index) -> Inputs:
+    """The inputs at an index: ``tensor[index]``, of every tensor."""
+    return map_inputs(lambda tensor: tensor[index], inputs)
+
+
+def any_tensor(inputs: Inputs) -> Tensor:
+    """The tensor, or the first one of a mapping: for what all of them share."""
+    return inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
+
+
+def check_examples(client: int, x: Inputs, y: Tensor) -> None:
+    """Raise ``ValueError`` for a client without examples, as many inputs as labels, texts or targets."""
+    if len(y) == 0:
+        raise ValueError(f"client {client} has no examples")
+    for tensor in [x] if isinstance(x, Tensor) else x.values():
+        if len(tensor) != len(y):
+            raise ValueError(f"client {client} has {len(tensor)} inputs and {len(y)} labels")
+    if isinstance(x, dict) and MASK in x and (empty := (x[MASK].flatten(1) == 0).all(1)).any():
+        raise ValueError(f"client {client}: example {int(empty.nonzero()[0])} is empty: its {MASK} is 0 everywhere")
+    if y.dim() > 1 and (ignored := (y == PADDING).flatten(1).all(1)).any():
+        raise ValueError(f"client {client}: all targets of example {int(ignored.nonzero()[0])} are {PADDING}, ignored")
+
+
+def check_alike(ids: Sequence[int], examples: Sequence[Examples]) -> None:
+    """Raise ``ValueError`` unless all clients have inputs of the same names, dtypes and dimensions, and of the same
+    length where nothing would tell what is padding."""
+
+    def kind(x: Inputs) -> dict[str, str]:
+        named = {"one tensor": x} if isinstance(x, Tensor) else x
+        return {name: f"{t.dtype} of {t.dim()} dimensions".removeprefix("torch.") for name, t in named.items()}
+
+    first = examples[0][0]
+    for client, (x, _) in zip(ids, examples):
+        if kind(x) != kind(first):
+            raise ValueError(f"client {client} has inputs {kind(x)}, client {ids[0]} has {kind(first)}")
+        shape, like = any_tensor(x).shape[1:], any_tensor(first).shape[1:]
+        if shape != like and (isinstance(x, Tensor) or MASK not in x):
+            raise ValueError(
+                f"client {client} has inputs of shape {tuple(shape)}, client {ids[0]} of {tuple(like)}: texts of "
+                f"different lengths come as a mapping with an {MASK!r}"
+            )
+
+
+def pad_stack(tensors: Sequence[Tensor], value: int) -> Tensor:
+    """The clients' tensors ``(n, ...)``, each filled up with ``value`` at the ends, as one ``(C, N, ...)``."""
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors))]
+    stack = tensors[0].new_full((len(tensors), *shape), value)
+    for row, tensor in zip(stack, tensors):
+        row[tuple(map(slice, tensor.shape))] = tensor
+    return stack
+
+
 @dataclass(frozen=True)
 class Split:
     """One split of every client, padded to the largest: ``x`` (C, N, ...), ``y`` (C, N) with label -100 as padding.
 
-    ``sizes``: real examples of each client ``(C,)``. ``ids``: the clients' numbers, which seed their batches, so that
-    a client trains alike in whatever company.
+    ``x`` is one tensor or a mapping of tensors, the keyword arguments that the network is called with: of a text
+    ``input_ids`` and ``attention_mask`` ``(C, N, T)``, both 0 behind its end. ``y`` may be token-level, ``(C, N, T)``,
+    -100 where a token is no target. ``sizes``: real examples of each client ``(C,)``; behind them ``x`` is 0, and a
+    mapping repeats the client's first example, as a text without tokens is NaN to many a network. ``ids``: the clients'
+    numbers, which seed their batches, so that a client trains alike in whatever company.
     """
 
-    x: Tensor
+    x: Inputs
     y: Tensor
     sizes: Tensor
     ids: tuple[int, ...]
 
     @staticmethod
     def of(examples: Sequence[Examples], ids: Sequence[int] | None = None) -> Split:
-        """Pad and stack the clients' examples. Raises ``ValueError`` for an empty client or mismatched lengths."""
+        """Pad and stack the clients' examples.
+
+        Raises ``ValueError`` for an empty client, mismatched lengths, a text without tokens, token-level targets that
+        are all ignored, and clients whose inputs differ in names, dtypes or dimensions.
+        """
         ids = tuple(range(len(examples))) if ids is None else tuple(ids)
         for client, (x, y) in zip(ids, examples):
-            if len(y) == 0:
-                raise ValueError(f"client {client} has no examples")
-            if len(x) != len(y):
-                raise ValueError(f"client {client} has {len(x)} inputs and {len(y)} labels")
+            check_examples(client, x, y)
+        check_alike(ids, examples)
         sizes = torch.tensor([len(y) for _, y in examples])
-        x = pad_sequence([x for x, _ in examples], batch_first=True)
-        y = pad_sequence([y.long() for _, y in examples], batch_first=True, padding_value=PADDING)
-        return Split(x, y, sizes, ids)
+        x = map_inputs(lambda *tensors: pad_stack(tensors, 0), *(x for x, _ in examples))
+        if isinstance(x, dict):
+            for tensor in x.values():
+                for row, n in zip(tensor, sizes.tolist()):
+                    row[n:] = row[0]
+        return Split(x, pad_stack([y.long() for _, y in examples], PADDING), sizes, ids)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def client(self, i: int) -> Examples:
-        """Inputs ``(n, ...)`` and labels ``(n,)`` of the client in row ``i``, without the padding."""
+        """Inputs ``(n, ...)`` and labels ``(n,)`` of the client in row ``i``, without the padded examples."""
         n = int(self.sizes[i])
-        return self.x[i, :n], self.y[i, :n]
+        return take(self.x, (i, slice(n))), self.y[i, :n]
 
     def rows(self, index: slice | Sequence[int]) -> Split:
         """The clients in these rows, as a split of their own."""
         if isinstance(index, slice):
-            return Split(self.x[index], self.y[index], self.sizes[index], self.ids[index])  # a view: nothing is copied
+            return Split(take(self.x, index), self.y[index], self.sizes[index], self.ids[index])  # a view, no copy
         rows = list(index)
         pick = torch.tensor(rows, device=self.y.device)
-        return Split(self.x[pick], self.y[pick], self.sizes[pick.cpu()], tuple(self.ids[r] for r in rows))
+        return Split(take(self.x, pick), self.y[pick], self.sizes[pick.cpu()], tuple(self.ids[r] for r in rows))
 
     @torch.no_grad()
-    def map(self, function: Callable[[Tensor], Tensor], batch_size: int = 512) -> Split:
+    def map(self, function: Callable[[Inputs], Inputs], batch_size: int = 512) -> Split:
         """The same split with ``function``, from ``(B, ...)`` to ``(B, ...)``, applied to its inputs."""
-        x = torch.cat([function(part) for part in self.x.flatten(0, 1).split(batch_size)])
-        return replace(self, x=x.view(*self.y.shape, *x.shape[1:]))
+        clients, n = self.y.shape[:2]
+        flat = map_inputs(lambda tensor: tensor.flatten(0, 1), self.x)
+        parts = [function(take(flat, slice(i, i + batch_size))) for i in range(0, clients * n, batch_size)]
+        return replace(self, x=map_inputs(lambda *tensors: torch.cat(tensors).unflatten(0, (clients, n)), *parts))
 
     def to(self, device: str | torch.device) -> Split:
         """The same split on ``device`` (the sizes stay on the CPU)."""
-        return Split(self.x.to(device), self.y.to(device), self.sizes, self.ids)
+        return Split(map_inputs(lambda tensor: tensor.to(device), self.x), self.y.to(device), self.sizes, self.ids)
 
 
 @dataclass(frozen=True)
 class Federation:
-    """C clients with a ``train``, a ``calibration`` and a ``test`` split each. Calibration examples train nothing."""
+    """C clients with a ``train``, a ``calibration`` and a ``test`` split each. Calibration examples train nothing.
+
+    ``classes``: of the labels; for token-level targets, the size of the vocabulary. Raises ``ValueError`` for labels
+    outside them and for splits of different clients.
+    """
 
     train: Split
     calibration: Split
@@ -96,6 +170,7 @@ class Federation:
                 raise ValueError(f"{part} has clients {split.ids}, train has {self.train.ids}")
             for client in range(len(split)):
                 labels = split.client(client)[1]
+                labels = labels if labels.dim() == 1 else labels[labels != PADDING]
                 if (bad := labels[(labels < 0) | (labels >= self.classes)]).numel():
                     raise ValueError(
                         f"client {split.ids[client]}: {part} label {int(bad[0])} is outside 0 … {self.classes - 1}"
@@ -112,9 +187,9 @@ class Federation:
         """The clients in these rows, as a federation of their own."""
         return self._each(lambda split: split.rows(index))
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Federation:
+    def map(self, function: Callable[[Inputs], Inputs], batch_size: int = 512) -> Federation:
         """The same federation with ``function`` applied to all inputs, such as a backbone's frozen ``embed``."""
-        return self._each(lambda split: split.map(function))
+        return self._each(lambda split: split.map(function, batch_size))
 
     def _each(self, function: Callable[[Split], Split]) -> Federation:
         parts = (function(split) for split in (self.train, self.calibration, self.test))
@@ -212,8 +287,13 @@ def partition(
     is feature shift alone. ``train_size`` may differ from client to client. No example is dealt twice; proportions that
     together ask for more of a class than the pools hold are drawn anew, up to 100 times.
 
-    Raises ``ValueError`` for alpha ≤ 0, no clients, sizes < 1, or (``SupplyError``) a class that runs out every time.
+    Raises ``ValueError`` for alpha ≤ 0, no clients, sizes < 1, token-level targets, a shift of what are no images,
+    or (``SupplyError``) a class that runs out every time.
     """
+    if shift and isinstance(pool[0], dict):
+        raise ValueError("shift=True is for images, not for a mapping of tensors")
+    if pool[1].dim() > 1 or test_pool[1].dim() > 1:
+        raise ValueError("examples are dealt by their labels, and token-level targets have none: use from_tensors")
     rng = np.random.default_rng([seed, 2602_18658])
     sizes = [train_size] * clients if isinstance(train_size, int) else list(train_size)
     if len(sizes) != clients:
@@ -235,7 +315,7 @@ def partition(
     def split(source: Examples, index: Sequence[np.ndarray]) -> Split:
         examples = []
         for client, rows in enumerate(index):
-            x, y = source[0][rows], source[1][rows]
+            x, y = take(source[0], rows), source[1][rows]
             examples.append((shift_images(x, client, clients) if shift else x, y))
         return Split.of(examples)
 
@@ -315,7 +395,7 @@ def from_tensors(
     seed: int = 0,
     name: str = "federation",
 ) -> Federation:
-    """A federation of your own: for each client a pair of inputs ``(n, ...)`` and labels ``(n,)``.
+    """A federation of your own: for each client a pair of inputs ``(n, ...)`` and labels ``(n,)`` (see ``Split``).
 
     Without ``calibration``, ``calibration_size`` examples of each client are drawn from its ``train`` and withheld
     from training. ``classes`` defaults to the largest label plus one.
@@ -325,11 +405,8 @@ def from_tensors(
     train = list(train)
     if not train:
         raise ValueError("a federation needs at least 1 client, not 0")
-    for client, (x, y) in enumerate(train):
-        if len(y) == 0:
-            raise ValueError(f"client {client} has no examples")
-        if len(x) != len(y):
-            raise ValueError(f"client {client} has {len(x)} inputs and {len(y)} labels")
+    for client, examples in enumerate(train):
+        check_examples(client, *examples)
     if classes is None:
         classes = 1 + max(int(y.max()) for _, y in [*train, *test] if len(y))
     if calibration is None:
@@ -339,6 +416,6 @@ def from_tensors(
                 raise ValueError(f"client {client} has {len(y)} examples: none is left if {calibration_size} calibrate")
             order = torch.from_numpy(np.random.default_rng([seed, client]).permutation(len(y)))
             held, kept = order[:calibration_size], order[calibration_size:]
-            calibration.append((x[held], y[held]))
-            train[client] = (x[kept], y[kept])
+            calibration.append((take(x, held), y[held]))
+            train[client] = (take(x, kept), y[kept])
     return Federation(Split.of(train), Split.of(calibration), Split.of(test), classes, name)
