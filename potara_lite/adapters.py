@@ -13,13 +13,18 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from .data import Inputs
+from .prefix import blocks_below, call_network, hidden_below
 
 Adapter = dict[str, Tensor]
 
@@ -74,16 +79,58 @@ class AdaptedBackbone:
         size = adapter_bytes(self.initial)
         return f"AdaptedBackbone({name}, {len(self.scaling)} layers, rank {self.config.r}, {size} bytes)"
 
-    def __call__(self, adapter: Adapter, x: Tensor) -> Tensor:
-        """The logits ``(B, classes)`` of one adapter (no client dimension) on a batch ``x`` of ``(B, ...)``.
+    def __call__(self, adapter: Adapter, x: Inputs) -> Tensor:
+        """The logits ``(B, classes)`` of one adapter (no client dimension) on a batch ``x`` of ``(B, ...)``; those of a
+        token classifier or a language model are ``(B, T, classes)``.
 
-        The LoRA factors may have any rank: the scaling stays that of the configuration. They may be stored in another
-        dtype (bf16, say); the arithmetic is done in that of the backbone.
+        ``x`` is a tensor or a mapping of keyword arguments, as it is or as ``embed`` returns it. The LoRA factors may
+        have any rank: the scaling stays that of the configuration. They may be stored in another dtype (bf16, say); the
+        arithmetic is done in that of the backbone.
         """
         weights = {self.parameter_names[name]: tensor.to(self.initial[name].dtype) for name, tensor in adapter.items()}
         if self.model.training:  # a batch norm would write its running statistics into the backbone that all share
             weights |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return functional_call(self.model, weights, (x,))
+
+        def run(*args, **kwargs):
+            return functional_call(self.model, weights, args, kwargs)
+
+        return call_network(run, x, self.blocks_below)
+
+    def embed(self, x: Inputs) -> Inputs:
+        """What the frozen part below the first adapted block makes of a batch; every adapter's logits on the result are
+        those on ``x``, for less. ``federation.map(adapted.embed)`` computes it once for every example.
+
+        The blocks must be in a list (``nn.ModuleList`` or ``nn.Sequential``); a network may offer an ``embed`` of its
+        own besides, as ``LabViT`` does. Where there is nothing to save it is ``x`` itself.
+        """
+        self.check_inputs(x)
+        network = self.model.get_base_model()
+        if isinstance(x, Tensor) and hasattr(network, "embed"):
+            with torch.no_grad():
+                x = network.embed(x)
+        owners = [self.model.get_submodule(name.rpartition(".")[0]) for name in self.parameter_names.values()]
+        return hidden_below(network, x, self.blocks_below, owners)
+
+    @cached_property
+    def blocks_below(self) -> list[nn.Module]:
+        """The frozen blocks below the first adapted one."""
+        return blocks_below(self.model, list(self.scaling))
+
+    def check_inputs(self, x: Inputs, ids: Sequence[int] | None = None) -> None:
+        """Raise ``ValueError`` for token ids that the network has no embedding of, and where dropout is active.
+
+        With ``ids``, the numbers of the clients, these are on dim 0.
+        """
+        for name, module in self.model.named_modules():
+            rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
+            if module.training and (rate or getattr(module, "attention_dropout", 0.0)):
+                raise ValueError(f"dropout is active in {name}: call model.eval(), so that clients are independent")
+        if isinstance(x, Tensor) or "input_ids" not in x:
+            return
+        tokens, size = x["input_ids"], self.model.get_input_embeddings().num_embeddings
+        if (odd := ((tokens < 0) | (tokens >= size)).nonzero()).numel():
+            place, which = odd[0].tolist(), "" if ids is None else f"client {ids[int(odd[0, 0])]}: "
+            raise ValueError(f"{which}token id {int(tokens[tuple(place)])} is outside the vocabulary, 0 … {size - 1}")
 
     @property
     def config(self) -> LoraConfig:
@@ -117,11 +164,13 @@ def attach(
 ) -> AdaptedBackbone:
     """Put LoRA on the ``targets`` of a copy of ``backbone`` and train ``head`` directly, starting from zero.
 
+    The copy is in eval mode and shares the memory of the frozen weights, so a large backbone is there once.
     ``alpha`` defaults to ``2 * rank``. Pass a ``config`` of your own for anything else PEFT's LoRA can do (rank
     patterns, rsLoRA, convolutions); it then replaces ``rank``, ``alpha``, ``targets`` and ``head``.
 
     Raises ``ValueError`` for dropout (the random numbers of one client would depend on the others), for DoRA and
-    embedding layers (not a sum of ``B A``), and for ``targets`` or a ``head`` that the backbone has not.
+    embedding layers (not a sum of ``B A``), for ``targets`` or a ``head`` that the backbone has not, and for one whose
+    weight is another layer's, too (a language model's output tied to its embedding).
     """
     if config is None:
         config = LoraConfig(
@@ -134,9 +183,10 @@ def attach(
         raise ValueError(f"lora_dropout={config.lora_dropout}: train without dropout, so that clients are independent")
     if config.use_dora:
         raise ValueError("use_dora=True: a DoRA layer is not W + scaling * B A, so deltas cannot be merged")
+    _check_untied(backbone, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = get_peft_model(copy.deepcopy(backbone).cpu(), copy.deepcopy(config))
+        model = get_peft_model(_copy_of(backbone).cpu(), copy.deepcopy(config))
     model.eval().requires_grad_(False)
     initial = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
     names = {
@@ -150,6 +200,27 @@ def attach(
                 tensor.zero_()
     scaling = {layer: model.get_submodule(layer).scaling["default"] for layer in lora_layers(initial)}
     return AdaptedBackbone(model, initial, {name: names[name] for name in initial}, scaling)
+
+
+def _copy_of(backbone: nn.Module) -> nn.Module:
+    """The same network with parameters of its own, which share the memory of the backbone's."""
+    plain = [parameter for parameter in backbone.parameters() if type(parameter) is nn.Parameter]
+    shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in plain}
+    return copy.deepcopy(backbone, shared)
+
+
+def _check_untied(backbone: nn.Module, config: LoraConfig) -> None:
+    """Raise ``ValueError`` for a target or a head whose weight is another module's, too."""
+    owners: dict[int, list[str]] = {}
+    for name, module in backbone.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    heads = tuple(f".{head}" for head in config.modules_to_save or [])
+    for names in owners.values():
+        for name in names if len(names) > 1 else []:
+            if f".{name}".endswith(heads) or check_target_module_exists(config, name):
+                others = [other for other in names if other != name]
+                raise ValueError(f"{name} is tied: its weight is also that of {others}, which must stay as it is")
 
 
 def _adapter_name(parameter: str) -> str:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from ..adapters import AdaptedBackbone, Adapter, flatten, repeat_adapter, unflatten
+from ..data import Inputs, any_tensor, map_inputs
 from .one_batch import OneBatch, as_one_batch
 
 CPU_MEMORY = 2**28  # bytes of a chunk on the CPU
 MOST_TRIALS = 64  # remembered for a model
 TRIALS: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was measured, while the model lives
-Forward = Callable[[Adapter, Tensor], Tensor]
+Forward = Callable[[Adapter, Inputs], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Plan:
     forward: Forward
 
 
-def map_clients(function: Callable[..., Tensor], *stacks: Tensor | Adapter, vectorize: bool = True) -> Tensor:
+def map_clients(function: Callable[..., Tensor], *stacks: Inputs, vectorize: bool = True) -> Tensor:
     """``function`` of every client's own tensors, ``(C, ...)``: one batched program, or one client after another.
 
     ``stacks``: the function's arguments, tensors or dictionaries of tensors with the clients on dim 0.
@@ -76,7 +77,7 @@ def map_clients(function: Callable[..., Tensor], *stacks: Tensor | Adapter, vect
     return torch.stack([function(*client) for client in zip(*map(_unbind, stacks))])
 
 
-def _unbind(stack: Tensor | Adapter) -> Iterable[Tensor | Adapter]:
+def _unbind(stack: Inputs) -> Iterable[Inputs]:
     if isinstance(stack, Tensor):
         return stack.unbind()
     return (dict(zip(stack, tensors)) for tensors in zip(*(tensor.unbind() for tensor in stack.values())))
@@ -91,8 +92,8 @@ def with_autocast(adapted: AdaptedBackbone | OneBatch, dtype: torch.dtype | None
     if dtype is None:
         return adapted
 
-    def forward(adapter: Adapter, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=dtype):
+    def forward(adapter: Adapter, x: Inputs) -> Tensor:
+        with torch.autocast(any_tensor(x).device.type, dtype=dtype):
             logits = adapted(adapter, x)
         return logits.to(next(iter(adapted.initial.values())).dtype)
 
@@ -102,7 +103,7 @@ def with_autocast(adapted: AdaptedBackbone | OneBatch, dtype: torch.dtype | None
 def plan(
     adapted: AdaptedBackbone,
     adapters: Adapter,
-    x: Tensor,
+    x: Inputs,
     *,
     batch_size: int,
     backward: bool,
@@ -125,7 +126,7 @@ def plan(
     vectorize, chunk = execution.vectorize, execution.chunk_size
     if vectorize is None or (vectorize and chunk is None):
         one = {name: tensor[:1].detach().to(adapted.device) for name, tensor in adapters.items()}
-        few = x[:1, : min(2, batch_size)].to(adapted.device)
+        few = map_inputs(lambda tensor: tensor[:1, : min(2, batch_size)].to(adapted.device), x)
         try:
             kept, largest = _trial(adapted, one, few, execution.autocast, function)
         except RuntimeError as error:
@@ -134,11 +135,11 @@ def plan(
             _warn_of_loop(function or with_autocast(adapted, execution.autocast), one, few, error)
             vectorize = False
         else:
-            activations = (kept + 4 * largest if backward else 8 * largest) * batch_size / few.shape[1]
+            activations = (kept + 4 * largest if backward else 8 * largest) * batch_size / any_tensor(few).shape[1]
             copy_bytes = sum(tensor.numel() * tensor.element_size() for tensor in one.values())
             size = activations + copy_bytes * (adapter_copies or (10 if backward else 2))
             vectorize, chunk = True, chunk or max(1, int(execution.memory_on(adapted.device) // size))
-    chunks = _even_chunks(len(x), chunk if vectorize else 1, exact=execution.chunk_size is not None)
+    chunks = _even_chunks(len(any_tensor(x)), chunk if vectorize else 1, exact=execution.chunk_size is not None)
     forward = as_one_batch(adapted) if vectorize else adapted
     return Plan(vectorize, chunks, with_autocast(forward, execution.autocast))
 
@@ -151,7 +152,7 @@ def _even_chunks(clients: int, most: int, exact: bool) -> list[slice]:
     return [slice(start, min(start + size, clients)) for start in range(0, clients, size)]
 
 
-def _warn_of_loop(function: Forward, one: Adapter, few: Tensor, error: RuntimeError) -> None:
+def _warn_of_loop(function: Forward, one: Adapter, few: Inputs, error: RuntimeError) -> None:
     with torch.no_grad():
         map_clients(function, one, few, vectorize=False)  # a backbone that fails alone fails here, in its own words
     reason = str(error).strip().splitlines()[0]
@@ -168,7 +169,7 @@ def _caller_level() -> int:
 
 
 def _trial(
-    adapted: AdaptedBackbone, one: Adapter, few: Tensor, autocast: torch.dtype | None, function: Forward | None
+    adapted: AdaptedBackbone, one: Adapter, few: Inputs, autocast: torch.dtype | None, function: Forward | None
 ) -> tuple[int, int]:
     """Bytes that autograd keeps for one client, in all and in the largest tensor. Raises what ``vmap`` does.
 
@@ -181,8 +182,9 @@ def _trial(
         except RuntimeError:
             map_clients(function, one, few)
             return tuple(4 * size for size in _trial(adapted, repeat_adapter(adapted.initial, 1), few, None, None))
-    shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in [*one.items(), ("", few)])
-    key, known = (shapes, autocast, few.device, adapted.model.training), TRIALS.setdefault(adapted.model, {})
+    inputs, known = few if isinstance(few, dict) else {"": few}, TRIALS.setdefault(adapted.model, {})
+    shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in [*one.items(), *inputs.items()])
+    key = shapes, autocast, any_tensor(few).device, adapted.model.training
     if key not in known:
         if len(known) >= MOST_TRIALS:
             known.pop(next(iter(known)))
@@ -191,7 +193,7 @@ def _trial(
 
 
 @torch.enable_grad()
-def _saved_bytes(adapted: AdaptedBackbone, forward: Forward, one: Adapter, x: Tensor) -> tuple[int, int]:
+def _saved_bytes(adapted: AdaptedBackbone, forward: Forward, one: Adapter, x: Inputs) -> tuple[int, int]:
     """What autograd keeps of ``forward`` for one client, in all and in the largest tensor; weights aside."""
     flat = flatten(one).requires_grad_()
     weights = (*adapted.model.parameters(), *adapted.model.buffers(), flat)

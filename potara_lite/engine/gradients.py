@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.func import jvp
-from torch.nn import functional as F
 
 from ..adapters import (
     AdaptedBackbone,
@@ -25,8 +24,9 @@ from ..adapters import (
     layer_of,
     unflatten,
 )
-from ..data import Split
+from ..data import Inputs, Split, map_inputs, take
 from .batching import Execution, Plan, map_clients, plan
+from .loss import check_targets, example_losses, token_mean
 from .one_batch import OneBatch, as_one_batch
 from .training import check_clients, losses
 
@@ -42,20 +42,21 @@ def per_sample_gradients(
     """The gradient of each example's own loss at its client's adapter, ``(C, N, P)``; zero rows for padding.
 
     ``chunk_size`` of ``execution`` counts examples; the result itself comes on top of the memory. ``P`` runs over the
-    tensors in the adapter's order (see ``flatten``). ``labels`` ``(C, N)`` replace the split's own.
+    tensors in the adapter's order (see ``flatten``). ``labels`` of the shape of the split's own replace them.
 
     Where only linear layers are adapted, one backward pass for a block of examples and a product per example
     (``one_batch.py``). Anywhere else: an example's gradient is the gradient of a client that owns this example alone,
     so this is one pass of the training engine over ``C * N`` clients of one example.
     """
-    check_clients(adapters, split)
+    check_clients(adapted, adapters, split)
     y = split.y if labels is None else labels
     flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
-    gradients = flat.new_empty(*y.shape, flat.shape[1])
+    gradients = flat.new_empty(*y.shape[:2], flat.shape[1])
     chosen = _plan_examples(adapted, adapters, split.x, execution)
-    for block in _blocks(*y.shape, chosen.chunks[0].stop):
+    for block in _blocks(*y.shape[:2], chosen.chunks[0].stop):
         stack = unflatten(flat[block[0]].to(adapted.device), like)
-        batch = stack, split.x[block].to(adapted.device), y[block].to(adapted.device)  # K clients of M examples
+        x = map_inputs(lambda tensor, block=block: tensor[block].to(adapted.device), split.x)
+        batch = stack, x, y[block].to(adapted.device)  # K clients of M examples
         if isinstance(chosen.forward, OneBatch):
             part = chosen.forward.per_sample_gradients(*batch)
         else:
@@ -64,26 +65,31 @@ def per_sample_gradients(
     return gradients
 
 
-def _plan_examples(adapted: AdaptedBackbone, adapters: Adapter, x: Tensor, execution: Execution) -> Plan:
+def _one_by_one(x: Inputs) -> Inputs:
+    """The examples ``(C, N, ...)`` as clients of one example each, ``(C * N, 1, ...)``."""
+    return map_inputs(lambda tensor: tensor.flatten(0, 1).unsqueeze(1), x)
+
+
+def _plan_examples(adapted: AdaptedBackbone, adapters: Adapter, x: Inputs, execution: Execution) -> Plan:
     """The plan for all examples, each a client of its own; ``forward`` is a ``OneBatch`` only where that is exact."""
-    examples, options = x.flatten(0, 1).unsqueeze(1), dict(batch_size=1, backward=True, execution=execution)
+    examples, options = _one_by_one(x), dict(batch_size=1, backward=True, execution=execution)
     copies = 2 if isinstance(as_one_batch(adapted), OneBatch) else None
     chosen = plan(adapted, adapters, examples, adapter_copies=copies, **options)
     if not isinstance(chosen.forward, OneBatch):
         return chosen
     first = {name: tensor[:1].to(adapted.device) for name, tensor in adapters.items()}
-    if chosen.forward.matches_vmap(first, examples[:2].to(adapted.device)):
+    if chosen.forward.matches_vmap(first, map_inputs(lambda tensor: tensor[:2].to(adapted.device), examples)):
         return chosen
     return replace(plan(adapted, adapters, examples, **options), forward=adapted)
 
 
-def _client_per_example(chosen: Plan, stack: Adapter, x: Tensor, y: Tensor) -> Tensor:
+def _client_per_example(chosen: Plan, stack: Adapter, x: Inputs, y: Tensor) -> Tensor:
     """The gradients ``(K, M, P)`` of ``x`` ``(K, M, ...)``, by the training engine."""
     rows = flatten(stack).repeat_interleave(y.shape[1], 0).requires_grad_()  # (K M, P)
-    examples = x.flatten(0, 1).unsqueeze(1), y.flatten().unsqueeze(1)
     like = {name: tensor[0] for name, tensor in stack.items()}
+    examples = _one_by_one(x), _one_by_one(y)
     values = losses(chosen.forward, unflatten(rows, like), *examples, _summed, vectorize=chosen.vectorize)
-    return torch.autograd.grad(values.sum(), rows)[0].view(*y.shape, -1)
+    return torch.autograd.grad(values.sum(), rows)[0].view(*y.shape[:2], -1)
 
 
 def _blocks(clients: int, n: int, most: int) -> Iterator[tuple[slice, slice]]:
@@ -110,7 +116,7 @@ def delta_gradients(
 
 
 def _summed(logits: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(logits, y, reduction="sum")  # a padded example counts zero, not NaN
+    return example_losses(logits, y).sum()  # a padded example counts zero, not NaN
 
 
 def diagonal_fisher(gradients: Tensor, sizes: Tensor) -> Tensor:
@@ -128,28 +134,34 @@ def directional_derivatives(
     """Slope and Gauss–Newton curvature of each example's loss along ``direction`` ``(C, P)``: two ``(C, N)``.
 
     With logits ``z``, ``u = J v`` (one forward-mode product) and ``p = softmax(z)``: the slope is
-    ``(p - onehot(y)) · u`` and the curvature ``uᵀ (diag(p) - p pᵀ) u``, the variance of ``u`` under ``p``. Padded
-    examples give zeros.
+    ``(p - onehot(y)) · u`` and the curvature ``uᵀ (diag(p) - p pᵀ) u``, the variance of ``u`` under ``p``; both are
+    means over the targets of an example that has several. Padded examples give zeros.
     """
+    check_clients(adapted, adapters, split)
     flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
 
-    def logits_and_tangents(row: Tensor, tangent: Tensor, x: Tensor) -> Tensor:
+    def logits_and_tangents(row: Tensor, tangent: Tensor, x: Inputs) -> Tensor:
         def logits(row: Tensor) -> Tensor:
             return adapted({name: tensor[0] for name, tensor in unflatten(row.unsqueeze(0), like).items()}, x)
 
         return torch.stack(jvp(logits, (row,), (tangent,)))  # (2, N, classes)
 
     chosen = plan(adapted, adapters, split.x, batch_size=split.y.shape[1], backward=True, execution=execution)
-    with torch.no_grad():
-        parts = (
-            map_clients(
-                logits_and_tangents, flat[rows], direction.to(flat)[rows], split.x[rows], vectorize=chosen.vectorize
-            )
-            for rows in chosen.chunks
-        )
-        z, u = torch.cat(list(parts)).unbind(1)  # (C, N, classes) each
-        p, real = z.softmax(-1), split.y >= 0
-        mean = (p * u).sum(-1)
-        slope = mean - u.gather(-1, split.y.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-        curvature = (p * (u - mean.unsqueeze(-1)).square()).sum(-1)
-    return slope * real, curvature * real
+    parts = []
+    for rows in chosen.chunks:
+        stacks = flat[rows], direction.to(flat)[rows], take(split.x, rows)
+        with torch.no_grad():
+            z, u = map_clients(logits_and_tangents, *stacks, vectorize=chosen.vectorize).unbind(1)  # (K, N, classes)
+            parts.append(torch.stack(_slope_and_curvature(z, u, split.y[rows])))
+    slope, curvature = torch.cat(parts, dim=1)
+    return slope, curvature
+
+
+def _slope_and_curvature(z: Tensor, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each example's loss, ``(K, N)`` each, from logits and tangents ``(K, N, classes)`` or token by token."""
+    check_targets(z, y)
+    p, real = z.softmax(-1), y >= 0
+    mean = (p * u).sum(-1)
+    slope = (mean - u.gather(-1, y.clamp_min(0).unsqueeze(-1)).squeeze(-1)) * real
+    curvature = (p * (u - mean.unsqueeze(-1)).square()).sum(-1) * real
+    return (slope, curvature) if y.dim() == 2 else (token_mean(slope, y), token_mean(curvature, y))

@@ -16,8 +16,7 @@ what it knows not to be one, and the first result for each kind of input is comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -26,8 +25,12 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..adapters import AdaptedBackbone, Adapter, factor_names, is_lora
+from ..data import Inputs, any_tensor, map_inputs, take
+from ..prefix import call_network, replaced_forwards
+from .loss import example_losses
 
 OnBackward = Callable[[str, Tensor, Tensor, Tensor | None], None]  # (layer, input, gradient of output, that times B)
 COMPARED: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was compared, while the model lives
@@ -75,22 +78,24 @@ class OneBatch:
     def __repr__(self) -> str:
         return f"OneBatch({self.adapted!r})"
 
-    def __call__(self, adapter: Adapter, x: Tensor) -> Tensor:
-        return _OneBatchFunction.apply(self, tuple(adapter), x, *adapter.values())
+    def __call__(self, adapter: Adapter, x: Inputs) -> Tensor:
+        leaves, structure = tree_flatten((adapter, x))
+        return _OneBatchFunction.apply(self, structure, len(adapter), *leaves)
 
-    def logits(self, stack: Adapter, x: Tensor) -> Tensor:
+    def logits(self, stack: Adapter, x: Inputs) -> Tensor:
         """The logits ``(C, B, classes)`` of a stack on ``x`` ``(C, B, ...)``: in one batch, unless that disagrees."""
         return self.in_one_batch(stack, x) if self.matches_vmap(stack, x) else vmap(self.adapted)(stack, x)
 
-    def in_one_batch(self, stack: Adapter, x: Tensor, on_backward: OnBackward | None = None) -> Tensor:
+    def in_one_batch(self, stack: Adapter, x: Inputs, on_backward: OnBackward | None = None) -> Tensor:
         """The logits ``(C, B, classes)``; in the backward pass every adapted layer calls ``on_backward``."""
         stack = {name: tensor.to(self.initial[name].dtype) for name, tensor in stack.items()}
         for layer, scaling in self.adapted.scaling.items():  # B is small, what it writes is not
             name_b = factor_names(layer)[1]
             stack[name_b] = stack[name_b] * scaling
-        with _replaced(self._forwards(stack, on_backward)):
-            logits = self.adapted.model(x.flatten(0, 1))
-        return logits.unflatten(0, x.shape[:2])
+        batch = map_inputs(lambda tensor: tensor.flatten(0, 1), x)
+        with replaced_forwards(self._forwards(stack, on_backward)):
+            logits = call_network(self.adapted.model, batch, self.adapted.blocks_below)
+        return logits.unflatten(0, any_tensor(x).shape[:2])
 
     def _forwards(self, stack: Adapter, on_backward: OnBackward | None) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
         """The forward of every module that has weights of its own for each client."""
@@ -117,19 +122,21 @@ class OneBatch:
         }
 
     @torch.no_grad()
-    def matches_vmap(self, stack: Adapter, x: Tensor) -> bool:
+    def matches_vmap(self, stack: Adapter, x: Inputs) -> bool:
         """Whether two clients with random adapters get the logits that ``vmap`` gives them; asked once per model and
         kind of input. A network that does not keep the batch on dim 0, or lets examples see each other, fails here."""
-        known, two = COMPARED.setdefault(self.adapted.model, {}), min(len(x), 2)
-        key = (tuple(stack), x.shape[2:], x.dtype, x.device, two)
+        some = take(x, (slice(2), slice(2)))
+        leaves, structure = tree_flatten(some)
+        known, two = COMPARED.setdefault(self.adapted.model, {}), len(leaves[0])
+        kinds = tuple((leaf.shape[2:], leaf.dtype) for leaf in leaves)
+        key = (tuple(stack), str(structure), kinds, leaves[0].device, two)
         if key not in known:
             generator = torch.Generator().manual_seed(0)
             random = {
                 name: torch.randn(two, *t.shape[1:], generator=generator).to(t) / t[0, 0].numel() ** 0.5
                 for name, t in stack.items()
             }
-            some = x[:2, :2].detach()
-            with torch.autocast(x.device.type, enabled=False):
+            with torch.autocast(leaves[0].device.type, enabled=False):
                 alone = vmap(self.adapted)(random, some)  # what vmap refuses, such as a branch on values, is not for us
                 try:
                     apart = (self.in_one_batch(random, some) - alone).abs().max()
@@ -138,15 +145,15 @@ class OneBatch:
                     known[key] = False
         return known[key]
 
-    def per_sample_gradients(self, stack: Adapter, x: Tensor, y: Tensor) -> Tensor:
-        """Each example's gradient of its own cross-entropy, ``(C, N, P)``.
+    def per_sample_gradients(self, stack: Adapter, x: Inputs, y: Tensor) -> Tensor:
+        """Each example's gradient of its own loss (``example_losses``), ``(C, N, P)``.
 
         One backward pass, in which every adapted layer adds a product per example as soon as its output's gradient is
         there. It stands on ``in_one_batch``: ask ``matches_vmap`` first.
         """
         sizes = [tensor[0].numel() for tensor in stack.values()]
-        out = x.new_zeros(*y.shape, sum(sizes), dtype=next(iter(stack.values())).dtype)
-        place, examples = dict(zip(stack, out.split(sizes, dim=2))), y.numel()
+        out = next(iter(stack.values())).new_zeros(*y.shape[:2], sum(sizes))
+        place, examples = dict(zip(stack, out.split(sizes, dim=2))), y.shape[0] * y.shape[1]
 
         def add(name: str, grad: Tensor) -> None:  # also where a layer is called twice
             place[name] += grad.view(place[name].shape)
@@ -167,7 +174,7 @@ class OneBatch:
         with torch.enable_grad():
             trained = {n: t.detach().requires_grad_(is_lora(n, "B")) for n, t in stack.items()}  # so that all is asked
             logits = self.in_one_batch(trained, x, on_backward)
-            F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").backward()
+            example_losses(logits.flatten(0, 1), y.flatten(0, 1)).sum().backward()
         return out
 
 
@@ -223,51 +230,36 @@ class _OneBatchFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(runner: OneBatch, names: tuple[str, ...], x: Tensor, *tensors: Tensor) -> Tensor:
-        return runner.adapted(dict(zip(names, tensors)), x)
+    def forward(runner: OneBatch, structure, trained: int, *leaves: Tensor) -> Tensor:
+        return runner.adapted(*tree_unflatten(leaves, structure))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.runner, ctx.names, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        ctx.runner, ctx.structure, ctx.trained, *leaves = inputs
+        ctx.save_for_backward(*leaves)
+        ctx.save_for_forward(*leaves)
 
     @staticmethod
     def _function(ctx) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-        x, *tensors = ctx.saved_tensors
-        return lambda *tensors: ctx.runner.adapted(dict(zip(ctx.names, tensors)), x), tuple(tensors)
+        """The logits as a function of the adapter's tensors, and these."""
+        tensors, x = ctx.saved_tensors[: ctx.trained], ctx.saved_tensors[ctx.trained :]
+        return lambda *tensors: ctx.runner.adapted(*tree_unflatten([*tensors, *x], ctx.structure)), tensors
 
     @staticmethod
     def backward(ctx, grad):
         function, tensors = _OneBatchFunction._function(ctx)
-        return None, None, None, *vjp(function, *tensors)[1](grad)
+        no_gradients = [None] * (len(ctx.saved_tensors) - ctx.trained)
+        return None, None, None, *vjp(function, *tensors)[1](grad), *no_gradients
 
     @staticmethod
-    def jvp(ctx, runner, names, x, *tangents):
+    def jvp(ctx, runner, structure, trained, *tangents):
         function, tensors = _OneBatchFunction._function(ctx)
         tangents = tuple(torch.zeros_like(t) if tangent is None else tangent for t, tangent in zip(tensors, tangents))
         return jvp(function, tensors, tangents)[1]
 
     @staticmethod
-    def vmap(info, in_dims, runner, names, x, *tensors):
+    def vmap(info, in_dims, runner, structure, trained, *leaves):
         def stacked(tensor: Tensor, dim: int | None) -> Tensor:
             return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
-        stack = {name: stacked(tensor, dim) for name, tensor, dim in zip(names, tensors, in_dims[3:])}
-        return runner.logits(stack, stacked(x, in_dims[2])), 0
-
-
-@contextmanager
-def _replaced(forwards: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """The modules with other forwards, for a while."""
-    before = {module: vars(module).get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+        return runner.logits(*tree_unflatten([*map(stacked, leaves, in_dims[3:])], structure)), 0

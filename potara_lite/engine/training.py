@@ -13,12 +13,12 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..adapters import AdaptedBackbone, Adapter, flatten, select_clients, unflatten
-from ..data import Split, batch_indices
+from ..data import Inputs, Split, batch_indices, take
 from .batching import Execution, Forward, map_clients, plan, with_autocast
+from .loss import example_accuracies, example_losses, mean_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Objective = Callable[[Callable[[Adapter], Tensor], Adapter], Tensor]  # (loss of an adapter on the batch, tensors)
@@ -102,9 +102,9 @@ def plain_loss(f: Callable[[Adapter], Tensor], adapter: Adapter) -> Tensor:
 def losses(
     forward: Forward,
     adapters: Adapter,
-    x: Tensor,
+    x: Inputs,
     y: Tensor,
-    loss: Loss = F.cross_entropy,
+    loss: Loss = mean_loss,
     objective: Objective = plain_loss,
     *,
     vectorize: bool = True,
@@ -114,7 +114,7 @@ def losses(
     ``objective(f, tensors)`` makes a client's tensors into its loss; ``f`` is the loss of an adapter on the batch.
     """
 
-    def client_loss(tensors: Adapter, client_x: Tensor, client_y: Tensor) -> Tensor:
+    def client_loss(tensors: Adapter, client_x: Inputs, client_y: Tensor) -> Tensor:
         return objective(lambda adapter: loss(forward(adapter, client_x), client_y), tensors)
 
     return map_clients(client_loss, adapters, x, y, vectorize=vectorize)
@@ -126,10 +126,11 @@ def compiled_losses() -> Callable[..., Tensor]:
     return torch.compile(losses, dynamic=False)
 
 
-def check_clients(adapters: Adapter, split: Split) -> None:
-    """Raise ``ValueError`` unless there is an adapter for every client of the split."""
+def check_clients(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> None:
+    """Raise ``ValueError`` unless there is an adapter for every client, whose inputs the backbone can take."""
     if (count := len(next(iter(adapters.values())))) != len(split):
         raise ValueError(f"{count} adapters for {len(split)} clients")
+    adapted.check_inputs(split.x, split.ids)
 
 
 def train(
@@ -145,7 +146,7 @@ def train(
     seed: int | Sequence[int] = 0,
     start: int = 0,
     state: OptimizerState | None = None,
-    loss: Loss = F.cross_entropy,
+    loss: Loss = mean_loss,
     objective: Objective = plain_loss,
     fixed: Adapter | None = None,
     execution: Execution = Execution(),
@@ -163,7 +164,7 @@ def train(
     Raises ``DivergedError`` (a ``ValueError``) naming the client and the step when a loss is not finite; the result for
     the other clients is in its ``trained``.
     """
-    check_clients(adapters, split)
+    check_clients(adapted, adapters, split)
     flat, like = flatten(adapters).detach().to(adapted.dtype), {name: tensor[0] for name, tensor in adapters.items()}
     state = OptimizerState.zeros(flat) if state is None else state.rows(torch.arange(len(split)))  # a copy
     curves = flat.new_zeros(len(split), steps)
@@ -193,7 +194,7 @@ def _plan_training(adapted, tensors: Adapter, split: Split, batch_size: int, los
     """The plan, and the function from a chunk's tensors and batch to its clients' losses."""
     alone = with_autocast(adapted, execution.autocast)
 
-    def total_logits(client_tensors: Adapter, x: Tensor) -> Tensor:
+    def total_logits(client_tensors: Adapter, x: Inputs) -> Tensor:
         return objective(lambda adapter: alone(adapter, x).sum(), client_tensors)
 
     chosen = plan(
@@ -209,9 +210,9 @@ def _batches(split: Split, seed: int | Sequence[int], start: int, steps: int, ba
     """The clients' batches of every step, ``(K, B, ...)`` and ``(K, B)``."""
     seed = [seed] if isinstance(seed, int) else list(seed)
     streams = [batch_indices(n, start, steps, batch_size, [*seed, i]) for n, i in zip(split.sizes.tolist(), split.ids)]
-    index, row = torch.stack(streams).to(split.x.device), torch.arange(len(split), device=split.x.device).unsqueeze(1)
+    index, row = torch.stack(streams).to(split.y.device), torch.arange(len(split), device=split.y.device).unsqueeze(1)
     for step in range(steps):
-        yield split.x[row, index[:, step]], split.y[row, index[:, step]]
+        yield take(split.x, (row, index[:, step])), split.y[row, index[:, step]]
 
 
 def _clipped(grad: Tensor, clip: float | None) -> Tensor:
@@ -238,18 +239,29 @@ def evaluate(
     batch_size: int = 128,
     execution: Execution = Execution(),
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy (nats) and accuracy (a fraction), ``(C,)`` each, of each client's adapter on its own."""
-    check_clients(adapters, split)
-    most = min(batch_size, split.y.shape[1])
-    chosen, totals = plan(adapted, adapters, split.x, batch_size=most, backward=False, execution=execution), []
-    for chunk in chosen.chunks:
-        part = split.rows(chunk).to(adapted.device)
-        stack = {name: tensor.to(adapted.device) for name, tensor in select_clients(adapters, chunk).items()}
-        total = torch.zeros(2, len(part), device=adapted.device, dtype=torch.float64)
-        for x, y in zip(part.x.split(batch_size, dim=1), part.y.split(batch_size, dim=1)):
-            logits = map_clients(chosen.forward, stack, x, vectorize=chosen.vectorize)  # (K, B, classes)
-            total[0] += F.cross_entropy(logits.transpose(1, 2), y, reduction="none").sum(1)  # padding has label -100
-            total[1] += (logits.argmax(-1) == y).sum(1)
-        totals.append(total / part.sizes.to(total))
-    loss, accuracy = torch.cat(totals, dim=1)
+    """Mean loss (nats) and accuracy (a fraction), ``(C,)`` each, of each client's adapter on its own examples.
+
+    Both are means over examples; a text with a target per token has the mean over its tokens (``engine/loss.py``).
+    """
+    total = torch.zeros(2, len(split), device=adapted.device, dtype=torch.float64)
+    for rows, _, logits, y in batched_logits(adapted, adapters, split, batch_size=batch_size, execution=execution):
+        total[0, rows] += example_losses(logits, y, leading=2).sum(1)
+        total[1, rows] += example_accuracies(logits, y, leading=2).sum(1)
+    loss, accuracy = total / split.sizes.to(total)
     return loss, accuracy
+
+
+def batched_logits(
+    adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, batch_size: int, execution: Execution
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """The split in blocks of clients and examples: both slices, the logits ``(K, B, ..., classes)`` and their ``y``."""
+    check_clients(adapted, adapters, split)
+    most = min(batch_size, split.y.shape[1])
+    chosen = plan(adapted, adapters, split.x, batch_size=most, backward=False, execution=execution)
+    for rows in chosen.chunks:
+        part = split.rows(rows).to(adapted.device)
+        stack = {name: tensor.to(adapted.device) for name, tensor in select_clients(adapters, rows).items()}
+        for start in range(0, split.y.shape[1], batch_size):
+            columns = slice(start, start + batch_size)
+            x = take(part.x, (slice(None), columns))
+            yield rows, columns, map_clients(chosen.forward, stack, x, vectorize=chosen.vectorize), part.y[:, columns]

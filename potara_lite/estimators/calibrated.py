@@ -9,7 +9,7 @@ from ..adapters import AdaptedBackbone, Adapter, layer_of
 from ..connectivity import weight_grid
 from ..data import Split
 from ..merging import merge_exact
-from .curve import example_losses, segment_losses
+from .curve import client_losses, segment_losses
 from .estimate import Estimate, Grouping, head_and_body
 
 
@@ -56,7 +56,7 @@ def estimate_pooled(
         return {layer_of(name): (weight + halves[by(name)]).clamp(0, 1) for name in local}
 
     three = (merge_exact(federated, local, apart(offset)) for offset in (-probe, 0.0, probe))
-    offset, more = pooled_offset(*(example_losses(adapted, one, split) for one in three), split.sizes, probe=probe)
+    offset, more = pooled_offset(*(client_losses(adapted, one, split) for one in three), split.sizes, probe=probe)
     return Estimate(apart(offset), None, {"client": weight, **details, **more}, floats=(points + 4, 3))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..adapters import AdaptedBackbone, Adapter, select_clients
+from ..adapters import AdaptedBackbone, Adapter
 from ..connectivity import weight_grid
 from ..data import Split
-from ..engine.batching import Execution, map_clients, plan
+from ..engine.batching import Execution
+from ..engine.loss import example_losses
+from ..engine.training import batched_logits
 from ..merging import merge_exact
 from ..moments import Moments
 from .estimate import Estimate
@@ -48,9 +49,13 @@ def parabola_moments(weights: Tensor, loss: Tensor) -> Moments:
     return moments_from_slopes(slope, 2 * half.clamp_min(0))
 
 
-def example_losses(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
-    """Each example's loss ``(C, N)``; zeros for padding."""
-    return F.cross_entropy(client_logits(adapted, adapters, split).transpose(1, 2), split.y, reduction="none")
+@torch.no_grad()
+def client_losses(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
+    """Each example's loss ``(C, N)`` in nats (``engine/loss.py``); zeros for padding."""
+    result = torch.zeros(split.y.shape[:2], dtype=adapted.dtype, device=adapted.device)
+    for rows, columns, logits, y in batched_logits(adapted, adapters, split, batch_size=128, execution=Execution()):
+        result[rows, columns] = example_losses(logits, y, leading=2)
+    return result
 
 
 def segment_losses(
@@ -58,16 +63,12 @@ def segment_losses(
 ) -> Tensor:
     """Each example's loss at each mixing weight of the exact merge, ``(C, W, N)``; zeros for padding."""
     merges = (merge_exact(federated, local, weight) for weight in weights.tolist())
-    return torch.stack([example_losses(adapted, merged, split) for merged in merges], dim=1)
+    return torch.stack([client_losses(adapted, merged, split) for merged in merges], dim=1)
 
 
 @torch.no_grad()
 def client_logits(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
-    """Every client's logits on its own examples, ``(C, N, classes)``."""
-    options = dict(batch_size=split.y.shape[1], backward=False, execution=Execution())
-    chosen = plan(adapted, adapters, split.x, **options)
-    parts = (
-        map_clients(chosen.forward, select_clients(adapters, rows), split.x[rows], vectorize=chosen.vectorize)
-        for rows in chosen.chunks
-    )
-    return torch.cat(list(parts))
+    """Every client's logits on its own examples, ``(C, N, ..., classes)``."""
+    n = split.y.shape[1]
+    blocks = batched_logits(adapted, adapters, split, batch_size=n, execution=Execution())
+    return torch.cat([logits for _, _, logits, _ in blocks])

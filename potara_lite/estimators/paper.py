@@ -87,12 +87,12 @@ def estimate_paper(
 
 
 def _labels(adapted: AdaptedBackbone, stacks: tuple[Adapter, Adapter], split: Split, seed: int | None) -> list[Tensor]:
-    """The labels ``(C, N)`` under which each model's gradients are taken: the data's, or drawn from the model."""
+    """The labels under which each model's gradients are taken: the data's, or drawn from the model."""
     if seed is None:
         return [split.y, split.y]
     generator, result = torch.Generator().manual_seed(seed), []
     for stack in stacks:
         p = client_logits(adapted, stack, split).softmax(-1).cpu()
-        drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(split.y.shape).to(split.y.device)
+        drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(split.y.shape).to(split.y.device)
         result.append(torch.where(split.y < 0, split.y, drawn))
     return result

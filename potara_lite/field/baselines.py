@@ -33,7 +33,7 @@ from ..adapters import (
     lora_layers,
     unflatten,
 )
-from ..data import Split
+from ..data import Split, take
 from ..merging import combine_adapters
 
 
@@ -90,7 +90,8 @@ def layer_grams(
 
         handles = [listen(layer) for layer in layers]
         try:
-            for part in x.split(batch_size):
+            for start in range(0, int(split.sizes[client]), batch_size):
+                part = take(x, slice(start, start + batch_size))
                 adapted(client_adapter(adapters, client), part)
         finally:
             for handle in handles:

@@ -20,11 +20,12 @@ from types import CodeType, FunctionType
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import __version__
 from ..adapters import AdaptedBackbone
-from ..data import Federation, Split
+from ..data import Federation, Split, map_inputs
 from ..experiment import Method, Trial, prepare
 from ..results import result_rows, write_atomically
 from ..setting import Setting
@@ -41,8 +42,12 @@ def union(split: Split, per_client: int) -> Split:
     if per_client < 1:
         raise ValueError(f"the union needs at least 1 example of every client, not {per_client}")
     sizes = split.sizes.clamp_max(per_client)
-    examples = [(split.x[i, : int(n)], split.y[i, : int(n)]) for i, n in enumerate(sizes)]
-    x, y = (torch.cat(parts).expand(len(split), *(-1,) * parts[0].dim()) for parts in zip(*examples))
+
+    def all_together(tensor: Tensor) -> Tensor:
+        together = torch.cat([tensor[i, : int(n)] for i, n in enumerate(sizes)])
+        return together.expand(len(split), *together.shape)
+
+    x, y = map_inputs(all_together, split.x), all_together(split.y)
     return Split(x, y, torch.full_like(split.sizes, y.shape[1]), split.ids)
 
 

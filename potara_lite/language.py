@@ -1,0 +1,178 @@
+"""Text encoders and causal language models from Hugging Face, and texts as the tensors that they read.
+
+Names are those of the Hub, which ``transformers`` downloads once and keeps, or folders on disk, which never ask the
+network. Attention is computed in the open ("eager"), so that ``vmap`` and forward-mode AD both take it. A batch of
+texts is a mapping of ``input_ids`` and ``attention_mask`` ``(n, T)``, padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .data import MASK, PADDING
+
+
+class TextClassifier(nn.Module):
+    """A text encoder, the mean of its tokens and a new zero head: ids and mask ``(B, T)`` to ``(B, classes)``."""
+
+    is_gradient_checkpointing = False  # else PEFT makes the embeddings require gradients, which vmap refuses
+
+    def __init__(self, encoder: nn.Module, classes: int):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, classes, dtype=encoder.dtype)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's embedding of tokens."""
+        return self.encoder.get_input_embeddings()
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The mean ``(B, dim)`` over the real tokens, which the head reads."""
+        seen = attention_mask if _is_local(self.encoder.config) else additive_mask(attention_mask, self.encoder.dtype)
+        hidden = self.encoder(input_ids=input_ids, attention_mask=seen).last_hidden_state  # (B, T, dim)
+        real = attention_mask.unsqueeze(-1).to(hidden)
+        return (hidden * real).sum(1) / real.sum(1).clamp_min(1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.features(input_ids, attention_mask))
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention scores ``(B, heads, T, T)`` get added, ``(B, 1, T, T)``: 0 where a token is real.
+
+    Made here because ``transformers`` looks at a mask ``(B, T)`` of an encoder to see whether it masks anything, and
+    ``vmap`` cannot branch on values; a mask with four dimensions it takes as it is.
+    """
+    lowest = torch.finfo(dtype).min
+    return ((1 - mask.to(dtype)) * lowest)[:, None, None, :].expand(-1, -1, mask.shape[1], -1)
+
+
+def _is_local(config) -> bool:
+    """Whether some layers see only a window, for which ``transformers`` has to make a mask of their own."""
+    return any(getattr(config, name, None) for name in ("sliding_window", "local_attention"))
+
+
+def text_encoder(name_or_path: str | Path, classes: int, **options) -> TextClassifier:
+    """An encoder like BERT or MiniLM with a new zero head on the mean of its tokens, in eval mode.
+
+    ``options`` go to ``AutoModel.from_pretrained`` (``dtype``, ``revision``, …). LoRA on its last blocks:
+    ``attach(backbone, targets=linear_layers(backbone, last=2))``.
+
+    Raises ``ValueError`` for a folder that is not there and for what cannot be loaded.
+    """
+    return TextClassifier(_load("AutoModel", name_or_path, options), classes).eval()
+
+
+def causal_lm(name_or_path: str | Path, **options) -> nn.Module:
+    """A causal language model as ``transformers`` has it, without a cache, in eval mode.
+
+    An adapter of it loads into the same model in stock PEFT. ``options`` go to ``AutoModelForCausalLM.from_pretrained``
+    (``dtype=torch.bfloat16``, ``gguf_file``, …). It has no new head: ``attach(model, targets=…, head=None)``. Its
+    targets are ``next_tokens``.
+
+    Raises ``ValueError`` for a folder that is not there and for what cannot be loaded.
+    """
+    model = _load("AutoModelForCausalLM", name_or_path, options).eval()
+    model.config.use_cache = False
+    return model
+
+
+def check_source(name_or_path: str | Path) -> str:
+    """A name of the Hub (``name`` or ``owner/name``), or a folder that is there.
+
+    Raises ``ValueError`` for what is written as a path (absolute, ``~``, ``./``, ``../``, a ``Path``, two slashes or
+    more) and is no folder, without asking the network.
+    """
+    text = str(name_or_path)
+    folder = Path(text).expanduser()
+    looks_like_path = isinstance(name_or_path, Path) or text.startswith(("/", "~", ".")) or text.count("/") > 1
+    if (looks_like_path or "\\" in text) and not folder.is_dir():
+        raise ValueError(
+            f"{text} is no folder: give one with config.json and the weights (hf download NAME --local-dir FOLDER "
+            "makes it), or a name of the Hugging Face Hub"
+        )
+    return str(folder) if folder.is_dir() else text
+
+
+def _load(kind: str, name_or_path: str | Path, options: dict) -> nn.Module:
+    source = check_source(name_or_path)
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("text needs transformers: pip install 'potara-lite[text]'") from error
+    try:
+        return getattr(transformers, kind).from_pretrained(source, attn_implementation="eager", **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def pad_tokens(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Token ids of texts of any lengths as ``input_ids`` and ``attention_mask`` ``(n, T)``, 0 behind their ends.
+
+    >>> pad_tokens([[5, 6, 7], [8]])["attention_mask"].tolist()
+    [[1, 1, 1], [1, 0, 0]]
+
+    Raises ``ValueError`` for a text without tokens.
+    """
+    if empty := [i for i, row in enumerate(rows) if not len(row)]:
+        raise ValueError(f"text {empty[0]} has no tokens")
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return {"input_ids": ids, MASK: mask}
+
+
+def encode_texts(tokenizer, texts: Sequence[str], max_length: int = 64) -> dict[str, Tensor]:
+    """Texts as an encoder reads them, with its special tokens, cut to ``max_length`` tokens.
+
+    Raises ``ValueError`` for an empty text.
+    """
+    if empty := [i for i, text in enumerate(texts) if not text.strip()]:
+        raise ValueError(f"text {empty[0]} is empty")
+    return pad_tokens([tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts])
+
+
+def encode_answers(
+    tokenizer, prompts: Sequence[str], answers: Sequence[str], max_length: int = 256
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts and the answers that follow them, for a causal language model: its inputs, and targets ``(n, T)`` that
+    are the answers' tokens alone.
+
+    The two are tokenised together and cut where the prompt alone ends, spaces at its end counting to the answer (the
+    convention of lm-evaluation-harness). Prompts that are too long lose their beginning.
+
+    Raises ``ValueError`` for an empty prompt or answer, and for an answer of ``max_length`` tokens or more.
+    """
+    rows, lengths = [], []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        bare = prompt.rstrip()
+        if not bare or not answer.strip():
+            raise ValueError(f"text {i} has an empty {'answer' if bare else 'prompt'}")
+        row = tokenizer(prompt + answer)["input_ids"]
+        lengths.append(len(row) - len(tokenizer(bare)["input_ids"]))
+        if not 0 < lengths[-1] < max_length:
+            raise ValueError(f"text {i}: an answer of {lengths[-1]} tokens, 1 … {max_length - 1} are possible")
+        rows.append(row[-max_length:])
+    x = pad_tokens(rows)
+    is_answer = torch.zeros_like(x[MASK], dtype=torch.bool)
+    for place, row, length in zip(is_answer, rows, lengths):
+        place[len(row) - length : len(row)] = True
+    return x, next_tokens(x["input_ids"], is_answer)
+
+
+def next_tokens(input_ids: Tensor, is_target: Tensor) -> Tensor:
+    """The targets of a causal language model, ``(n, T)``: at every position the token that comes after it, where
+    ``is_target`` says that this token counts, else -100. The shift by one is here and nowhere else.
+
+    >>> next_tokens(torch.tensor([[5, 6, 7]]), torch.tensor([[False, False, True]])).tolist()
+    [[-100, 7, -100]]
+    """
+    targets = torch.full_like(input_ids, PADDING)
+    targets[:, :-1] = torch.where(is_target.bool(), input_ids, PADDING)[:, 1:]
+    return targets
