@@ -188,7 +188,8 @@ def attach(
         torch.manual_seed(seed)
         model = get_peft_model(_copy_of(backbone).cpu(), copy.deepcopy(config))
     model.eval().requires_grad_(False)
-    initial = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    initial = {name: tensor.detach().clone() for name, tensor in state.items()}
     names = {
         _adapter_name(parameter): parameter for parameter, _ in model.named_parameters() if ".default." in parameter
     }

@@ -53,7 +53,7 @@ def prepare(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
     federation = fashion_mnist(**setting.partition, seed=seed)
     backbone = lab_vit(federation.classes)
     adapted = attach(backbone, rank=setting.rank, seed=seed).to(setting.device)
-    return adapted, federation.to(setting.device).map(backbone.to(setting.device).embed)
+    return adapted, federation.to(setting.device).map(adapted.embed)
 
 
 def training_options(setting: Setting, lr_scale: float = 1.0) -> dict:

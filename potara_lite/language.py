@@ -24,7 +24,7 @@ class TextClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, classes, dtype=encoder.dtype)
+        self.head = nn.Linear(encoder.config.hidden_size, classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -40,7 +40,7 @@ class TextClassifier(nn.Module):
         return (hidden * real).sum(1) / real.sum(1).clamp_min(1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.head(self.features(input_ids, attention_mask))
+        return self.head(self.features(input_ids, attention_mask).to(self.head.weight.dtype))
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,8 +61,8 @@ def _is_local(config) -> bool:
 def text_encoder(name_or_path: str | Path, classes: int, **options) -> TextClassifier:
     """An encoder like BERT or MiniLM with a new zero head on the mean of its tokens, in eval mode.
 
-    ``options`` go to ``AutoModel.from_pretrained`` (``dtype``, ``revision``, …). LoRA on its last blocks:
-    ``attach(backbone, targets=linear_layers(backbone, last=2))``.
+    ``options`` go to ``AutoModel.from_pretrained`` (``revision``, …); ``dtype`` is float32 unless they say otherwise.
+    LoRA on its last blocks: ``attach(backbone, targets=linear_layers(backbone, last=2))``.
 
     Raises ``ValueError`` for a folder that is not there and for what cannot be loaded.
     """
@@ -107,7 +107,8 @@ def _load(kind: str, name_or_path: str | Path, options: dict) -> nn.Module:
     except ImportError as error:
         raise ImportError("text needs transformers: pip install 'potara-lite[text]'") from error
     try:
-        return getattr(transformers, kind).from_pretrained(source, attn_implementation="eager", **options)
+        options = {"attn_implementation": "eager", "dtype": torch.float32, **options}
+        return getattr(transformers, kind).from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
 

@@ -41,10 +41,10 @@ def blocks_below(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
 def linear_layers(network: nn.Module, last: int | None = None) -> list[str]:
     """The names of the linear layers in the blocks of a network, of the ``last`` so many or of all: targets of LoRA.
 
-    Its blocks are the longest list of modules that it has. Raises ``ValueError`` where there are not as many.
+    Its blocks are the list of modules that has the most parameters. Raises ``ValueError`` where there are not as many.
     """
-    lists = [(name, list(m)) for name, m in network.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
-    path, blocks = max(lists, key=lambda entry: len(entry[1]), default=("", []))
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    blocks = list(max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=[]))
     if not 1 <= (last := len(blocks) if last is None else last) <= len(blocks):
         raise ValueError(f"the last {last} blocks of a network that has {len(blocks)}")
     chosen = {id(module) for block in blocks[-last:] for module in block.modules() if type(module) is nn.Linear}

@@ -26,7 +26,7 @@ from ..adapters import (
 )
 from ..data import Inputs, Split, map_inputs, take
 from .batching import Execution, Plan, map_clients, plan
-from .loss import check_targets, example_losses, token_mean
+from .loss import checked_logits, example_losses, token_mean
 from .one_batch import OneBatch, as_one_batch
 from .training import check_clients, losses
 
@@ -159,8 +159,7 @@ def directional_derivatives(
 
 def _slope_and_curvature(z: Tensor, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Of each example's loss, ``(K, N)`` each, from logits and tangents ``(K, N, classes)`` or token by token."""
-    check_targets(z, y)
-    p, real = z.softmax(-1), y >= 0
+    p, u, real = checked_logits(z, y).softmax(-1), checked_logits(u, y), y >= 0
     mean = (p * u).sum(-1)
     slope = (mean - u.gather(-1, y.clamp_min(0).unsqueeze(-1)).squeeze(-1)) * real
     curvature = (p * (u - mean.unsqueeze(-1)).square()).sum(-1) * real

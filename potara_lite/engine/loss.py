@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from ..data import PADDING
 
 
-def check_targets(logits: Tensor, y: Tensor) -> None:
-    """Raise ``ValueError`` unless there are logits ``(..., classes)`` for every target ``(...)``."""
+def checked_logits(logits: Tensor, y: Tensor) -> Tensor:
+    """The logits in float32 at least. Raises ``ValueError`` unless their shape is the targets' with the classes behind."""
     if logits.shape[:-1] != y.shape:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} for targets of shape {tuple(y.shape)}: a label per example needs "
             "logits (B, classes), a target per token (B, T, classes)"
         )
+    return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 def token_mean(values: Tensor, y: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def example_losses(logits: Tensor, y: Tensor, leading: int = 1) -> Tensor:
     ``y``: ``(B,)`` or ``(B, T)``, and ``logits`` one dimension more; with ``leading=2`` both have the clients in front.
     Raises ``ValueError`` where the two do not fit.
     """
-    check_targets(logits, y)
+    logits = checked_logits(logits, y)
     if y.dim() == leading:
         return F.cross_entropy(logits.movedim(-1, 1), y, reduction="none")
     values = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none")
@@ -45,8 +46,7 @@ def example_losses(logits: Tensor, y: Tensor, leading: int = 1) -> Tensor:
 def mean_loss(logits: Tensor, y: Tensor) -> Tensor:
     """The mean of a batch's ``example_losses``, padding aside: what is trained by default."""
     if y.dim() == 1:
-        check_targets(logits, y)
-        return F.cross_entropy(logits, y)
+        return F.cross_entropy(checked_logits(logits, y), y)
     return example_losses(logits, y).sum() / (y != PADDING).any(-1).sum()
 
 
@@ -55,5 +55,5 @@ def example_accuracies(logits: Tensor, y: Tensor, leading: int = 1) -> Tensor:
 
     Shapes: see ``example_losses``.
     """
-    right = logits.argmax(-1) == y
-    return right if y.dim() == leading else token_mean(right.to(logits.dtype), y)
+    right = checked_logits(logits, y).argmax(-1) == y
+    return right if y.dim() == leading else token_mean(right.double(), y)
