@@ -6,15 +6,15 @@ order:
 
     potara.py, setting.py, data.py, backbones.py, language.py, prefix.py, adapters.py, merging.py, moments.py,
     engine/loss.py, engine/one_batch.py, engine/batching.py, engine/training.py, engine/federated.py,
-    engine/gradients.py, connectivity.py, estimators/estimate.py, estimators/gauss_newton.py, estimators/curve.py,
-    estimators/calibrated.py, estimators/paper.py, estimators/laplace.py, estimators/gradient.py,
-    estimators/shrinkage.py, estimators/ensemble.py, experiment.py, results.py, field/rounds.py,
-    field/algorithms.py, field/baselines.py, field/methods.py, field/sweep.py, teaching/rows.py, teaching/plots.py,
-    teaching/convex_head.py, teaching/widgets.py, teaching/explorers.py, teaching/bound_explorer.py,
-    teaching/estimator_explorer.py, teaching/seeds_explorer.py, teaching/exercises/checking.py,
-    teaching/exercises/quickstart.py, teaching/exercises/federated_lora.py, teaching/exercises/connectivity.py,
-    teaching/exercises/bound.py, teaching/exercises/estimating.py, teaching/exercises/benchmark.py,
-    teaching/exercises/your_own.py, __main__.py
+    engine/gradients.py, scoring.py, connectivity.py, estimators/estimate.py, estimators/gauss_newton.py,
+    estimators/curve.py, estimators/calibrated.py, estimators/paper.py, estimators/laplace.py,
+    estimators/gradient.py, estimators/shrinkage.py, estimators/ensemble.py, experiment.py, results.py,
+    field/rounds.py, field/algorithms.py, field/baselines.py, field/methods.py, field/sweep.py, teaching/rows.py,
+    teaching/plots.py, teaching/convex_head.py, teaching/widgets.py, teaching/explorers.py,
+    teaching/bound_explorer.py, teaching/estimator_explorer.py, teaching/seeds_explorer.py,
+    teaching/exercises/checking.py, teaching/exercises/quickstart.py, teaching/exercises/federated_lora.py,
+    teaching/exercises/connectivity.py, teaching/exercises/bound.py, teaching/exercises/estimating.py,
+    teaching/exercises/benchmark.py, teaching/exercises/your_own.py, __main__.py
 
 What is below is imported when it is first used, so that ``import potara_lite`` costs nothing.
 """
@@ -46,6 +46,7 @@ _PUBLIC = {
     "engine.training": ["DivergedError", "evaluate", "train"],
     "engine.federated": ["Ledger", "fedit"],
     "engine.gradients": ["diagonal_fisher", "per_sample_gradients"],
+    "scoring": ["Question", "exact_match", "multiple_choice", "write_answers"],
     "connectivity": ["along_plane", "along_segment", "barrier", "weight_grid"],
     "estimators": [
         "ESTIMATORS",

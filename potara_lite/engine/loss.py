@@ -15,7 +15,7 @@ from ..data import PADDING
 
 
 def checked_logits(logits: Tensor, y: Tensor) -> Tensor:
-    """The logits in float32 at least. Raises ``ValueError`` unless their shape is the targets' with the classes behind."""
+    """The logits in float32 at least. Raises ``ValueError`` unless their shape is the targets' and the classes."""
     if logits.shape[:-1] != y.shape:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} for targets of shape {tuple(y.shape)}: a label per example needs "

@@ -1,0 +1,124 @@
+"""Answers scored on a bigram model whose every probability is written down here."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from potara_lite.adapters import attach, repeat_adapter
+from potara_lite.data import Split
+from potara_lite.language import encode_answers, encode_texts, pad_tokens
+from potara_lite.scoring import Question, exact_match, greedy_tokens, log_likelihoods, multiple_choice, write_answers
+
+WORDS = ["<end>", "red", "extraordinarily", "light", "what", "?", "\n"]
+NEXT = {  # the probability of the word that follows
+    "<end>": [1, 0, 0, 0, 0, 0, 0],
+    "red": [0.5, 0, 0, 0.4, 0, 0, 0.1],
+    "extraordinarily": [0, 0.1, 0, 0.9, 0, 0, 0],
+    "light": [0.2, 0, 0, 0, 0.1, 0.7, 0],
+    "what": [0, 0.3, 0.2, 0.5, 0, 0, 0],
+    "?": [0, 0.6, 0.3, 0.1, 0, 0, 0],
+    "\n": [0, 0, 0, 1, 0, 0, 0],
+}
+
+
+class Tokenizer:
+    """A token per word."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, truncation=False, max_length=None):
+        return {"input_ids": [WORDS.index(word) for word in text.split(" ") if word][:max_length]}
+
+    def decode(self, ids):
+        return " ".join(WORDS[i] for i in ids)
+
+
+class Bigram(nn.Module):
+    """The next word depends on the last one alone."""
+
+    def __init__(self):
+        super().__init__()
+        table = torch.tensor([NEXT[word] for word in WORDS], dtype=torch.float64).clamp_min(1e-30).log()
+        self.table = nn.Embedding.from_pretrained(table)
+        self.blocks = nn.ModuleList([nn.Linear(7, 7, bias=False).double()])
+        nn.init.eye_(self.blocks[0].weight)
+
+    def forward(self, input_ids, attention_mask):
+        return self.blocks[0](self.table(input_ids))
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    network = Bigram()
+    network.get_input_embeddings, network.is_gradient_checkpointing = lambda: network.table, False
+    return attach(network, rank=2, targets=["blocks.0"], head=None)
+
+
+@pytest.fixture(scope="module")
+def stack(adapted):
+    return repeat_adapter(adapted.initial, 2)
+
+
+def test_an_answers_likelihood_is_the_product_over_its_tokens(adapted, stack):
+    one = encode_answers(Tokenizer(), ["what", "what ?"], [" light ?", " red light"])
+    two = encode_answers(Tokenizer(), ["light"], [" ? extraordinarily light"])
+    found = log_likelihoods(adapted, stack, Split.of([one, two]), batch_size=1)
+    expected = [[math.log(0.5 * 0.7), math.log(0.6 * 0.4)], [math.log(0.7 * 0.3 * 0.9), 0]]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+def test_long_options_win_by_likelihood_per_character_alone(adapted, stack):
+    # after "?": red 0.6 in 3 characters, "extraordinarily light" 0.3 * 0.9 in 21, "light" 0.1 in 5
+    options = ("red", "extraordinarily light", "light")
+    questions = [Question("what ?", options, 0), Question("what ? ", options, 1), Question("light ?", options, 1)]
+    acc, acc_norm = multiple_choice(adapted, stack, [questions, questions[1:2]], Tokenizer())
+    assert acc.tolist() == [1 / 3, 0] and acc_norm.tolist() == [2 / 3, 1]
+
+
+def test_a_models_own_adapter_answers_for_each_client(adapted, stack):
+    moved = {name: tensor.clone() for name, tensor in stack.items()}
+    a, b = moved.values()
+    a[1], b[1] = 0, 0
+    a[1, 0, 1], b[1, 3, 0] = -1.0, 2.0  # client 1: "light" gains -2 log 0.6 times the scaling of 2, so log 0.1 + 2.04
+    acc, _ = multiple_choice(adapted, moved, [[Question("what ?", ("red", "light"), 1)]] * 2, Tokenizer())
+    assert acc.tolist() == [0, 1]
+
+
+def test_greedy_decoding_takes_the_likeliest_word_and_ends(adapted, stack):
+    prompts = [pad_tokens([[4], [4, 5]]), pad_tokens([[3, 5]])]  # what; what ?; light ?
+    one, two = greedy_tokens(adapted, stack, prompts, 4, end=0, batch_size=1)
+    assert one.tolist() == [[3, 5, 1, 0], [1, 0, 0, 0]] and two.tolist() == [[1, 0, 0, 0]]
+    assert prompts[0]["attention_mask"].tolist() == [[1, 0], [1, 1]]  # what was given stays as it was
+    answers = write_answers(adapted, stack, [["what", "what ?"], ["light"]], Tokenizer(), steps=4)
+    assert answers == [["light ? red", "red"], ["? red"]]
+    assert write_answers(adapted, stack, [["what"], ["what"]], Tokenizer(), steps=2, until="?")[0] == ["light"]
+
+
+def test_prompts_and_answers_are_cut_where_the_prompt_ends():
+    x, y = encode_answers(Tokenizer(), ["what ? ", "light"], ["red", " ?"])
+    assert x["input_ids"].tolist() == [[4, 5, 1], [3, 5, 0]] and x["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert y.tolist() == [[-100, 1, -100], [5, -100, -100]]
+    x, y = encode_answers(Tokenizer(), ["what ? what ?"], [" red"], max_length=3)
+    assert x["input_ids"].tolist() == [[4, 5, 1]] and y.tolist() == [[-100, 1, -100]]
+    assert encode_texts(Tokenizer(), ["what ?", "red"], max_length=1)["input_ids"].tolist() == [[4], [1]]
+
+
+def test_what_cannot_be_scored_is_refused():
+    for prompts, answers, message in (
+        ([" "], ["red"], "text 0 has an empty prompt"),
+        (["what", "what"], [" red", " "], "text 1 has an empty answer"),
+        (["what"], [" red light ?"], "text 0: an answer of 3 tokens, 1 … 2 are possible"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode_answers(Tokenizer(), prompts, answers, max_length=3)
+    with pytest.raises(ValueError, match="text 1 is empty"):
+        encode_texts(Tokenizer(), ["red", "  "])
+    with pytest.raises(ValueError, match="two options or more"):
+        Question("what", ("red",), 0)
+    with pytest.raises(ValueError, match="answer 2 is none of the options 0 … 1"):
+        Question("what", ("red", "light"), 2)
+    for found, expected in ((["a"], ["a", "b"]), ([], [])):
+        with pytest.raises(ValueError, match="answers for"):
+            exact_match(found, expected)
