@@ -276,19 +276,21 @@ def partition(
     calibration_size: int = 30,
     test_size: int = 250,
     alpha: float = 0.5,
+    proportions: np.ndarray | None = None,
     shift: bool = False,
     seed: int = 0,
     name: str = "federation",
 ) -> Federation:
     """Deal two pools of examples out to clients: train and calibration from ``pool``, test from ``test_pool``.
 
-    Each client draws its class proportions from a Dirichlet(``alpha``) and keeps them in all three splits;
-    ``shift=True`` gives each an image domain of its own as well (``shift_images``); ``alpha=inf`` with ``shift=True``
-    is feature shift alone. ``train_size`` may differ from client to client. No example is dealt twice; proportions that
-    together ask for more of a class than the pools hold are drawn anew, up to 100 times.
+    Each client draws its class proportions from a Dirichlet(``alpha``), or has its row of ``proportions`` ``(C, K)``,
+    and keeps them in all three splits; ``shift=True`` gives each an image domain of its own as well (``shift_images``);
+    ``alpha=inf`` with ``shift=True`` is feature shift alone. ``train_size`` may differ from client to client. No example
+    is dealt twice; Dirichlet draws that together ask for more of a class than the pools hold are drawn anew, up to 100
+    times.
 
-    Raises ``ValueError`` for alpha ≤ 0, no clients, sizes < 1, token-level targets, a shift of what are no images,
-    or (``SupplyError``) a class that runs out every time.
+    Raises ``ValueError`` for alpha ≤ 0, no clients, sizes < 1, proportions of another shape, token-level targets, a
+    shift of what are no images, or (``SupplyError``) a class that runs out every time.
     """
     if shift and isinstance(pool[0], dict):
         raise ValueError("shift=True is for images, not for a mapping of tensors")
@@ -302,14 +304,16 @@ def partition(
         raise ValueError(
             f"every client needs examples: train {sizes}, calibration {calibration_size}, test {test_size}"
         )
+    if proportions is not None and np.shape(proportions) != (clients, classes):
+        raise ValueError(f"proportions are of shape {np.shape(proportions)}, not a row for each of {clients} clients")
     for attempt in range(DRAWS):
-        proportions = dirichlet_proportions(clients, classes, alpha, rng)
+        shares = dirichlet_proportions(clients, classes, alpha, rng) if proportions is None else proportions
         try:
-            chosen = draw(pool[1].numpy(), proportions, [n + calibration_size for n in sizes], rng)
-            tested = draw(test_pool[1].numpy(), proportions, [test_size] * clients, rng)
+            chosen = draw(pool[1].numpy(), shares, [n + calibration_size for n in sizes], rng)
+            tested = draw(test_pool[1].numpy(), shares, [test_size] * clients, rng)
             break
         except SupplyError:
-            if attempt == DRAWS - 1:
+            if proportions is not None or attempt == DRAWS - 1:
                 raise
 
     def split(source: Examples, index: Sequence[np.ndarray]) -> Split:

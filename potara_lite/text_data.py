@@ -1,0 +1,171 @@
+"""Language data: federations of WordNet's glosses, and questions from task files on your disk.
+
+What is stored is text; a loader makes token ids of it with the backbone's own tokenizer. A gloss is what WordNet says a
+noun means, its label the supersense: is it an animal, an act, a time? Questions come from FLAN-style files and the
+commonsense suites.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import Examples, Federation, Split, check_file, data_path, partition
+from .language import encode_texts
+
+GLOSSES = "wordnet_glosses.xz"
+DOMAINS = {  # supersenses that belong together
+    "nature": ("animal", "plant", "food", "body"),
+    "world": ("artifact", "location", "object", "phenomenon", "substance"),
+    "society": ("act", "communication", "event", "group", "person", "possession"),
+    "mind": ("attribute", "cognition", "feeling", "process", "quantity", "relation", "shape", "state", "time"),
+}
+
+
+def with_tokens(federation: Federation, texts: Sequence[str], tokenizer: Callable, longest: int = 32) -> Federation:
+    """The federation whose examples are the numbers of ``texts``, with their tokens (see ``encode_texts``) instead."""
+
+    def split(numbers: Split) -> Split:
+        clients = [numbers.client(i) for i in range(len(numbers))]
+        return Split.of([(encode_texts(tokenizer, [texts[n] for n in x], longest), y) for x, y in clients], numbers.ids)
+
+    parts = (split(part) for part in (federation.train, federation.calibration, federation.test))
+    return Federation(*parts, federation.classes, federation.name)
+
+
+def read_glosses() -> tuple[list[str], list[str], Tensor]:
+    """The names of the 24 supersenses, the shipped glosses, and the label of each ``(n,)``."""
+    lines = lzma.decompress(check_file(data_path(GLOSSES)).read_bytes()).decode("ascii").splitlines()
+    senses, texts = zip(*(line.split("\t") for line in lines))
+    names = sorted(set(senses))
+    return names, list(texts), torch.tensor([names.index(sense) for sense in senses])
+
+
+def domain_proportions(names: Sequence[str], clients: int) -> np.ndarray:
+    """Class proportions ``(C, K)``: client i has the classes of one of the ``DOMAINS``, which take turns, alike."""
+    domains = [[name in own for name in names] for own in DOMAINS.values()]
+    rows = np.array([domains[client % len(domains)] for client in range(clients)], dtype=float)
+    return rows / rows.sum(1, keepdims=True)
+
+
+def wordnet_glosses(tokenizer: Callable, *, longest: int = 32, domains: bool = False, **options) -> Federation:
+    """A federation of the WordNet glosses in ``data/``: which of 24 supersenses is a noun of? No download.
+
+    ``tokenizer``: the backbone's own, of Hugging Face. ``options`` are those of ``partition``; with ``domains`` each
+    client has the supersenses of one of the ``DOMAINS`` instead of a Dirichlet draw, so labels differ from client to
+    client. A third of the glosses, the same for every seed, is the pool of test examples. Inputs are ``input_ids`` and
+    ``attention_mask`` ``(C, N, T)``.
+    """
+    names, texts, labels = read_glosses()
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
+    test, train = order.tensor_split([len(order) // 3])
+    if domains:
+        options["proportions"] = domain_proportions(names, options.get("clients", 8))
+    pools: list[Examples] = [(part, labels[part]) for part in (train, test)]
+    dealt = partition(*pools, classes=len(names), **{"name": "WordNet glosses", **options})
+    return with_tokens(dealt, texts, tokenizer, longest)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with its right ``answer``; ``options`` are the answers to choose from, none for free text."""
+
+    prompt: str
+    answer: str
+    options: tuple[str, ...] = ()
+    task: str = ""
+
+
+def read_questions(path: str | Path, seed: int = 0) -> list[Question]:
+    """The questions of a JSON array or a JSON-lines file, shuffled by ``seed``, for many files are in order of class.
+
+    A record has the fields of one of these formats:
+
+    - FLAN-style: ``instruction`` (with its options after ``OPTIONS:``, a ``- `` before each), ``output``, ``task``;
+    - the commonsense suites as one fine-tunes on them: ``instruction`` (which ends ``Answer format: a/b/c``),
+      ``answer``;
+    - ARC and OpenBookQA: ``question`` with ``stem`` and ``choices`` (``label``, ``text``), ``answerKey``;
+    - BoolQ: ``passage``, ``question``, ``answer`` (true or false).
+
+    Raises ``ValueError`` naming file and line (of an array, the record) for what is none of these, an empty prompt or
+    answer, and an answer that is no option.
+    """
+    path, questions = Path(path), []
+    for place, record in _records(path):
+        try:
+            questions.append(_question(record, path.stem))
+        except ValueError as error:
+            raise ValueError(f"{path}, {place}: {error}") from None
+    if not questions:
+        raise ValueError(f"{path} has no questions")
+    return [questions[i] for i in np.random.default_rng(seed).permutation(len(questions))]
+
+
+def _records(path: Path) -> Iterator[tuple[str, object]]:
+    """The records of a file, and where each stands."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    text = path.read_text("utf-8")
+    whole = text.lstrip().startswith("[")
+    parts = [(1, text)] if whole else [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for number, part in parts:
+        try:
+            found = json.loads(part)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number + error.lineno - 1}: no JSON: {error.msg}") from None
+        yield from ((f"record {i}", record) for i, record in enumerate(found, 1)) if whole else [(f"line {number}", found)]
+
+
+def _question(record: object, task: str) -> Question:
+    """A record as a question. Raises ``ValueError`` for what cannot be one."""
+    fields = set(record) if isinstance(record, Mapping) else set()
+    for needed, read in FORMATS:
+        if needed <= fields:
+            question = read(record, record.get("task", task))
+            break
+    else:
+        known = "; ".join(", ".join(sorted(needed)) for needed, _ in FORMATS)
+        raise ValueError(f"its fields are {sorted(fields)}, expected are those of one format: {known}")
+    if not question.prompt.strip() or not question.answer.strip():
+        raise ValueError("its prompt or its answer is empty")
+    if question.options and question.answer not in question.options:
+        raise ValueError(f"its answer {question.answer!r} is none of its options {list(question.options)}")
+    return question
+
+
+def _flan(record: Mapping, task: str) -> Question:
+    options = re.findall(r"^- (.*)$", record["instruction"].partition("OPTIONS:")[2], re.M)
+    return Question(record["instruction"], record["output"], tuple(option.strip() for option in options), task)
+
+
+def _commonsense(record: Mapping, task: str) -> Question:
+    options = record["instruction"].partition("Answer format:")[2].strip().split("/")
+    return Question(record["instruction"], record["answer"], tuple(filter(None, options)), task)
+
+
+def _choices(record: Mapping, task: str) -> Question:
+    choices = {choice["label"]: choice["text"] for choice in record["question"]["choices"]}
+    if record["answerKey"] not in choices:
+        raise ValueError(f"its answerKey {record['answerKey']!r} is none of {sorted(choices)}")
+    return Question(record["question"]["stem"], choices[record["answerKey"]], tuple(choices.values()), task)
+
+
+def _boolq(record: Mapping, task: str) -> Question:
+    prompt, answer = f"{record['passage']}\n{record['question']}?", "yes" if record["answer"] else "no"
+    return Question(prompt, answer, ("yes", "no"), task)
+
+
+FORMATS: list[tuple[set[str], Callable[[Mapping, str], Question]]] = [  # the fields of each, and what reads it
+    ({"passage", "question", "answer"}, _boolq),
+    ({"question", "answerKey"}, _choices),
+    ({"instruction", "answer"}, _commonsense),
+    ({"instruction", "output"}, _flan),
+]
