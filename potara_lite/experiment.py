@@ -22,8 +22,11 @@ from .engine.batching import Execution
 from .engine.federated import Ledger, fedit
 from .engine.training import evaluate, train
 from .estimators import ESTIMATORS, Estimate
+from .language import installed_minilm, text_encoder, text_tokenizer
 from .merging import merge_exact
+from .prefix import linear_layers
 from .setting import Setting
+from .text_data import wordnet_glosses
 
 ORACLE = "oracle weight (test data, reference)"
 
@@ -46,14 +49,33 @@ class Pair:
 
 
 def prepare(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
-    """The lab ViT with an empty adapter and the Fashion-MNIST federation of this setting and seed.
+    """The backbone with an empty adapter and the federation of this setting and seed.
 
-    The inputs are the images' tokens: the backbone's frozen prefix is computed once (``LabViT.embed``).
+    What the frozen part of the backbone makes of an example is computed once (``AdaptedBackbone.embed``).
     """
-    federation = fashion_mnist(**setting.partition, seed=seed)
-    backbone = lab_vit(federation.classes)
-    adapted = attach(backbone, rank=setting.rank, seed=seed).to(setting.device)
+    adapted, federation = (prepare_text if setting.is_text else prepare_images)(setting, seed)
+    adapted = adapted.to(setting.device)
     return adapted, federation.to(setting.device).map(adapted.embed)
+
+
+def prepare_images(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
+    """The lab ViT with LoRA in its blocks, and Fashion-MNIST."""
+    federation = fashion_mnist(**setting.partition, seed=seed)
+    return attach(lab_vit(federation.classes), rank=setting.rank, seed=seed), federation
+
+
+def prepare_text(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
+    """A text encoder with LoRA in the MLP of its last block, and WordNet's glosses cut to 16 tokens.
+
+    Raises ``ValueError`` where neither the setting names a backbone nor MiniLM is installed.
+    """
+    source = setting.backbone or installed_minilm()
+    options = {name: value for name, value in setting.partition.items() if name != "shift"}
+    options |= dict(domains=setting.data == "wordnet-domains", longest=16, seed=seed)
+    federation = wordnet_glosses(text_tokenizer(source), **options)
+    backbone = text_encoder(source, federation.classes)
+    mlp = linear_layers(backbone, last=1)[-2:]
+    return attach(backbone, rank=setting.rank, targets=mlp, seed=seed), federation
 
 
 def training_options(setting: Setting, lr_scale: float = 1.0) -> dict:

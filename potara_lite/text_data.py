@@ -1,8 +1,8 @@
-"""Language data: federations of WordNet's glosses, and questions from task files on your disk.
+"""Language data: federations of WordNet's glosses, and examples of task files on your disk.
 
 What is stored is text; a loader makes token ids of it with the backbone's own tokenizer. A gloss is what WordNet says a
-noun means, its label the supersense: is it an animal, an act, a time? Questions come from FLAN-style files and the
-commonsense suites.
+noun means, its label the supersense: is it an animal, an act, a time? Prompts with answers come
+from FLAN-style files and the commonsense suites.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .language import encode_texts
 
 GLOSSES = "wordnet_glosses.xz"
 DOMAINS = {  # supersenses that belong together
-    "nature": ("animal", "plant", "food", "body"),
-    "world": ("artifact", "location", "object", "phenomenon", "substance"),
-    "society": ("act", "communication", "event", "group", "person", "possession"),
-    "mind": ("attribute", "cognition", "feeling", "process", "quantity", "relation", "shape", "state", "time"),
-}
+    "living": ("animal", "body", "food", "person", "plant"),
+    "world": ("artifact", "location", "object", "phenomenon", "shape", "substance"),
+    "mind": ("act", "attribute", "cognition", "communication", "event", "feeling", "group", "possession", "process",
+             "quantity", "relation", "state", "time"),
+}  # fmt: skip
 
 
 def with_tokens(federation: Federation, texts: Sequence[str], tokenizer: Callable, longest: int = 32) -> Federation:
@@ -61,21 +61,23 @@ def wordnet_glosses(tokenizer: Callable, *, longest: int = 32, domains: bool = F
 
     ``tokenizer``: the backbone's own, of Hugging Face. ``options`` are those of ``partition``; with ``domains`` each
     client has the supersenses of one of the ``DOMAINS`` instead of a Dirichlet draw, so labels differ from client to
-    client. A third of the glosses, the same for every seed, is the pool of test examples. Inputs are ``input_ids`` and
+    client, and so do the sizes: from ``train_size`` down to a tenth of it. A third of the glosses, the same for every seed, is the pool of test examples. Inputs are ``input_ids`` and
     ``attention_mask`` ``(C, N, T)``.
     """
     names, texts, labels = read_glosses()
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
     test, train = order.tensor_split([len(order) // 3])
     if domains:
-        options["proportions"] = domain_proportions(names, options.get("clients", 8))
+        clients, most = options.setdefault("clients", 8), options.get("train_size", 100)
+        options["proportions"] = domain_proportions(names, clients)
+        options["train_size"] = np.geomspace(most, most / 10, clients).round().astype(int).clip(1).tolist()
     pools: list[Examples] = [(part, labels[part]) for part in (train, test)]
     dealt = partition(*pools, classes=len(names), **{"name": "WordNet glosses", **options})
     return with_tokens(dealt, texts, tokenizer, longest)
 
 
 @dataclass(frozen=True)
-class Question:
+class TaskExample:
     """A prompt with its right ``answer``; ``options`` are the answers to choose from, none for free text."""
 
     prompt: str
@@ -84,8 +86,8 @@ class Question:
     task: str = ""
 
 
-def read_questions(path: str | Path, seed: int = 0) -> list[Question]:
-    """The questions of a JSON array or a JSON-lines file, shuffled by ``seed``, for many files are in order of class.
+def read_task(path: str | Path, seed: int = 0) -> list[TaskExample]:
+    """The examples in a JSON array or a JSON-lines file, shuffled by ``seed``, for many files are in order of class.
 
     A record has the fields of one of these formats:
 
@@ -98,15 +100,20 @@ def read_questions(path: str | Path, seed: int = 0) -> list[Question]:
     Raises ``ValueError`` naming file and line (of an array, the record) for what is none of these, an empty prompt or
     answer, and an answer that is no option.
     """
-    path, questions = Path(path), []
+    path, examples = Path(path), []
     for place, record in _records(path):
         try:
-            questions.append(_question(record, path.stem))
-        except ValueError as error:
+            examples.append(_example(record, path.stem))
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            KeyError,
+        ) as error:  # the latter where a field is of another kind
             raise ValueError(f"{path}, {place}: {error}") from None
-    if not questions:
-        raise ValueError(f"{path} has no questions")
-    return [questions[i] for i in np.random.default_rng(seed).permutation(len(questions))]
+    if not examples:
+        raise ValueError(f"{path} has no examples")
+    return [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
 
 
 def _records(path: Path) -> Iterator[tuple[str, object]]:
@@ -121,49 +128,50 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
             found = json.loads(part)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number + error.lineno - 1}: no JSON: {error.msg}") from None
-        yield from ((f"record {i}", record) for i, record in enumerate(found, 1)) if whole else [(f"line {number}", found)]
+        records = enumerate(found, 1) if whole else [(number, found)]
+        yield from ((f"{'record' if whole else 'line'} {n}", record) for n, record in records)
 
 
-def _question(record: object, task: str) -> Question:
-    """A record as a question. Raises ``ValueError`` for what cannot be one."""
+def _example(record: object, task: str) -> TaskExample:
+    """A record as an example. Raises ``ValueError`` for what cannot be one."""
     fields = set(record) if isinstance(record, Mapping) else set()
     for needed, read in FORMATS:
         if needed <= fields:
-            question = read(record, record.get("task", task))
+            example = read(record, record.get("task", task))
             break
     else:
         known = "; ".join(", ".join(sorted(needed)) for needed, _ in FORMATS)
         raise ValueError(f"its fields are {sorted(fields)}, expected are those of one format: {known}")
-    if not question.prompt.strip() or not question.answer.strip():
+    if not example.prompt.strip() or not example.answer.strip():
         raise ValueError("its prompt or its answer is empty")
-    if question.options and question.answer not in question.options:
-        raise ValueError(f"its answer {question.answer!r} is none of its options {list(question.options)}")
-    return question
+    if example.options and example.answer not in example.options:
+        raise ValueError(f"its answer {example.answer!r} is none of its options {list(example.options)}")
+    return example
 
 
-def _flan(record: Mapping, task: str) -> Question:
+def _flan(record: Mapping, task: str) -> TaskExample:
     options = re.findall(r"^- (.*)$", record["instruction"].partition("OPTIONS:")[2], re.M)
-    return Question(record["instruction"], record["output"], tuple(option.strip() for option in options), task)
+    return TaskExample(record["instruction"], record["output"], tuple(option.strip() for option in options), task)
 
 
-def _commonsense(record: Mapping, task: str) -> Question:
+def _commonsense(record: Mapping, task: str) -> TaskExample:
     options = record["instruction"].partition("Answer format:")[2].strip().split("/")
-    return Question(record["instruction"], record["answer"], tuple(filter(None, options)), task)
+    return TaskExample(record["instruction"], record["answer"], tuple(filter(None, options)), task)
 
 
-def _choices(record: Mapping, task: str) -> Question:
+def _choices(record: Mapping, task: str) -> TaskExample:
     choices = {choice["label"]: choice["text"] for choice in record["question"]["choices"]}
     if record["answerKey"] not in choices:
         raise ValueError(f"its answerKey {record['answerKey']!r} is none of {sorted(choices)}")
-    return Question(record["question"]["stem"], choices[record["answerKey"]], tuple(choices.values()), task)
+    return TaskExample(record["question"]["stem"], choices[record["answerKey"]], tuple(choices.values()), task)
 
 
-def _boolq(record: Mapping, task: str) -> Question:
+def _boolq(record: Mapping, task: str) -> TaskExample:
     prompt, answer = f"{record['passage']}\n{record['question']}?", "yes" if record["answer"] else "no"
-    return Question(prompt, answer, ("yes", "no"), task)
+    return TaskExample(prompt, answer, ("yes", "no"), task)
 
 
-FORMATS: list[tuple[set[str], Callable[[Mapping, str], Question]]] = [  # the fields of each, and what reads it
+FORMATS: list[tuple[set[str], Callable[[Mapping, str], TaskExample]]] = [  # the fields of each, and what reads it
     ({"passage", "question", "answer"}, _boolq),
     ({"question", "answerKey"}, _choices),
     ({"instruction", "answer"}, _commonsense),

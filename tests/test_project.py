@@ -93,7 +93,7 @@ def test_the_data_fit_the_budget():
 def test_every_shipped_data_file_has_a_right_checksum_and_goes_into_the_wheel():
     shipped = pyproject()["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert all((ROOT / source).is_file() for source in shipped)
-    for path in [*ROOT.glob("data/*.npz"), *ROOT.glob("data/*.safetensors")]:
+    for path in [path for kind in ("npz", "safetensors", "xz") for path in ROOT.glob(f"data/*.{kind}")]:
         digest, name = path.with_suffix(".sha256").read_text().split()
         assert name == path.name and hashlib.sha256(path.read_bytes()).hexdigest() == digest
         assert {f"data/{path.name}", f"data/{path.stem}.sha256"} <= shipped.keys()
