@@ -160,7 +160,8 @@ WRITTEN = {"instruction": "Say it in words.", "output": "In words.", "task": "we
 SUITE = {"instruction": "Which?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2", "input": "",
          "output": "the correct answer is answer2", "answer": "answer2"}  # fmt: skip
 ARC = {"id": "1", "answerKey": "B",
-       "question": {"stem": "Which?", "choices": [{"text": t, "label": n} for t, n in (("one", "A"), ("two", "B"))]}}  # fmt: skip
+       "question": {"stem": "Which?",
+                    "choices": [{"text": "one", "label": "A"}, {"text": "two", "label": "B"}]}}  # fmt: skip
 BOOLQ = {"question": "is it so", "passage": "It is so.", "answer": True, "title": "So"}
 READ = [
     (FLAN, TaskExample(FLAN["instruction"], "no", ("no", "yes"), "wic")),
