@@ -12,6 +12,9 @@ from ..merging import merge_exact
 from .curve import client_losses, segment_losses
 from .estimate import Estimate, Grouping, head_and_body
 
+POINTS = 9  # weights of the grid
+PROBE = 0.3  # how far apart head and body are tried
+
 
 def estimate_calibrated(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split) -> Estimate:
     """``potara-calibrated``, this library's default: ``estimate_pooled`` with head and body apart.
@@ -19,8 +22,8 @@ def estimate_calibrated(adapted: AdaptedBackbone, federated: Adapter, local: Ada
     ``split``: each client's calibration samples, which trained neither model. Where no head is trained there is one
     weight. Why this one: ``docs/mixing_weight.md``. Cost: 12 forward passes per sample, 13 floats up and 3 down.
     """
-    apart = len({head_and_body(name) for name in local}) == 2
-    return estimate_pooled(adapted, federated, local, split, by=head_and_body if apart else None)
+    by = head_and_body if two_groups(local) else None
+    return estimate_pooled(adapted, federated, local, split, by=by)
 
 
 def estimate_pooled(
@@ -29,8 +32,8 @@ def estimate_pooled(
     local: Adapter,
     split: Split,
     *,
-    points: int = 9,
-    probe: float = 0.3,
+    points: int = POINTS,
+    probe: float = PROBE,
     by: Grouping | None = None,
 ) -> Estimate:
     """Each client's held-out minimum against that of all clients and ½, by their precisions (``pooled_weight``).
@@ -47,17 +50,30 @@ def estimate_pooled(
     details = {"weights": weights, **details}
     if by is None:
         return Estimate(weight, None, details, floats=(points + 1, 2))
-    labels = sorted({by(name) for name in local})
+    three = (merge_exact(federated, local, offset_weights(local, weight, o, by)) for o in (-probe, 0.0, probe))
+    offset, more = pooled_offset(*(client_losses(adapted, one, split) for one in three), split.sizes, probe=probe)
+    weights = offset_weights(local, weight, offset, by)
+    return Estimate(weights, None, {"client": weight, **details, **more}, floats=(points + 4, 3))
+
+
+def two_groups(adapter: Adapter) -> bool:
+    """Whether ``estimate_calibrated`` has two groups to keep apart: LoRA layers and a directly trained head."""
+    return len({head_and_body(name) for name in adapter}) == 2
+
+
+def offset_weights(
+    adapter: Adapter, weight: Tensor, offset: float | Tensor, by: Grouping = head_and_body
+) -> dict[str, Tensor]:
+    """The weights of the adapter's layers: ``weight`` ``(C,)`` with two groups ``offset`` apart, cut to [0, 1].
+
+    The second group in the order of names gets half of the offset more, the first half of it less. Raises
+    ``ValueError`` unless there are two groups.
+    """
+    labels = sorted({by(name) for name in adapter})
     if len(labels) != 2:
         raise ValueError(f"the offset is between two groups, but by gives {len(labels)}: {labels}")
-
-    def apart(offset: float | Tensor) -> dict[str, Tensor]:
-        halves = {labels[0]: -offset / 2, labels[1]: offset / 2}
-        return {layer_of(name): (weight + halves[by(name)]).clamp(0, 1) for name in local}
-
-    three = (merge_exact(federated, local, apart(offset)) for offset in (-probe, 0.0, probe))
-    offset, more = pooled_offset(*(client_losses(adapted, one, split) for one in three), split.sizes, probe=probe)
-    return Estimate(apart(offset), None, {"client": weight, **details, **more}, floats=(points + 4, 3))
+    halves = {labels[0]: -offset / 2, labels[1]: offset / 2}
+    return {layer_of(name): (weight + halves[by(name)]).clamp(0, 1) for name in adapter}
 
 
 def pooled_weight(

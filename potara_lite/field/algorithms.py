@@ -355,3 +355,13 @@ def fedalt() -> Algorithm:
         personal_model=model,
         backbone=gated,
     )
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    one.name: one
+    for one in (
+        *(FEDIT, FFA, fedprox(), FEDEX, FLORA, flexlora()),
+        *(FEDSA, FEDPER, fedrep(), ditto(), apfl(), feddpa(), fedalt()),
+    )
+}
+"""The federated algorithms by name, each with its own defaults."""

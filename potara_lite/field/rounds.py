@@ -286,13 +286,13 @@ def run_algorithm(
     federated = algorithm.federated_model and algorithm.federated_model(tensors)
     personal = algorithm.personal_model(tensors)
     if algorithm.finetune_steps:
-        tensors, personal = _finetune(algorithm, model, split, tensors, personal, number=rounds, **options)
+        tensors, personal = finetune_step(algorithm, model, split, tensors, personal, number=rounds, **options)
         by_round[-1] = by_round[-1].add(everyone, steps=algorithm.local_cost(algorithm.finetune_steps))
     ledger = Ledger.by_round(by_round)
     return Personalised(model, personal, federated, ledger.total(), ledger, tensors)
 
 
-def _finetune(
+def finetune_step(
     algorithm: Algorithm, model: AdaptedBackbone, split: Split, tensors: Adapter, before: Adapter, **options
 ) -> tuple[Adapter, Adapter]:
     """What the clients hold after their local steps, and their models: those, or a point on the way to them."""
