@@ -19,7 +19,7 @@ from potara_lite.data import Federation, Split, batch_indices, from_tensors, par
 from potara_lite.engine.batching import Execution, plan
 from potara_lite.engine.gradients import directional_derivatives, per_sample_gradients
 from potara_lite.engine.loss import example_accuracies, example_losses, mean_loss
-from potara_lite.engine.one_batch import OneBatch
+from potara_lite.engine.one_batch import OneBatch, as_one_batch
 from potara_lite.engine.training import evaluate, train
 from potara_lite.estimators import ESTIMATORS, estimate_gauss_newton
 from potara_lite.experiment import Trial
@@ -365,9 +365,16 @@ def test_a_backbone_in_bf16_trains_adapters_in_float32(kind):
     network = kind[0]()
     (network.encoder if kind[2] else network).to(torch.bfloat16)
     adapted, split = attach(network, targets=linear_layers(network, 1), head=kind[2]), federation_of(kind).train
-    trained = train(adapted, repeat_adapter(adapted.initial, 3), split.map(adapted.embed), steps=20, lr=1e-2)
+    stack = repeat_adapter(adapted.initial, 3)
+    assert as_one_batch(adapted).matches_vmap(stack, split.x)
+    trained = train(adapted, stack, split.map(adapted.embed), steps=20, lr=1e-2)
     assert {tensor.dtype for tensor in trained.adapters.values()} == {torch.float32}
     assert (trained.losses[:, -5:].mean(1) < trained.losses[:, :5].mean(1)).all()
+    apart = train(adapted, stack, split, steps=20, lr=1e-2, execution=Execution(vectorize=False))
+    torch.testing.assert_close(trained.losses, apart.losses, rtol=0.02, atol=0.02)  # bf16 has three digits
+    gradients = per_sample_gradients(adapted, trained.adapters, split)
+    alone = per_sample_gradients(adapted, trained.adapters, split, execution=Execution(vectorize=False))
+    torch.testing.assert_close(gradients, alone, rtol=0, atol=0.02 * float(alone.abs().max()))
 
 
 def test_a_copy_shares_the_memory_of_the_frozen_weights_and_leaves_the_backbone_as_it_is():

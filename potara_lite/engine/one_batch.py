@@ -168,7 +168,7 @@ class OneBatch:
                 name_a, name_b = factor_names(name)
                 a = stack[name_a].to(read.dtype) * self.adapted.scaling[name]
                 hidden = (_by_client(read, a) @ a.mT).view(examples, -1, a.shape[1])  # (C N, T, r)
-                add(name_a, back.view(hidden.shape).mT @ read)
+                add(name_a, back.view(hidden.shape).to(read.dtype).mT @ read)
                 add(name_b, grad.mT @ hidden)
 
         with torch.enable_grad():
@@ -194,12 +194,16 @@ def _autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
 class _LoRA(torch.autograd.Function):
     """``x W0ᵀ + bias + (x Aᵀ) Bᵀ`` with A and B of each client's own; both additions write into what is there.
 
-    ``on_backward(x, grad, grad B)`` replaces the gradients in A and B where it is given.
+    ``on_backward(x, grad, grad B)`` replaces the gradients in A and B where it is given. Where the frozen layer
+    computes in bf16 and the adapter in float32, what LoRA adds is made in float32, as in PEFT.
     """
 
     @staticmethod
     def forward(x, weight, bias, a, b, on_backward):
         rows = _by_client(x, a)
+        if x.dtype != a.dtype:
+            added = rows.to(a.dtype) @ a.mT @ b.mT
+            return (F.linear(rows, weight, bias) + added).to(x.dtype).view(*x.shape[:-1], len(weight))
         return F.linear(rows, weight, bias).baddbmm_(rows @ a.mT, b.mT).view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -212,14 +216,15 @@ class _LoRA(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, a, b = ctx.saved_tensors
         rows, grad, need = _by_client(x, a), _by_client(grad, b), ctx.needs_input_grad
-        back = grad @ b  # (C, rows, r)
+        back = grad.to(b.dtype) @ b  # (C, rows, r)
         grad_a = grad_b = None
         if ctx.on_backward is not None:
             ctx.on_backward(x, grad, back)
         else:
+            rows = rows.to(a.dtype)
             grad_a = back.mT @ rows if need[3] else None
-            grad_b = grad.mT @ (rows @ a.mT) if need[4] else None
-        grad_x = (grad @ weight).baddbmm_(back, a).view(x.shape) if need[0] else None
+            grad_b = grad.to(b.dtype).mT @ (rows @ a.mT) if need[4] else None
+        grad_x = (grad @ weight).baddbmm_(back.to(x.dtype), a.to(x.dtype)).view(x.shape) if need[0] else None
         return grad_x, None, None, grad_a, grad_b, None
 
 
