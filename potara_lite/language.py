@@ -7,7 +7,8 @@ texts is a mapping of ``input_ids`` and ``attention_mask`` ``(n, T)``, padded on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -128,9 +129,23 @@ def _load(kind: str, name_or_path: str | Path, options: dict) -> nn.Module:
         raise ImportError("text needs transformers: pip install 'potara-lite[text]'") from error
     try:
         options = {"attn_implementation": "eager", "dtype": torch.float32, **options}
-        return getattr(transformers, kind).from_pretrained(source, **options)
+        with _no_bars(transformers.utils.logging if Path(source).is_dir() else None):
+            return getattr(transformers, kind).from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+@contextmanager
+def _no_bars(logging) -> Iterator[None]:
+    """No progress bars of ``transformers`` for a while, which reading a folder does not need."""
+    shown = logging is not None and logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def pad_tokens(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -137,11 +137,12 @@ def write_answers(
     *,
     steps: int = 16,
     until: str = "\n",
+    max_length: int = 256,
     **options,
 ) -> list[list[str]]:
     """What each client's model writes after its prompts by greedy decoding, up to ``until``, in at most ``steps``
-    tokens. ``options`` go to ``greedy_tokens``."""
-    inputs = [pad_tokens([tokenizer(prompt.rstrip())["input_ids"] for prompt in own]) for own in prompts]
+    tokens. Prompts of more than ``max_length`` tokens lose their beginning; ``options`` go to ``greedy_tokens``."""
+    inputs = [pad_tokens([tokenizer(text.rstrip())["input_ids"][-max_length:] for text in own]) for own in prompts]
     end = getattr(tokenizer, "eos_token_id", None)
     found = greedy_tokens(adapted, adapters, inputs, steps, end=end, **options)
     texts = [[tokenizer.decode([int(t) for t in row if t != end]) for row in own] for own in found]

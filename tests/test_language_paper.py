@@ -1,0 +1,60 @@
+"""The paper's configuration from end to end, on a tiny random language model and task files of a few lines."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["<unk>", "</s>", "is", "it", "OPTIONS", ":", "-", "yes", "no", "?", "say", "the", "word", "cat", "dog"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with a Llama of two blocks and a tokenizer of whole words."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    network = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, intermediate_size=24, eos_token_id=1))
+    network.save_pretrained(tmp_path / "model")
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(
+        tmp_path / "model"
+    )
+    return tmp_path / "model"
+
+
+def test_the_papers_configuration_runs_from_end_to_end(model, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import language_paper
+
+    asked = "is it the {} ?\n\nOPTIONS:\n- yes\n- no"
+    chosen = [{"instruction": asked.format(w), "output": o, "task": "a"} for w in ("cat", "dog") for o in ("yes", "no")]
+    written = [{"instruction": f"say the word {word} ?", "output": word, "task": "b"} for word in ("cat", "dog")]
+    (tmp_path / "chosen.json").write_text(json.dumps(chosen * 6))
+    (tmp_path / "written.jsonl").write_text("\n".join(json.dumps(record) for record in written * 8))
+    steps = "--round-steps 2 --federated-steps 4 --local-steps 6 --baseline-steps 8 --batch-size 4 --lr 1e-2".split()
+    files = [str(tmp_path / "chosen.json"), str(tmp_path / "written.jsonl")]
+    language_paper.main(["--model", str(model), "--tasks", *files, *steps, "--new-tokens", "2", "--out",
+                         str(tmp_path / "out"), "--last", "1", "--backbone"])  # fmt: skip
+    rows = pd.read_csv(tmp_path / "out" / "rows.csv").set_index(["method", "client"])
+    assert {"federated", "local", "potara-paper", "potara-calibrated", "FedIT, 8 steps", "local, 8 steps"} <= set(
+        rows.index.get_level_values(0)
+    )
+    assert rows.loss.notna().all() and rows.loss["potara-calibrated"].mean() < rows.loss["backbone"].mean()
+    assert rows.xs(0, level="client")[["acc", "acc_norm"]].notna().all().all()
+    assert rows.xs(1, level="client").exact_match.notna().all() and rows.xs(1, level="client").acc.isna().all()
+    assert rows.steps.xs(0, level="client")[["federated", "local", "uniform", "FedIT, 8 steps"]].tolist() == [
+        4,
+        6,
+        10,
+        8,
+    ]
+    network = AutoModelForCausalLM.from_pretrained(model)
+    PeftModel.from_pretrained(network, tmp_path / "out" / "adapters" / "seed-0" / "client-1-written")
