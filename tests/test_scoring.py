@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from potara_lite.adapters import attach, repeat_adapter
 from potara_lite.data import Split
@@ -122,3 +123,56 @@ def test_what_cannot_be_scored_is_refused():
     for found, expected in ((["a"], ["a", "b"]), ([], [])):
         with pytest.raises(ValueError, match="answers for"):
             exact_match(found, expected)
+
+
+@pytest.fixture(scope="module")
+def llama(random_stack):
+    """A random language model that attends, with a random adapter for each of two clients."""
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=64, attn_implementation="eager", use_cache=False, initializer_range=1.0,
+        eos_token_id=0, pad_token_id=0, bos_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    adapted = attach(model, rank=2, targets=["q_proj", "v_proj", "down_proj"], head=None)
+    return adapted, random_stack(adapted, 2, 3, scale=1.0)
+
+
+def in_transformers(llama, client):
+    """The model as transformers runs it, with a client's adapter in it."""
+    adapted, stack = llama
+    for name, tensor in stack.items():
+        adapted.model.get_parameter(adapted.parameter_names[name]).data.copy_(tensor[client])
+    return adapted.model
+
+
+@torch.no_grad()
+def test_likelihoods_are_those_of_transformers_own_loss(llama):
+    """Each text alone, with labels that transformers shifts by itself; its loss is the mean over them."""
+    asked = [[("what ? red", "light light ?"), ("light", "red")], [("what", "extraordinarily ? red light")]]
+    encoded = [encode_answers(Tokenizer(), [p for p, _ in own], [f" {a}" for _, a in own]) for own in asked]
+    found = log_likelihoods(*llama, Split.of(encoded))
+    for client, own in enumerate(asked):
+        model = in_transformers(llama, client)
+        for value, (prompt, answer) in zip(found[client], own):
+            ids = torch.tensor([Tokenizer()(f"{prompt} {answer}")["input_ids"]])
+            labels, length = ids.clone(), len(answer.split())
+            labels[:, :-length] = -100
+            expected = -model(input_ids=ids, labels=labels).loss.item() * length
+            assert math.isclose(value, expected, rel_tol=1e-6)  # transformers computes it in float32
+
+
+def test_greedy_decoding_is_that_of_transformers(llama):
+    prompts = [["what", "red ? light", "light light light light red"], ["? red", "what ?"]]
+    inputs = [pad_tokens([Tokenizer()(prompt)["input_ids"] for prompt in own]) for own in prompts]
+    found = greedy_tokens(*llama, inputs, 12, end=0, batch_size=2)
+    for client, own in enumerate(prompts):
+        model = in_transformers(llama, client)
+        for tokens, prompt in zip(found[client].tolist(), own):
+            ids = torch.tensor([Tokenizer()(prompt)["input_ids"]])
+            options = dict(max_new_tokens=12, do_sample=False, use_cache=False)
+            written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+            written = written[0, ids.shape[1] :].tolist()
+            assert tokens == written + [0] * (12 - len(written))
+    assert len({tuple(row) for own in found for row in own.tolist()}) == 5  # no two texts go on alike
