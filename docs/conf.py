@@ -46,6 +46,7 @@ myst_update_mathjax = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_mock_imports = ["flwr"]  # the extra `flower` is not needed to read
 autodoc_default_options = {"members": True}
 
 

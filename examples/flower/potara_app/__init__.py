@@ -1,0 +1,1 @@
+"""Potara as a Flower app: see ``docs/deployment.md``."""

@@ -1,0 +1,391 @@
+"""The Flower app in one process: what it computes is what the engine computes, and faults cost only who has them."""
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="needs the extra `flower`")
+
+from flwr.app import Array, Context, Message, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from local_grid import LocalGrid
+
+from potara_lite import Setting, compare, estimate_calibrated, evaluate, load_adapter, merge_exact, prepare, train
+from potara_lite.adapters import attach, flatten, repeat_adapter, select_clients
+from potara_lite.experiment import PAIR_METHODS, training_options
+from potara_lite.field import rounds
+from potara_lite.field.algorithms import ALGORITHMS, FEDIT
+from potara_lite.field.rounds import run_algorithm
+from potara_lite.flower import Patience, Plan, client_app, play, server_app
+
+ROUNDS = dict(rounds=3, **{"round-steps": 2, "local-steps": 4, "batch-size": 4, "lr": 1e-2})
+CONFIG = {"clients": 3, "method": "FedIT", "seed": 6} | ROUNDS
+QUICK = Patience(join=0.2, answer=5.0, pause=0.01)
+
+
+@pytest.fixture
+def world(adapted64, federation64):
+    """A grid of the tiny federation in float64, and a function that plays a run on it."""
+
+    def make(method="FedIT", clients=(2, 0, 1), **options):
+        config = CONFIG | {"method": method}
+        algorithms = options.pop("algorithms", ALGORITHMS)
+        app = client_app(lambda plan, i, node: (adapted64, federation64.rows([i])), algorithms)
+        grid = LocalGrid(app, {client: {} for client in clients}, config, **options)
+        plan = Plan.of(config, algorithms)
+        return grid, plan, lambda patience=QUICK: play(grid, plan, adapted64, patience)
+
+    return make
+
+
+def engine(plan, adapted, federation):
+    """The same run by the engine: the algorithm's result and the local models."""
+    options = training_options(plan.setting)
+    result = run_algorithm(
+        plan.algorithm, adapted, federation.train,
+        rounds=plan.setting.rounds, local_steps=plan.setting.round_steps, seed=plan.seed, **options,
+    )  # fmt: skip
+    start = repeat_adapter(adapted.initial, len(federation))
+    local = train(adapted, start, federation.train, steps=plan.setting.local_steps, seed=(plan.seed, 1), **options)
+    return result, local.adapters
+
+
+@pytest.mark.parametrize("method", ALGORITHMS)
+def test_every_algorithm_is_what_the_engine_plays(method, world, adapted64, federation64):
+    grid, plan, run = world(method)
+    outcome, (result, local) = run(), engine(plan, adapted64, federation64)
+    assert outcome.events == []
+    for name in outcome.message.keys() & result.tensors.keys():
+        torch.testing.assert_close(outcome.message[name], result.tensors[name], rtol=1e-9, atol=1e-12)
+    if result.federated is not None:
+        for name, tensor in result.federated.items():
+            torch.testing.assert_close(outcome.federated[name], tensor, rtol=1e-9, atol=1e-12)
+    loss, accuracy = evaluate(result.adapted, result.personal, federation64.test)
+    rows = outcome.rows[outcome.rows.method == "federated"]
+    np.testing.assert_allclose(rows.loss, loss, rtol=1e-9)
+    assert rows.accuracy.tolist() == accuracy.tolist() and rows.client.tolist() == [0, 1, 2]
+    for column, paid in (("bytes_up", "up"), ("bytes_down", "down"), ("steps", "steps")):
+        assert rows[column].tolist() == getattr(result.ledger, paid).tolist(), column
+    if method in ("FedEx-LoRA", "FLoRA", "APFL", "FedDPA-T", "FedALT"):  # their models are no adapters of rank r
+        assert set(outcome.rows.method) == {"federated"} and outcome.weight == {}
+        return
+    estimate = estimate_calibrated(adapted64, result.personal, local, federation64.calibration)
+    np.testing.assert_allclose([outcome.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
+    loss, _ = evaluate(adapted64, merge_exact(result.personal, local, estimate.weight), federation64.test)
+    np.testing.assert_allclose(outcome.rows[outcome.rows.method == "potara-calibrated"].loss, loss, rtol=1e-9)
+
+
+def test_the_numbers_that_travel_are_those_of_the_estimate(world, adapted64, federation64):
+    grid, plan, run = world()
+    run()
+    result, local = engine(plan, adapted64, federation64)
+    floats = estimate_calibrated(adapted64, result.personal, local, federation64.calibration).floats
+    for client in range(3):
+        found = {"up": 0, "down": 0}
+        for kind, who, sent, reply in grid.log:
+            if who == client:
+                for way, content in (("down", sent), ("up", reply)):
+                    values = content.get(way, {}).values()
+                    found[way] += sum(len(v) if isinstance(v, list) else 1 for v in values)
+                tensors = [kind for content in (sent, reply) if "tensors" in content]
+                assert not tensors or kind in ("train", "query.finish")
+        assert (found["up"], found["down"]) == floats == (13, 3)
+    asked, queries = [kind for kind, who, *_ in grid.log if who == 0], ("finish", "curve", "slope", "offset", "merge")
+    assert asked == ["query.join", *["train"] * 3, *(f"query.{name}" for name in queries), "evaluate"]
+
+
+SMALL = Setting(clients=3, train_size=20, calibration_size=10, test_size=20, rounds=2, round_steps=2, local_steps=4)
+
+
+def test_the_app_writes_what_the_command_writes(tmp_path, monkeypatch):
+    """Server app and client apps as Flower calls them, on shipped data: rows and PEFT folders are the command's."""
+    names = ("clients", "train_size", "calibration_size", "test_size", "rounds", "round_steps", "local_steps")
+    config = {name.replace("_", "-"): getattr(SMALL, name) for name in names} | {"out": str(tmp_path), "seed": 1}
+    monkeypatch.setattr("potara_lite.flower.plan.prepare", cache(prepare))  # read the images once
+    grid = LocalGrid(client_app(), {i: {"folder": str(tmp_path)} for i in range(3)}, config)
+    server_app()(grid, Context(1, 0, {}, RecordDict(), config))
+    found = pd.read_csv(tmp_path / "results.csv")
+    methods = {name: PAIR_METHODS[name] for name in ("federated", "local", "potara-calibrated")}
+    pd.testing.assert_frame_equal(
+        found.drop(columns="seconds"), compare(SMALL, [1], methods).drop(columns="seconds"), rtol=1e-5
+    )
+    assert json.loads((tmp_path / "events.json").read_text()) == []
+    adapted, federation = prepare(SMALL, 1)
+    place = tmp_path / "adapters" / "seed-1"
+    assert load_adapter(adapted, place / "federated").keys() == adapted.initial.keys()
+    for client in range(3):
+        for name in ("local", "potara-calibrated"):
+            model = load_adapter(adapted, place / f"client-{client}" / name)
+            loss, _ = evaluate(adapted, repeat_adapter(model, 1), federation.test.rows([client]))
+            row = found[(found.client == client) & (found.method == name)]
+            np.testing.assert_allclose(loss, row.loss, rtol=1e-5)
+
+
+# Faults. Who takes part in which round is told to the engine, whose run is then the oracle.
+
+
+def trained(grid, total=3):
+    """The clients whose update came in each round."""
+    found = [[] for _ in range(total)]
+    for kind, client, sent, reply in grid.log:
+        if kind == "train" and reply is not None:
+            found[int(sent["config"]["number"])].append(client)
+    return [sorted(some) for some in found]
+
+
+def engine_with(parts, monkeypatch, plan, adapted, federation):
+    """The engine's run with these clients in each round."""
+    monkeypatch.setattr(rounds, "participants", lambda ids, share, seed, number: torch.tensor(parts[number]))
+    return engine(plan, adapted, federation)
+
+
+def assert_same_message(outcome, result):
+    for name, tensor in outcome.message.items():
+        torch.testing.assert_close(tensor[0], result.tensors[name][0], rtol=1e-9, atol=1e-12)
+
+
+def in_round(number, kind="train"):
+    """Whether a message is that of a round."""
+    return lambda message: message.metadata.message_type == kind and message.content["config"]["number"] == number
+
+
+def not_a_number(message):
+    """The answer of a client whose numbers are broken: what it received, one of them NaN."""
+    tensors = message.content["tensors"]
+    name = next(iter(tensors))
+    tensors[name] = Array(np.full_like(tensors[name].numpy(), np.nan))
+    return Message(RecordDict({"tensors": tensors, "metrics": message.content["config"]}), reply_to=message)
+
+
+def another_shape(message):
+    """The answer of a client with another rank."""
+    tensors = message.content["tensors"]
+    name = next(iter(tensors))
+    tensors[name] = Array(np.zeros((3, *tensors[name].shape[1:])))
+    return Message(RecordDict({"tensors": tensors, "metrics": message.content["config"]}), reply_to=message)
+
+
+def failing(message):
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        (not_a_number, "train: not finite: base_model.model.blocks.0.attn.qkv.lora_A.weight"),
+        (another_shape, "train: adapters of different ranks or bases"),
+        (failing, "train: error 1: RuntimeError: out of memory"),
+        (lambda message: "silence", "train: no answer within 5 s"),
+    ],
+)
+@pytest.mark.parametrize("method", ["FedIT", "Ditto"])
+def test_a_client_with_a_fault_misses_its_round_and_no_other(
+    method, answer, said, world, monkeypatch, adapted64, federation64
+):
+    second = in_round(1)
+    grid, plan, run = world(method, fault=lambda client, m: answer(m) if client == 1 and second(m) else None)
+    outcome = run()
+    (event,) = outcome.events
+    assert event["client"] == 1 and event["what"].startswith(said)
+    result, local = engine_with([[0, 1, 2], [0, 2], [0, 1, 2]], monkeypatch, plan, adapted64, federation64)
+    assert_same_message(outcome, result)
+    rows = outcome.rows[outcome.rows.method == "federated"]
+    loss, _ = evaluate(adapted64, result.personal, federation64.test)
+    np.testing.assert_allclose(rows.loss, loss, rtol=1e-9)
+    assert rows.steps.tolist() == (result.ledger.steps).tolist()
+
+
+def test_a_client_that_comes_late_gets_the_result_and_uploads_no_tensor(world, monkeypatch, adapted64, federation64):
+    third = in_round(2)
+
+    def arrive(client, message):
+        if third(message) and 102 not in grid.nodes:
+            grid.add(102, {"partition-id": 2})
+
+    grid, plan, run = world(clients=(0, 1), fault=arrive)
+    outcome = run()
+    assert [(event["client"], event["what"][:11]) for event in outcome.events] == [(2, "joined late")]
+    result, local = engine_with([[0, 1]] * 3, monkeypatch, plan, adapted64, federation64)
+    assert_same_message(outcome, result)
+    estimate = estimate_calibrated(adapted64, result.personal, local, federation64.calibration)
+    np.testing.assert_allclose([outcome.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
+    late = outcome.rows[(outcome.rows.client == 2) & (outcome.rows.method == "potara-calibrated")].iloc[0]
+    message = result.by_round.down[-1, 0].item()
+    assert (late.bytes_up, late.bytes_down, late.steps) == (13 * 4, message + 3 * 4, 4)
+    assert not [kind for kind, client, _, reply in grid.log if client == 2 and "tensors" in (reply or {})]
+
+
+def test_a_client_with_another_rank_is_refused(adapted64, backbone64, federation64, monkeypatch):
+    other = attach(backbone64, rank=3, alpha=4.5)
+    app = client_app(lambda plan, i, node: (other if i == 1 else adapted64, federation64.rows([i])))
+    grid, plan = LocalGrid(app, {0: {}, 1: {}, 2: {}}, CONFIG), Plan.of(CONFIG)
+    outcome = play(grid, plan, adapted64, QUICK)
+    assert [(event["client"], event["what"]) for event in outcome.events] == [
+        (1, "refused: another backbone, rank, setting or seed than the server's")
+    ]
+    assert trained(grid) == [[0, 2]] * 3
+    assert_same_message(outcome, engine_with([[0, 2]] * 3, monkeypatch, plan, adapted64, federation64)[0])
+
+
+@pytest.mark.parametrize("client, said", [(0, "another node already is this client"), (3, "its number is outside 0")])
+def test_a_node_that_is_no_further_client_is_refused(client, said, adapted64, federation64):
+    part = federation64.train.rows([0])
+    data = replace(federation64, **{name: replace(part, ids=(client,)) for name in ("train", "calibration", "test")})
+    app = client_app(lambda plan, i, node: (adapted64, data if node.get("odd") else federation64.rows([i])))
+    grid = LocalGrid(app, {0: {}, 1: {}, 2: {}}, CONFIG)
+    grid.get_node_ids = lambda: list(grid.nodes)
+    grid.add(200, {"partition-id": client, "odd": True})
+    outcome = play(grid, Plan.of(CONFIG), adapted64, QUICK)
+    assert any(event["what"].startswith(f"refused: {said}") for event in outcome.events)
+    assert len(outcome.rows) == 9
+
+
+def test_a_node_that_restarts_goes_on_with_what_it_had(tmp_path, adapted64, federation64):
+    """Between rounds the node of client 1 ends and comes back as another, with an empty memory and the same folder."""
+    config = CONFIG | {"method": "Ditto"}
+    app = client_app(lambda plan, i, node: (adapted64, federation64.rows([i])))
+    grid = LocalGrid(app, {i: {"folder": str(tmp_path)} for i in range(3)}, config)
+    looks = []
+
+    def restart():
+        looks.append(1)
+        if len(looks) == 3:  # before the second round
+            del grid.nodes[101]
+            grid.add(301, {"partition-id": 1, "folder": str(tmp_path)})
+        return list(grid.nodes)
+
+    grid.get_node_ids, plan = restart, Plan.of(config)
+    outcome = play(grid, plan, adapted64, QUICK)
+    assert [(event["client"], event["what"]) for event in outcome.events] == [(1, "is back")]
+    result, _ = engine(plan, adapted64, federation64)
+    assert_same_message(outcome, result)
+    loss, _ = evaluate(adapted64, result.personal, federation64.test)
+    np.testing.assert_allclose(outcome.rows[outcome.rows.method == "federated"].loss, loss, rtol=1e-9)
+    assert trained(grid) == [[0, 1, 2]] * 3
+
+
+def test_what_another_run_left_behind_is_not_gone_on_with(tmp_path, adapted64, federation64):
+    app, plan = client_app(lambda plan, i, node: (adapted64, federation64.rows([i]))), Plan.of(CONFIG)
+    one, two = (
+        play(
+            LocalGrid(app, {i: {"folder": str(tmp_path)} for i in range(3)}, CONFIG, run_id=run), plan, adapted64, QUICK
+        )
+        for run in (1, 2)
+    )
+    assert torch.equal(flatten(one.message), flatten(two.message)) and len(list(tmp_path.glob("*.safetensors"))) == 6
+
+
+@pytest.mark.parametrize("method", ["FedEx-LoRA", "FLoRA"])
+def test_where_the_state_is_the_sum_of_all_messages_who_missed_one_is_out(
+    method, world, monkeypatch, adapted64, federation64
+):
+    first = in_round(0)
+    grid, plan, run = world(method, fault=lambda client, m: "silence" if client == 2 and first(m) else None)
+    outcome = run()
+    assert trained(grid) == [[0, 1]] * 3 and outcome.rows.client.tolist() == [0, 1]
+    monkeypatch.setattr(rounds, "participants", lambda *_: torch.tensor([0, 1]))
+    result, _ = engine(plan, adapted64, federation64)
+    for name, tensor in result.federated.items():
+        torch.testing.assert_close(outcome.federated[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def test_messages_that_differ_by_client_wait_for_all_clients(world):
+    first = in_round(0)
+    grid, _, run = world("FedALT", fault=lambda client, m: "silence" if client == 2 and first(m) else None)
+    outcome = run()
+    assert [event["what"][:16] for event in outcome.events] == ["train: no answer", "the message stay"]
+    assert trained(grid) == [[0, 1], [0, 1, 2], [0, 1, 2]] and len(outcome.rows) == 3
+
+
+def test_too_few_clients_are_an_error_and_not_a_wait(world):
+    _, _, run = world(clients=(0,))
+    with pytest.raises(RuntimeError, match="1 clients joined within 0.1 s, at least 2 are needed"):
+        run(Patience(join=0.1, pause=0.01, least=2))
+    _, _, run = world(fault=lambda client, m: "silence" if m.metadata.message_type == "query.finish" else None)
+    with pytest.raises(RuntimeError, match="no client was left"):
+        run()
+
+
+def test_a_configuration_is_refused_at_the_door():
+    with pytest.raises(ValueError, match="method 'FedItt' is none of"):
+        Plan.of({"method": "FedItt"})
+    with pytest.raises(ValueError, match="clients must be at least 1"):
+        Plan.of({"clients": 0})
+    assert Patience.of({"timeout": 3.0, "min-clients": 2}) == Patience(answer=3.0, least=2)
+
+
+class KillingGrid(LocalGrid):
+    """Every message is answered by a process of its own, as Flower does it; ``kills`` of them, those of a random half
+    of the messages of rounds, are killed at a random moment of their life."""
+
+    def __init__(self, *args, kills, **options):
+        super().__init__(*args, **options)
+        self.left, self.random, self.moments, self.usual = kills, random.Random(0), [], 0.1
+
+    def handle(self, message, context):
+        (read_end, write_end), began, process = os.pipe(), time.perf_counter(), os.fork()
+        if process == 0:
+            try:
+                reply = self.app(message, context)
+                with open(write_end, "wb") as pipe:
+                    pipe.write(recorddict_to_proto(reply.content).SerializeToString())
+            finally:
+                os._exit(0)
+        os.close(write_end)
+        aimed = self.left > 0 and message.metadata.message_type == "train" and self.random.random() < 0.5
+        timer = threading.Timer(self.random.uniform(0, self.usual), os.kill, (process, signal.SIGKILL))
+        if aimed:
+            timer.start()
+        with open(read_end, "rb") as pipe:
+            answer = pipe.read()
+        status = os.waitpid(process, 0)[1]
+        timer.cancel()
+        if os.WIFSIGNALED(status):
+            self.left -= 1
+            self.moments.append(time.perf_counter() - began)
+            raise RuntimeError("killed")
+        self.usual = time.perf_counter() - began
+        proto = type(recorddict_to_proto(RecordDict())).FromString(answer)
+        return Message(recorddict_from_proto(proto), reply_to=message)
+
+
+def test_twenty_kills_cost_the_rounds_of_those_killed_and_nothing_else(tmp_path, monkeypatch, adapted64, federation64):
+    """AdamW begins every round anew, so that a client killed after it kept its state and before it answered has, like
+    one killed earlier, nothing that the engine's run without it has not."""
+    config = CONFIG | {"rounds": 25, "method": "afresh"}
+    algorithms = {"afresh": replace(FEDIT, keep_optimizer=False)}
+    app = client_app(lambda plan, i, node: (adapted64, federation64.rows([i])), algorithms)
+    grid = KillingGrid(app, {i: {"folder": str(tmp_path)} for i in range(3)}, config, kills=20)
+    plan = Plan.of(config, algorithms)
+    outcome = play(grid, plan, adapted64, QUICK)
+    parts = trained(grid, 25)
+    assert len(grid.moments) == 20 and sum(map(len, parts)) == 25 * 3 - 20 and max(grid.moments) > 2 * min(grid.moments)
+    assert sum(event["what"] == "train: error 1: RuntimeError: killed" for event in outcome.events) == 20
+    message = replay(parts, plan, adapted64, federation64)
+    for name, tensor in outcome.message.items():
+        torch.testing.assert_close(tensor, message[name], rtol=1e-9, atol=1e-12)
+    local = engine(plan, adapted64, federation64)[1]
+    estimate = estimate_calibrated(adapted64, message, local, federation64.calibration)
+    np.testing.assert_allclose([outcome.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
+
+
+def replay(parts, plan, adapted, federation):
+    """The last message of FedIT when these clients take part in each round; one without any changes nothing."""
+    message = repeat_adapter(adapted.initial, 3)
+    for number, some in enumerate(parts):
+        if some:
+            mine, split = select_clients(message, torch.tensor(some)), federation.train.rows(some)
+            new = plan.algorithm.new_optimizers(mine)
+            mine, _ = rounds.client_step(plan.algorithm, adapted, split, mine, new, number=number, **plan.training)
+            message = rounds.server_step(plan.algorithm, mine, split.sizes, 3)
+    return message
