@@ -25,6 +25,7 @@ from potara_lite.adapters import attach, flatten, repeat_adapter, select_clients
 from potara_lite.experiment import PAIR_METHODS, training_options
 from potara_lite.field import rounds
 from potara_lite.field.algorithms import ALGORITHMS, FEDIT
+from potara_lite.field.privacy import Privacy
 from potara_lite.field.rounds import run_algorithm
 from potara_lite.flower import Patience, Plan, client_app, play, server_app
 
@@ -129,6 +130,14 @@ def test_the_app_writes_what_the_command_writes(tmp_path, monkeypatch):
             loss, _ = evaluate(adapted, repeat_adapter(model, 1), federation.test.rows([client]))
             row = found[(found.client == client) & (found.method == name)]
             np.testing.assert_allclose(loss, row.loss, rtol=1e-5)
+
+
+def test_private_rounds_are_those_of_the_engine(world, adapted64, federation64):
+    private = replace(ALGORITHMS["FFA-LoRA"], privacy=Privacy(clip=0.05, noise_multiplier=0.5, seed=3))
+    _, plan, run = world("private", algorithms={"private": private})
+    outcome, (result, _) = run(), engine(plan, adapted64, federation64)
+    for name in outcome.message:
+        torch.testing.assert_close(outcome.message[name], result.tensors[name], rtol=1e-9, atol=1e-12)
 
 
 # Faults. Who takes part in which round is told to the engine, whose run is then the oracle.
@@ -387,5 +396,5 @@ def replay(parts, plan, adapted, federation):
             mine, split = select_clients(message, torch.tensor(some)), federation.train.rows(some)
             new = plan.algorithm.new_optimizers(mine)
             mine, _ = rounds.client_step(plan.algorithm, adapted, split, mine, new, number=number, **plan.training)
-            message = rounds.server_step(plan.algorithm, mine, split.sizes, 3)
+            message = rounds.server_step(plan.algorithm, mine, split.sizes, 3, sent=message, number=number)
     return message

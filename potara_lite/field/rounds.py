@@ -37,6 +37,7 @@ from ..data import Split
 from ..engine.federated import Ledger, participants, weighted_average
 from ..engine.training import Objective, OptimizerState, train
 from ..merging import merge_exact
+from .privacy import Privacy, private_average
 
 NameFilter = Callable[[str], bool]
 
@@ -106,7 +107,9 @@ class Algorithm:
     frozen weights while the phases train. ``finetune_steps``: local steps after the last round. ``wise_ft_weight``: the
     weight that the model before these steps has in the result. ``message_bytes``: the bytes of a message to or from
     each client. ``broadcast_to_all``: what clients hold is the sum of all messages, so those who sit a round out get
-    its message none the less.
+    its message none the less. ``privacy``: the mean is that of ``private_average`` instead of FedAvg's.
+
+    Raises ``ValueError`` for privacy with another aggregate than FedAvg.
     """
 
     name: str
@@ -124,6 +127,11 @@ class Algorithm:
     wise_ft_weight: float = 0.0
     message_bytes: Callable[[Adapter, int], Tensor] = message_bytes
     broadcast_to_all: bool = False
+    privacy: Privacy | None = None
+
+    def __post_init__(self):
+        if self.privacy is not None and self.aggregate is not fedavg:
+            raise ValueError(f"{self.name}: noise is for the mean of FedAvg, this method has another aggregate")
 
     def upload(self, tensors: Adapter) -> Adapter:
         """What goes up of the tensors that clients hold."""
@@ -202,11 +210,17 @@ def client_step(
     return tensors, optimizers if algorithm.keep_optimizer else algorithm.new_optimizers(tensors)
 
 
-def server_step(algorithm: Algorithm, uploads: Adapter, sizes: Tensor, clients: int) -> Adapter:
-    """The next message to all ``clients``, from what those of these ``sizes`` sent.
+def server_step(
+    algorithm: Algorithm, uploads: Adapter, sizes: Tensor, clients: int, *, sent: Adapter, number: int
+) -> Adapter:
+    """The message to all ``clients`` after round ``number``, from what those of these ``sizes`` sent and the message
+    ``sent`` to them, a stack.
 
     Raises ``ValueError`` when some sat the round out and the message differs from client to client.
     """
+    if algorithm.privacy and uploads:
+        mean = private_average(uploads, client_adapter(sent, 0), algorithm.privacy, number)
+        return repeat_adapter(mean, clients)
     message = algorithm.aggregate(uploads, sizes) if uploads else {}
     return message if len(sizes) == clients else _same_for_all(message, clients, algorithm.name)
 
@@ -280,7 +294,8 @@ def run_algorithm(
             mine, states = client_step(algorithm, model, part, mine, states, number=number, **options)
             tensors = _replace_clients(tensors, chosen, mine)
             optimizers = [old.replace_rows(chosen, new) for old, new in zip(optimizers, states)]
-            message = server_step(algorithm, algorithm.upload(mine), part.sizes, clients)
+            sent = dict(sent=message, number=number)
+            message = server_step(algorithm, algorithm.upload(mine), part.sizes, clients, **sent)
             up, steps = algorithm.bytes_of(algorithm.upload(mine), chosen, clients), algorithm.local_cost(local_steps)
         by_round.append(Ledger(up, down, 0 * everyone).add(chosen, steps=steps))
     federated = algorithm.federated_model and algorithm.federated_model(tensors)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from ..adapters import AdaptedBackbone, Adapter, check_same_base, client_adapter
 from ..connectivity import weight_grid
 from ..estimators.calibrated import POINTS, lowest_inside, parabolas, two_groups, weigh, weigh_offset
 from ..field.algorithms import ALGORITHMS
+from ..field.privacy import Privacy
 from ..field.rounds import Algorithm, server_step
 from ..results import COLUMNS, write_atomically
 from .plan import LoadBackbone, Plan, from_record, load_lab_backbone, payload_bytes, to_record
@@ -217,7 +219,7 @@ def play_rounds(
         if plan.algorithm.broadcast_to_all:
             behind |= set(members) - set(replies)
         held = plan.algorithm.on_receive(held | message, number)
-        message = _aggregate(roll, message, replies, like)
+        message = _aggregate(roll, message, replies, like, number)
         for client in replies:
             used[client] += 1
     return message, held, used, behind
@@ -234,7 +236,7 @@ def upload_objection(content: RecordDict, like: Adapter) -> str | None:
     return f"not finite: {odd[0]}" if odd else None
 
 
-def _aggregate(roll: Roll, message: Adapter, replies: dict[int, RecordDict], like: Adapter) -> Adapter:
+def _aggregate(roll: Roll, message: Adapter, replies: dict[int, RecordDict], like: Adapter, number: int) -> Adapter:
     """The next message, from the updates in the order of the clients' numbers; the last one again without any."""
     if not replies:
         roll.note("no update in this round: the message stays")
@@ -243,7 +245,8 @@ def _aggregate(roll: Roll, message: Adapter, replies: dict[int, RecordDict], lik
     uploads = {name: torch.cat([one[name] for one in sent]).to(tensor.device) for name, tensor in like.items()}
     sizes = torch.tensor([roll.sizes[client]["train"] for client in replies])
     try:
-        return server_step(roll.plan.algorithm, uploads, sizes, roll.plan.setting.clients)
+        clients = roll.plan.setting.clients
+        return server_step(roll.plan.algorithm, uploads, sizes, clients, sent=message, number=number)
     except ValueError as error:
         roll.note(f"the message stays: {error}")
         return message
@@ -337,7 +340,8 @@ def save_outcome(outcome: Outcome, plan: Plan, adapted: AdaptedBackbone, out: Pa
 def server_app(load: LoadBackbone = load_lab_backbone, algorithms: Mapping[str, Algorithm] = ALGORITHMS) -> ServerApp:
     """The ``ServerApp`` of a federation whose empty backbone ``load(plan)`` gives; it writes into ``out``, if given.
 
-    The run's configuration: see ``Plan.of`` and ``Patience.of``.
+    The run's configuration: see ``Plan.of`` and ``Patience.of``; with a positive ``clip``, what is averaged is private
+    (``field.privacy``), with noise of ``noise-multiplier`` whose seed no client is told.
     """
     app = ServerApp()
 
@@ -345,6 +349,9 @@ def server_app(load: LoadBackbone = load_lab_backbone, algorithms: Mapping[str, 
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
         plan = Plan.of(config, algorithms)
+        if config.get("clip"):
+            privacy = Privacy(float(config["clip"]), float(config.get("noise-multiplier", 0.0)), secrets.randbits(62))
+            plan = replace(plan, algorithm=replace(plan.algorithm, privacy=privacy))
         adapted = load(plan)
         outcome = play(grid, plan, adapted, Patience.of(config))
         if config.get("out"):

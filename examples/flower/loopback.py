@@ -1,0 +1,168 @@
+"""A whole deployment on one machine: a SuperLink and a SuperNode per client, each a process, over 127.0.0.1.
+
+    python examples/flower/loopback.py out --tls                       # encrypted, and only registered nodes
+    python examples/flower/loopback.py out --tls --stranger --kill 1   # and a node that is not, and one that dies
+
+It does what one does by hand on several machines (``docs/deployment.md``), looks at the result, stops what it started
+and prints the seconds as JSON. ``out`` gets the tables and adapters, ``out/work`` the logs, states and credentials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+from ssl import create_default_context
+
+from make_credentials import make
+
+HERE = Path(__file__).resolve().parent
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+OFFLINE = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}  # else the SuperLink installs the app's dependencies
+CORES = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+class Deployment:
+    """The processes of a federation on this machine; leaving the block stops them."""
+
+    def __init__(self, work: Path, clients: int, tls: bool):
+        self.work, self.clients, self.tls, self.port = work, clients, tls, free_port()
+        self.credentials, self.processes, self.cleanup = work / "credentials", {}, ExitStack()
+        home = work / "home"
+        (home / ".flwr").mkdir(parents=True, exist_ok=True)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self.environment = os.environ | QUIET | OFFLINE | CORES | {"FLWR_HOME": str(home / ".flwr"), "PATH": path}
+        security = f'root-certificates = "{self.credentials / "ca.crt"}"' if tls else "insecure = true"
+        (home / ".flwr" / "config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\n{security}\n'
+        )
+        if tls:
+            make(self.credentials, ["localhost", "127.0.0.1"], clients + 1, days=1)
+
+    def __enter__(self) -> Deployment:
+        files = self.credentials
+        secure = f"--ssl-ca-certfile {files}/ca.crt --ssl-certfile {files}/server.pem --ssl-keyfile {files}/server.key"
+        self.start("link", f"flower-superlink {secure + ' --enable-supernode-auth' if self.tls else '--insecure'} "
+                           f"--host 127.0.0.1 --port {self.port}")  # fmt: skip
+        context = create_default_context(cafile=files / "ca.crt") if self.tls else None
+        address = f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}/health"
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(address, context=context, timeout=2)
+                return self
+            except OSError:
+                time.sleep(0.5)
+        raise RuntimeError(f"the SuperLink does not answer; see {self.work / 'link.log'}")
+
+    def __exit__(self, *_) -> None:
+        for process in reversed(self.processes.values()):
+            stop(process, signal.SIGTERM)
+        for process in self.processes.values():
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                stop(process, signal.SIGKILL)
+        self.cleanup.close()
+
+    def start(self, name: str, command: str) -> subprocess.Popen:
+        """A process, with its children a group of its own, that logs to ``name.log``."""
+        log = self.cleanup.enter_context(open(self.work / f"{name}.log", "w"))
+        self.processes[name] = subprocess.Popen(
+            shlex.split(command), env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        return self.processes[name]
+
+    def register(self, client: int) -> None:
+        """Let the node with this client's key in."""
+        key = self.credentials / f"client-{client}.pub"
+        command = ["flwr", "supernode", "register", str(key), "here", "--name", f"client-{client}"]
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
+
+    def node(self, client: int) -> subprocess.Popen:
+        """Start the SuperNode of a client."""
+        key = self.credentials / f"client-{client}"
+        secure = f"--root-certificates {self.credentials}/ca.crt --auth-supernode-private-key {key}"
+        config = f'partition-id={client} folder="{self.work}"'
+        return self.start(f"node-{client}", f"flower-supernode {secure if self.tls else '--insecure'} "
+                          f"--superlink 127.0.0.1:{self.port} --host 127.0.0.1 --port {free_port()} "
+                          f"--node-config {shlex.quote(config)}")  # fmt: skip
+
+    def run(self, config: str) -> subprocess.Popen:
+        """``flwr run`` of the app, with its log."""
+        return self.start("run", f"flwr run {HERE} here --stream --run-config {shlex.quote(config)}")
+
+
+def stop(process: subprocess.Popen, how: signal.Signals) -> None:
+    """A signal to a process and its children."""
+    try:
+        os.killpg(process.pid, how)
+    except ProcessLookupError:
+        pass
+
+
+def wait_for(what, seconds: float, process: subprocess.Popen) -> None:
+    """Until ``what()`` is true, or the process has ended."""
+    end = time.monotonic() + seconds
+    while not what() and process.poll() is None:
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {seconds:g} s")
+        time.sleep(0.2)
+
+
+def play(args: argparse.Namespace) -> dict:
+    """Start everything, run the app, stop everything; the seconds of each part."""
+    work, seconds, began = (args.out / "work").resolve(), {}, time.perf_counter()
+    work.mkdir(parents=True, exist_ok=True)
+    with Deployment(work, args.clients, args.tls) as deployment:
+        if args.tls:
+            for client in range(args.clients):
+                deployment.register(client)
+        nodes = [deployment.node(client) for client in range(args.clients)]
+        seconds["until the nodes are started"] = time.perf_counter() - began
+        if args.stranger:
+            stranger = deployment.node(args.clients)
+            seconds["stranger's exit code"] = stranger.wait(120)
+        config = f'out="{args.out.resolve()}" clients={args.clients} {args.config}'
+        began = time.perf_counter()
+        run = deployment.run(config)
+        if args.kill is not None:
+            state = f"client-{args.kill}-run-*.safetensors"
+            wait_for(lambda: any(work.glob(state)), args.limit, run)
+            stop(nodes[args.kill], signal.SIGKILL)
+            seconds["until the kill"] = time.perf_counter() - began
+        wait_for(lambda: (args.out / "results.csv").is_file(), args.limit, run)
+        seconds["from the start of the run to its result"] = time.perf_counter() - began
+    if not (args.out / "results.csv").is_file():
+        raise RuntimeError(f"no result; see {work / 'run.log'} and {work / 'link.log'}")
+    return {name: round(value, 1) for name, value in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--tls", action="store_true", help="encryption and node authentication")
+    parser.add_argument("--stranger", action="store_true", help="also start a node that is not registered")
+    parser.add_argument("--kill", type=int, metavar="CLIENT", help="kill this client's node after its first round")
+    parser.add_argument("--config", default="", help="run configuration, such as 'rounds=3 method=\"FedSA-LoRA\"'")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds to wait for the result")
+    print(json.dumps(play(parser.parse_args()), indent=1))
+
+
+if __name__ == "__main__":
+    main()
