@@ -291,7 +291,9 @@ def test_what_another_run_left_behind_is_not_gone_on_with(tmp_path, adapted64, f
         )
         for run in (1, 2)
     )
-    assert torch.equal(flatten(one.message), flatten(two.message)) and len(list(tmp_path.glob("*.safetensors"))) == 6
+    assert (
+        torch.equal(flatten(one.message), flatten(two.message)) and len(list(tmp_path.glob("state/*.safetensors"))) == 6
+    )
 
 
 @pytest.mark.parametrize("method", ["FedEx-LoRA", "FLoRA"])

@@ -4,7 +4,8 @@
     python examples/flower/loopback.py out --tls --stranger --kill 1   # and a node that is not, and one that dies
 
 It does what one does by hand on several machines (``docs/deployment.md``), looks at the result, stops what it started
-and prints the seconds as JSON. ``out`` gets the tables and adapters, ``out/work`` the logs, states and credentials.
+and prints the seconds as JSON. ``out``, a new folder, gets the tables and adapters as the command lays them out, the
+clients' states, and in ``work`` the logs and credentials.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ def free_port() -> int:
 class Deployment:
     """The processes of a federation on this machine; leaving the block stops them."""
 
-    def __init__(self, work: Path, clients: int, tls: bool):
-        self.work, self.clients, self.tls, self.port = work, clients, tls, free_port()
+    def __init__(self, out: Path, clients: int, tls: bool, simulation: bool):
+        self.out, self.work, self.clients, self.port = out, out / "work", clients, free_port()
+        self.tls, self.simulation, work = tls, simulation, self.work
         self.credentials, self.processes, self.cleanup = work / "credentials", {}, ExitStack()
         home = work / "home"
         (home / ".flwr").mkdir(parents=True, exist_ok=True)
@@ -57,8 +59,9 @@ class Deployment:
     def __enter__(self) -> Deployment:
         files = self.credentials
         secure = f"--ssl-ca-certfile {files}/ca.crt --ssl-certfile {files}/server.pem --ssl-keyfile {files}/server.key"
-        self.start("link", f"flower-superlink {secure + ' --enable-supernode-auth' if self.tls else '--insecure'} "
-                           f"--host 127.0.0.1 --port {self.port}")  # fmt: skip
+        options = f"{secure} --enable-supernode-auth" if self.tls else "--insecure"
+        options += " --simulation" if self.simulation else ""
+        self.start("link", f"flower-superlink {options} --host 127.0.0.1 --port {self.port}")
         context = create_default_context(cafile=files / "ca.crt") if self.tls else None
         address = f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}/health"
         for _ in range(240):
@@ -87,24 +90,27 @@ class Deployment:
         )
         return self.processes[name]
 
-    def register(self, client: int) -> None:
-        """Let the node with this client's key in."""
-        key = self.credentials / f"client-{client}.pub"
-        command = ["flwr", "supernode", "register", str(key), "here", "--name", f"client-{client}"]
-        subprocess.run(command, env=self.environment, check=True, capture_output=True)
+    def join(self, client: int) -> subprocess.Popen:
+        """Register this client's key where that is asked for, and start its node."""
+        if self.tls:
+            key = self.credentials / f"client-{client}.pub"
+            command = ["flwr", "supernode", "register", str(key), "here", "--name", f"client-{client}"]
+            subprocess.run(command, env=self.environment, check=True, capture_output=True)
+        return self.node(client)
 
     def node(self, client: int) -> subprocess.Popen:
         """Start the SuperNode of a client."""
         key = self.credentials / f"client-{client}"
         secure = f"--root-certificates {self.credentials}/ca.crt --auth-supernode-private-key {key}"
-        config = f'partition-id={client} folder="{self.work}"'
+        config = f'partition-id={client} folder="{self.out}"'
         return self.start(f"node-{client}", f"flower-supernode {secure if self.tls else '--insecure'} "
                           f"--superlink 127.0.0.1:{self.port} --host 127.0.0.1 --port {free_port()} "
                           f"--node-config {shlex.quote(config)}")  # fmt: skip
 
     def run(self, config: str) -> subprocess.Popen:
         """``flwr run`` of the app, with its log."""
-        return self.start("run", f"flwr run {HERE} here --stream --run-config {shlex.quote(config)}")
+        nodes = f"--federation-config num-supernodes={self.clients}" if self.simulation else ""
+        return self.start("run", f"flwr run {HERE} here --stream {nodes} --run-config {shlex.quote(config)}")
 
 
 def stop(process: subprocess.Popen, how: signal.Signals) -> None:
@@ -125,31 +131,33 @@ def wait_for(what, seconds: float, process: subprocess.Popen) -> None:
 
 
 def play(args: argparse.Namespace) -> dict:
-    """Start everything, run the app, stop everything; the seconds of each part."""
-    work, seconds, began = (args.out / "work").resolve(), {}, time.perf_counter()
-    work.mkdir(parents=True, exist_ok=True)
-    with Deployment(work, args.clients, args.tls) as deployment:
-        if args.tls:
-            for client in range(args.clients):
-                deployment.register(client)
-        nodes = [deployment.node(client) for client in range(args.clients)]
-        seconds["until the nodes are started"] = time.perf_counter() - began
+    """Start everything, run the app, stop everything; the seconds of each part, and what became of the stranger."""
+    out, began, found = args.out.resolve(), time.perf_counter(), {"seconds": {}}
+    seconds, result = found["seconds"], out / "results.csv"
+    (out / "work").mkdir(parents=True)
+    with Deployment(out, args.clients, args.tls, args.simulation) as deployment:
+        nodes = [] if args.simulation else [deployment.join(client) for client in range(args.clients)]
+        seconds["until all is started"] = time.perf_counter() - began
         if args.stranger:
-            stranger = deployment.node(args.clients)
-            seconds["stranger's exit code"] = stranger.wait(120)
-        config = f'out="{args.out.resolve()}" clients={args.clients} {args.config}'
+            deployment.node(args.clients).wait(120)
+            log = (out / "work" / f"node-{args.clients}.log").read_text()
+            found["stranger"] = next(line.strip() for line in log.splitlines() if "Exit Code" in line).split("ERROR")[
+                -1
+            ]
         began = time.perf_counter()
-        run = deployment.run(config)
+        run = deployment.run(f'out="{out}" clients={args.clients} {args.config}')
         if args.kill is not None:
-            state = f"client-{args.kill}-run-*.safetensors"
-            wait_for(lambda: any(work.glob(state)), args.limit, run)
+            wait_for(lambda: any(out.glob(f"state/client-{args.kill}-*.safetensors")), args.limit, run)
             stop(nodes[args.kill], signal.SIGKILL)
             seconds["until the kill"] = time.perf_counter() - began
-        wait_for(lambda: (args.out / "results.csv").is_file(), args.limit, run)
+        wait_for(result.is_file, args.limit, run)
         seconds["from the start of the run to its result"] = time.perf_counter() - began
-    if not (args.out / "results.csv").is_file():
-        raise RuntimeError(f"no result; see {work / 'run.log'} and {work / 'link.log'}")
-    return {name: round(value, 1) for name, value in seconds.items()}
+        if result.is_file():
+            wait_for(lambda: run.poll() is not None, 60, run)
+    if not result.is_file():
+        raise RuntimeError(f"no result; see the logs in {out / 'work'}")
+    found["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    return found
 
 
 def main() -> None:
@@ -157,6 +165,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--tls", action="store_true", help="encryption and node authentication")
+    parser.add_argument("--simulation", action="store_true", help="Flower's simulation runtime (Ray) instead of nodes")
     parser.add_argument("--stranger", action="store_true", help="also start a node that is not registered")
     parser.add_argument("--kill", type=int, metavar="CLIENT", help="kill this client's node after its first round")
     parser.add_argument("--config", default="", help="run configuration, such as 'rounds=3 method=\"FedSA-LoRA\"'")

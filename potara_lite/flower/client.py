@@ -37,14 +37,14 @@ State = dict[str, torch.Tensor]  # "part/name": tensor
 class Home:
     """What a client keeps between messages of one run: stacks of one client, by the part that they are.
 
-    Kept in the file ``client-NUMBER-run-RUN.safetensors`` of the node's ``folder``, replaced in one step, so that a
-    killed and restarted node goes on with the last finished message; without a folder in Flower's ``context.state``,
-    which lives as long as the node does.
+    Kept in ``state/client-NUMBER-run-RUN.safetensors`` in the node's ``folder``, replaced in one step, so that a killed
+    and restarted node goes on with the last finished message; without a folder in Flower's ``context.state``, which
+    lives as long as the node does.
     """
 
     def __init__(self, context: Context):
         folder, client = _folder(context.node_config), context.node_config["partition-id"]
-        self.path = folder / f"client-{client}-run-{context.run_id}.safetensors" if folder else None
+        self.path = folder / "state" / f"client-{client}-run-{context.run_id}.safetensors" if folder else None
         self.context = context
 
     def load(self) -> dict[str, Adapter]:

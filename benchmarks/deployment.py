@@ -1,0 +1,91 @@
+"""The same small run five ways: the engine, and Flower's runtimes on one machine; do they agree, and how long is each?
+
+    python benchmarks/deployment.py engine plain tls kill simulation
+
+Three clients, three rounds, then the exchanges of the mixing weight. In ``tls`` a node that is not
+registered also knocks, in ``kill`` a node is killed after its first round. A way that does not finish is reported as
+what it said. The rows are compared with the engine's (of those who are left, where one was killed: their local models
+alone are the engine's); writes what was asked for into ``deployment.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+from pages import facts
+
+from potara_lite import Setting, compare
+from potara_lite.experiment import PAIR_METHODS
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "examples" / "flower"))
+import loopback  # noqa: E402
+
+SETTING = Setting(clients=3, rounds=3, round_steps=5, local_steps=20)
+CONFIG = "rounds=3 round-steps=5 local-steps=20"
+WAYS = {
+    "plain": {},
+    "tls": dict(tls=True, stranger=True),
+    "kill": dict(tls=True, kill=1),
+    "simulation": dict(simulation=True),
+}
+
+
+def engine() -> tuple[dict, pd.DataFrame]:
+    """The run in this process."""
+    began = time.perf_counter()
+    methods = {name: PAIR_METHODS[name] for name in ("federated", "local", "potara-calibrated")}
+    rows = compare(SETTING, [0], methods)
+    return {"seconds": {"from the start of the run to its result": round(time.perf_counter() - began, 1)}}, rows
+
+
+def flower(way: str, reference: pd.DataFrame) -> dict:
+    """The run in one of Flower's runtimes; how far its losses and weights are from the engine's."""
+    out = Path(tempfile.mkdtemp()) / "out"
+    options = dict(
+        out=out, clients=3, tls=False, simulation=False, stranger=False, kill=None, config=CONFIG, limit=1200.0
+    )
+    try:
+        found = loopback.play(argparse.Namespace(**options | WAYS[way]))
+    except (RuntimeError, TimeoutError) as error:
+        logs = [line for log in ("run.log", "link.log") for line in (out / "work" / log).read_text().splitlines()]
+        told = [line.strip() for line in logs if "rror" in line or "imeout" in line]
+        return {"failed": str(error).split(";")[0], "said": told[-3:]}
+    keys = ["method", "client"]
+    both = pd.read_csv(out / "results.csv").merge(reference, on=keys, suffixes=("", "_engine"))
+    found["rows"] = len(both)
+    found["events"] = [event["what"] for event in json.loads((out / "events.json").read_text())]
+    if way == "kill":
+        both = both[both.method == "local"]
+    for column in ("loss", "weight", "bytes_up", "bytes_down"):
+        found[f"{column}, largest difference"] = float((both[column] - both[f"{column}_engine"]).abs().max())
+    shutil.rmtree(out.parent)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ways", nargs="+", choices=["engine", *WAYS])
+    ways = parser.parse_args().ways
+    path = HERE / "deployment.json"
+    result = json.loads(path.read_text()) if path.is_file() else {"ways": {}}
+    result |= facts(flwr=version("flwr")) | {"processors": os.cpu_count()}
+    found, reference = engine()
+    for way in ways:
+        load = round(os.getloadavg()[0], 1)
+        result["ways"][way] = {"load average before": load} | (found if way == "engine" else flower(way, reference))
+        print(json.dumps({way: result["ways"][way]}, indent=1))
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
