@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
-from pages import facts
+from pages import facts, fill, markdown
 
 from potara_lite import Setting, compare
 from potara_lite.experiment import PAIR_METHODS
@@ -72,6 +72,23 @@ def flower(way: str, reference: pd.DataFrame) -> dict:
     return found
 
 
+def table(ways: dict[str, dict]) -> str:
+    """The page's table."""
+    lines = {}
+    for way, found in ways.items():
+        seconds = found.get("seconds", {})
+        told = [f"{found['rows']} rows" if "rows" in found else "", found.get("stranger", ""), *found.get("events", [])]
+        told += [found["failed"], *found["said"]] if "failed" in found else []
+        lines[NAMES[way]] = {
+            "start": seconds.get("until all is started", float("nan")),
+            "run": seconds.get("from the start of the run to its result", float("nan")),
+            "load before": found["load average before"],
+            "loss − engine's": f"{found['loss, largest difference']:.0e}" if "rows" in found else float("nan"),
+            "what was noted": "; ".join(one for one in told if one) or "–",
+        }
+    return markdown(pd.DataFrame(lines).T, digits=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ways", nargs="+", choices=["engine", *WAYS])
@@ -85,6 +102,7 @@ def main() -> None:
         result["ways"][way] = {"load average before": load} | (found if way == "engine" else flower(way, reference))
         print(json.dumps({way: result["ways"][way]}, indent=1))
         path.write_text(json.dumps(result, indent=1) + "\n")
+    fill(HERE.parent / "docs" / "deployment.md", "seconds", table(result["ways"]))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from pages import facts
+from pages import facts, fill, markdown
 from torch import Tensor
 
 from potara_lite import Setting, estimate_calibrated, evaluate, merge_exact, prepare, repeat_adapter, run_algorithm
@@ -98,6 +98,19 @@ def measure(setting: Setting, seed: int, clip: float, epsilons: tuple[float, ...
     return pd.DataFrame(rows)
 
 
+def table(rows: pd.DataFrame) -> str:
+    """The page's table: means over the seeds."""
+    mean = rows.groupby("epsilon").mean().sort_index(ascending=False)
+    error = rows.groupby("epsilon")[[f"{name}_accuracy" for name in MODELS]].sem()
+    columns = {f"{name}": mean[f"{name}_accuracy"] for name in MODELS}
+    columns["± (largest)"] = error.max(axis=1)
+    columns |= {"λ found": mean.weight, "λ predicted": mean.weight_predicted}
+    columns["v found / predicted"] = mean.moment / mean.moment_predicted
+    shown = pd.DataFrame(columns)
+    shown.index = pd.Index(["no noise" if math.isinf(e) else f"{e:g}" for e in shown.index], name="ε")
+    return markdown(shown)
+
+
 def figure(rows: pd.DataFrame) -> plt.Figure:
     """Accuracy and weight against ε, with the standard error over the seeds."""
     table = rows.groupby("epsilon").agg(["mean", "sem"]).sort_index(ascending=False)
@@ -129,6 +142,7 @@ def main() -> None:
     rows.to_csv(HERE / "privacy.csv", index=False, float_format="%.6g")
     facts_of_run = {"setting": asdict(setting), "clip": clip, "delta": DELTA} | facts()
     (HERE / "privacy.json").write_text(json.dumps(facts_of_run, indent=1) + "\n")
+    fill(HERE.parent / "docs" / "deployment.md", "privacy", table(rows))
     figure(rows).savefig(HERE / "privacy.png", dpi=110)
 
 
