@@ -2,7 +2,7 @@
 
     python benchmarks/deployment.py engine plain tls kill simulation
 
-Three clients, three rounds, then the exchanges of the mixing weight. In ``tls`` a node that is not
+Three clients, two rounds, then the exchanges of the mixing weight. In ``tls`` a node that is not
 registered also knocks, in ``kill`` a node is killed after its first round. A way that does not finish is reported as
 what it said. The rows are compared with the engine's (of those who are left, where one was killed: their local models
 alone are the engine's); writes what was asked for into ``deployment.json``.
@@ -30,14 +30,22 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples" / "flower"))
 import loopback  # noqa: E402
 
-SETTING = Setting(clients=3, rounds=3, round_steps=5, local_steps=20)
-CONFIG = "rounds=3 round-steps=5 local-steps=20"
+SETTING = Setting(clients=3, rounds=2, round_steps=5, local_steps=20)
+CONFIG = "rounds=2 round-steps=5 local-steps=20"
 WAYS = {
     "plain": {},
     "tls": dict(tls=True, stranger=True),
     "kill": dict(tls=True, kill=1),
     "simulation": dict(simulation=True),
 }
+NAMES = {
+    "engine": "engine, one process",
+    "plain": "SuperLink and three SuperNodes",
+    "tls": "the same, encrypted and authenticated, and a stranger",
+    "kill": "encrypted, and a node killed after its first round",
+    "simulation": "simulation runtime (Ray)",
+}
+USUAL = dict(clients=3, tls=False, simulation=False, stranger=False, kill=None, config=CONFIG, limit=1200.0)
 
 
 def engine() -> tuple[dict, pd.DataFrame]:
@@ -51,11 +59,8 @@ def engine() -> tuple[dict, pd.DataFrame]:
 def flower(way: str, reference: pd.DataFrame) -> dict:
     """The run in one of Flower's runtimes; how far its losses and weights are from the engine's."""
     out = Path(tempfile.mkdtemp()) / "out"
-    options = dict(
-        out=out, clients=3, tls=False, simulation=False, stranger=False, kill=None, config=CONFIG, limit=1200.0
-    )
     try:
-        found = loopback.play(argparse.Namespace(**options | WAYS[way]))
+        found = loopback.play(argparse.Namespace(out=out, **USUAL | WAYS[way]))
     except (RuntimeError, TimeoutError) as error:
         logs = [line for log in ("run.log", "link.log") for line in (out / "work" / log).read_text().splitlines()]
         told = [line.strip() for line in logs if "rror" in line or "imeout" in line]
