@@ -105,7 +105,7 @@ def main() -> None:
     for way in ways:
         load = round(os.getloadavg()[0], 1)
         result["ways"][way] = {"load average before": load} | (found if way == "engine" else flower(way, reference))
-        print(json.dumps({way: result["ways"][way]}, indent=1))
+        print(json.dumps({way: result["ways"][way]}, indent=1), flush=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
     fill(HERE.parent / "docs" / "deployment.md", "seconds", table(result["ways"]))
 

@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("flwr", reason="needs the extra `flower`")
 
-from flwr.app import Array, Context, Message, RecordDict
+from flwr.app import Array, Context, Error, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from local_grid import LocalGrid
 
@@ -184,6 +184,13 @@ def another_shape(message):
     return Message(RecordDict({"tensors": tensors, "metrics": message.content["config"]}), reply_to=message)
 
 
+def gone(message):
+    """The answer of the SuperLink in the name of a node whose heart no longer beats: it comes from node 1."""
+    reply = Message(Error(3, "Error: Node Unavailable"), reply_to=message)
+    reply.metadata.__dict__["_src_node_id"] = 1
+    return reply
+
+
 def failing(message):
     raise RuntimeError("out of memory")
 
@@ -194,6 +201,7 @@ def failing(message):
         (not_a_number, "train: not finite: base_model.model.blocks.0.attn.qkv.lora_A.weight"),
         (another_shape, "train: adapters of different ranks or bases"),
         (failing, "train: error 1: RuntimeError: out of memory"),
+        (gone, "train: error 3: Error: Node Unavailable"),
         (lambda message: "silence", "train: no answer within 5 s"),
     ],
 )

@@ -96,12 +96,12 @@ class Client:
             initial = {n: t.expand(self.plan.setting.clients, *t.shape) for n, t in self.adapted.initial.items()}
             every = self.plan.algorithm.init(initial)
             self.parts["tensors"] = select_clients(every, torch.tensor([self.number]))
-        return self._on_device("tensors")
+        return self.part("tensors")
 
     @property
     def models(self) -> tuple[Adapter, Adapter]:
         """The two models that are merged."""
-        return self._on_device("federated"), self._on_device("local")
+        return self.part("federated"), self.part("local")
 
     def optimizers(self, tensors: Adapter) -> list[OptimizerState]:
         """The optimiser state of every phase."""
@@ -121,8 +121,9 @@ class Client:
             for name, stack in models.items():
                 save_adapter(self.adapted, client_adapter(stack, 0), place / name.replace("_", "-"))
 
-    def _on_device(self, part: str) -> Adapter:
-        return {name: tensor.to(self.adapted.device) for name, tensor in self.parts[part].items()}
+    def part(self, name: str) -> Adapter:
+        """One of the parts, on the backbone's device."""
+        return {tensor_name: tensor.to(self.adapted.device) for tensor_name, tensor in self.parts[name].items()}
 
 
 def train_round(client: Client, message: RecordDict) -> RecordDict:
@@ -157,7 +158,7 @@ def finish(client: Client, message: RecordDict) -> RecordDict:
 def curve(client: Client, message: RecordDict) -> RecordDict:
     """Exchange 1: train the local model, send the mean held-out loss at each weight of the grid."""
     began, plan, adapted = time.perf_counter(), client.plan, client.adapted
-    federated = client._on_device("federated")
+    federated = client.part("federated")
     initial = {name: tensor.unsqueeze(0) for name, tensor in adapted.initial.items()}
     start = federated if plan.setting.local_from_federated else initial
     local, _, _ = train_local(adapted, start, client.data, plan.setting, plan.seed)
@@ -204,13 +205,13 @@ def merge(client: Client, message: RecordDict) -> RecordDict:
     return RecordDict({"metrics": MetricRecord({"merged": 1})})
 
 
-def test_scores(client: Client, message: RecordDict) -> RecordDict:
+def score(client: Client, message: RecordDict) -> RecordDict:
     """Loss and accuracy of each model of the client on its own test examples, for the table alone."""
     found = {}
     for part in ("federated", "local", "merged"):
         if part in client.parts:
             model = client.plan.algorithm.backbone(client.adapted) if part == "federated" else client.adapted
-            loss, accuracy = evaluate(model, client._on_device(part), client.data.test)
+            loss, accuracy = evaluate(model, client.part(part), client.data.test)
             found |= {f"{part}-loss": float(loss), f"{part}-accuracy": float(accuracy)}
     return RecordDict({"metrics": MetricRecord(found)})
 
@@ -250,7 +251,7 @@ def client_app(load: LoadClient = load_lab_client, algorithms: Mapping[str, Algo
         return Message(function(client, message.content), reply_to=message)
 
     app.train()(lambda message, context: answer(train_round, message, context))
-    app.evaluate()(lambda message, context: answer(test_scores, message, context))
+    app.evaluate()(lambda message, context: answer(score, message, context))
     for name, function in QUERIES.items():
         app.query(name)(lambda message, context, function=function: answer(function, message, context))
     return app

@@ -136,18 +136,16 @@ class Roll:
         if not contents:
             return
         messages = [Message(content, node, kind) for node, content in contents.items()]
-        silent = set(contents)
+        silent, told = set(contents), f"no answer within {self.patience.answer:g} s"
         for reply in self.grid.send_and_receive(messages, timeout=self.patience.answer):
-            node = reply.metadata.src_node_id
+            node, error = reply.metadata.src_node_id, _error_of(reply) if reply.has_error() else None
+            if node not in silent:  # the SuperLink answers in the name of a node that is gone, without saying which
+                told = error or told
+                continue
             silent.discard(node)
-            if reply.has_error():
-                lines = (reply.error.reason or "no reason given").strip().splitlines()
-                told = next((line for line in reversed(lines) if "Error" in line), lines[-1])
-                yield node, None, f"error {reply.error.code}: {told}"
-            else:
-                yield node, reply.content, None
+            yield node, None if error else reply.content, error
         for node in sorted(silent):
-            yield node, None, f"no answer within {self.patience.answer:g} s"
+            yield node, None, told
 
     def crossed(self, what: str, client: int) -> int:
         """The bytes of ``tensors`` or ``numbers``, ``up`` or ``down``, of a client."""
@@ -159,6 +157,12 @@ class Roll:
         numbers = sum(len(v) if isinstance(v, list) else 1 for v in content.get(way, {}).values())
         for what, size in ((f"tensors {way}", tensors), (f"numbers {way}", FLOAT_BYTES * numbers)):
             self.bytes.setdefault(what, {})[client] = self.crossed(what, client) + size
+
+
+def _error_of(reply: Message) -> str:
+    """An error's code and the line that says what it was."""
+    lines = (reply.error.reason or "no reason given").strip().splitlines()
+    return f"error {reply.error.code}: {next((line for line in reversed(lines) if 'Error' in line), lines[-1])}"
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ def upload_objection(content: RecordDict, like: Adapter) -> str | None:
     """Why what a client sent is no update, if so: other names or shapes, or numbers that are not finite."""
     sent = client_adapter(from_record(content["tensors"]), 0)
     try:
-        check_same_base(like, {name: sent[name] for name in like if name in sent} | sent)
+        check_same_base(like, sent)
     except ValueError as error:
         return str(error)
     odd = [name for name, tensor in sent.items() if not tensor.isfinite().all()]
