@@ -66,6 +66,6 @@ def test_the_sources_are_what_they_are_called(other_data):
 def test_the_page_has_the_tables_of_the_committed_rows(other_data, committed, page):
     for seeds in (other_data.FRESH, other_data.DESIGN):
         some = committed[committed.seed.isin(seeds)]
-        assert other_data.markdown(other_data.table(some), digits=4) in page
+        assert some.empty or other_data.markdown(other_data.table(some), digits=4) in page
     cells = committed.groupby(["source", "alpha", "shift", "local", "seed"]).estimator.nunique()
     assert (cells == len(other_data.NAMES)).all()
