@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from peft import set_peft_model_state_dict
 from workload import HERE, LR, apart, client_steps, compared, paired, write
 
 from potara_lite import attach, repeat_adapter, text_encoder, train
-from potara_lite.adapters import AdaptedBackbone, client_adapter, flatten
+from potara_lite.adapters import AdaptedBackbone, flatten
 from potara_lite.data import Split, batch_indices, take
 from potara_lite.language import TextClassifier, pad_tokens
 from potara_lite.prefix import call_network, linear_layers
@@ -82,22 +83,27 @@ def sequential(adapted: AdaptedBackbone, split: Split, steps: int) -> tuple[torc
     return torch.stack(rows), torch.stack(curves)
 
 
-def contestants(model: Path | None, last: int | None, steps: int) -> tuple[dict, dict]:
-    """What is timed, by name, and the facts of the row."""
+def engine(model: Path | None, last: int | None, steps: int) -> Callable:
+    """All clients at once, from the hidden states."""
     adapted, split = make(model, last, "eager")
-    began = time.perf_counter()
+    embedded, initial = split.map(adapted.embed), repeat_adapter(adapted.initial, CLIENTS)
+    return lambda: train(adapted, initial, embedded, steps=steps, batch_size=BATCH, lr=LR, seed=0)
+
+
+def loop(model: Path | None, last: int | None, steps: int) -> Callable:
+    """One client after another, from the tokens."""
+    adapted, split = make(model, last, "sdpa")
+    return lambda: sequential(adapted, split, steps)
+
+
+def loop_from_hidden(model: Path | None, last: int | None, steps: int) -> Callable:
+    """One client after another, from the hidden states."""
+    adapted, split = make(model, last, "eager")
     embedded = split.map(adapted.embed)
-    facts = {"blocks": last, "embed": time.perf_counter() - began, "tensors": sum(t.numel() for t in client_adapter(
-        repeat_adapter(adapted.initial, 1), 0).values())}  # fmt: skip
-    stock, _ = make(model, last, "sdpa")
-    initial = repeat_adapter(adapted.initial, CLIENTS)
-    runs = {
-        "engine": lambda: train(adapted, initial, embedded, steps=steps, batch_size=BATCH, lr=LR, seed=0),
-        "sequential": lambda: sequential(stock, split, steps),
-    }
-    if adapted.blocks_below:
-        runs["sequential, from the hidden states"] = lambda: sequential(adapted, embedded, steps)
-    return runs, facts
+    return lambda: sequential(adapted, embedded, steps)
+
+
+CONTESTANTS = {"engine": engine, "sequential": loop, "sequential, from the hidden states": loop_from_hidden}
 
 
 def peak_memory(args: argparse.Namespace, last: int | None, name: str) -> float:
@@ -109,16 +115,23 @@ def peak_memory(args: argparse.Namespace, last: int | None, name: str) -> float:
 
 def row(args: argparse.Namespace, last: int | None) -> dict:
     """LoRA in the ``last`` blocks, or in all: seconds, ratios, bytes and the largest difference."""
-    runs, facts = contestants(args.model, last, args.steps)
+    chosen = list(CONTESTANTS) if last else list(CONTESTANTS)[:2]  # nothing is below the first of all blocks
+    runs = {name: CONTESTANTS[name](args.model, last, args.steps) for name in chosen}
     fast, different = runs["engine"](), []
-    for name in list(runs)[1:]:
+    for name in chosen[1:]:
         weights, curves = runs[name]()
         different += [apart(flatten(fast.adapters), weights, TOLERANCE), apart(fast.losses, curves, TOLERANCE)]
+    parameters = sum(tensor[0].numel() for tensor in fast.adapters.values())
     del fast, weights, curves
-    load = dict(clients=CLIENTS, batch_size=BATCH, tokens=TOKENS, steps=args.steps)
-    times = compared(paired(runs, args.repeats), "engine")
-    memory = {name: peak_memory(args, last, name) for name in runs}
-    return {"what": "training, text", **load, **facts, "different": max(different)} | times | {"peak bytes": memory}
+    load = dict(clients=CLIENTS, batch_size=BATCH, tokens=TOKENS, steps=args.steps, parameters=parameters)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    adapted, split = make(args.model, last, "eager")
+    began = clock()
+    split.map(adapted.embed)
+    facts = {"blocks": last or "all", "seconds of embed": clock() - began, "different": max(different)}
+    times = compared(paired(runs, args.repeats, clock=clock), "engine")
+    memory = {} if args.smoke else {name: peak_memory(args, last, name) for name in chosen}
+    return {"what": "training, text", **load, **facts} | times | {"peak bytes": memory}
 
 
 def main() -> None:
@@ -126,6 +139,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder with an encoder like BERT")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor, on a machine that is busy")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -136,16 +150,16 @@ def main() -> None:
     elif args.model is None:
         args.model = shipped()
     if args.only:
-        contestants(args.model, args.blocks or None, args.steps)[0][args.only]()
+        CONTESTANTS[args.only](args.model, args.blocks or None, args.steps)()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
     rows = [row(args, last) for last in (None, 2)]
     ratios = {
-        f"{name}, {'all blocks' if one['blocks'] is None else 'the last two blocks'}": ratio["median"]
+        f"{name}, {'all blocks' if one['blocks'] == 'all' else 'the last two blocks'}": ratio["median"]
         for one in rows
         for name, ratio in one["ratio to engine"].items()
     }
-    options = {key: value for key, value in vars(args).items() if key in ("steps", "repeats", "smoke")}
+    options = {key: value for key, value in vars(args).items() if key in ("steps", "repeats", "smoke", "cpu_time")}
     options["network"] = "a random network" if args.smoke else "all-MiniLM-L6-v2"
     path = args.out or HERE / ("language_engine-smoke.json" if args.smoke else "language_engine.json")
     write(path, options, rows, ratios, transformers=transformers.__version__)

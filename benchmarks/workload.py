@@ -83,16 +83,21 @@ def apart(one: Tensor, two: Tensor, tolerance: float) -> float:
     return difference
 
 
-def paired(contestants: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+def paired(
+    contestants: dict[str, Callable[[], object]],
+    repeats: int,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each contestant in each repetition; every second repetition runs them in the opposite order."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(repeats):
         for name in list(contestants)[:: -1 if repeat % 2 else 1]:
             synchronize(device)
-            began = time.perf_counter()
+            began = clock()
             contestants[name]()
             synchronize(device)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return seconds
 
 

@@ -1,7 +1,9 @@
 """Text through the engine: what holds for images holds for a text encoder and a causal language model."""
 
 import copy
+import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -527,6 +529,17 @@ def test_minilm_is_taken_from_its_folder_with_its_frozen_blocks_computed_once(ca
     assert as_one_batch(adapted).matches_vmap(stack, split.x)
     plain, again = (evaluate(adapted, stack, data) for data in (split, embedded))
     torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_the_script_that_measures_text_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import language_engine
+
+    monkeypatch.setattr("sys.argv", ["language_engine.py", "--smoke", "--out", str(tmp_path / "rows.json")])
+    language_engine.main()
+    all_blocks, last_two = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert set(all_blocks["ratio to engine"]) == {"sequential"} and len(last_two["ratio to engine"]) == 2
+    assert all(0 <= row["different"] <= 1e-4 for row in (all_blocks, last_two))
 
 
 def test_an_empty_folder_says_what_it_lacks(tmp_path):
