@@ -30,7 +30,7 @@ from potara_lite.data import Federation, from_tensors
 from potara_lite.experiment import PAIR_METHODS, Method, Result, Trial
 from potara_lite.field import algorithms
 from potara_lite.field.methods import from_algorithm, local_training
-from potara_lite.language import encode_answers
+from potara_lite.language import check_source, encode_answers
 from potara_lite.prefix import linear_layers
 from potara_lite.results import result_rows, write_atomically
 from potara_lite.scoring import Question, exact_match, multiple_choice, write_answers
@@ -135,6 +135,7 @@ def options() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args, frames = options().parse_args(argv), []
+    args.model = check_source(args.model)
     setting = Setting(
         clients=len(args.tasks), **REPORTED, rank=args.rank, batch_size=args.batch_size, lr=args.lr,
         rounds=args.federated_steps // args.round_steps, round_steps=args.round_steps, local_steps=args.local_steps,

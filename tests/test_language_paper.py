@@ -20,6 +20,7 @@ def model(tmp_path):
     """A folder with a Llama of two blocks and a tokenizer of whole words."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    sizes["initializer_range"] = 0.5  # else the frozen output layer is too small for it to learn an answer
     network = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, intermediate_size=24, eos_token_id=1))
     network.save_pretrained(tmp_path / "model")
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
@@ -58,3 +59,27 @@ def test_the_papers_configuration_runs_from_end_to_end(model, tmp_path, monkeypa
     ]
     network = AutoModelForCausalLM.from_pretrained(model)
     PeftModel.from_pretrained(network, tmp_path / "out" / "adapters" / "seed-0" / "client-1-written")
+
+
+def test_what_was_trained_answers_and_what_was_not_does_not(model, tmp_path, monkeypatch):
+    """Two tasks that can be learnt by heart, as their test questions are among those of the training."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import language_paper
+
+    asked = "is it the {} ?\n\nOPTIONS:\n- yes\n- no"
+    chosen = [{"instruction": asked.format(w), "output": o, "task": "a"} for w, o in (("cat", "yes"), ("dog", "no"))]
+    written = [{"instruction": f"say the {word} ?", "output": word, "task": "b"} for word in ("cat", "dog")]
+    files = [tmp_path / "chosen.jsonl", tmp_path / "written.jsonl"]
+    for path, records in zip(files, (chosen, written)):
+        path.write_text("\n".join(json.dumps(record) for record in records * 9))
+    only = ("backbone", "local, 60 steps")
+    methods = language_paper.methods
+    monkeypatch.setattr(language_paper, "methods", lambda args: {name: methods(args)[name] for name in only})
+    steps = "--round-steps 5 --baseline-steps 60 --batch-size 4 --lr 1e-2 --new-tokens 3 --backbone".split()
+    language_paper.main(["--model", str(model), "--tasks", *map(str, files), *steps, "--out", str(tmp_path / "out")])
+    rows = pd.read_csv(tmp_path / "out" / "rows.csv").set_index(["client", "method"])
+    for client, score in ((0, "acc"), (1, "exact_match")):
+        before, after = (rows.loc[client, score][method] for method in only)
+        assert before < 1 == after
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        language_paper.main(["--model", str(tmp_path / "nowhere"), "--tasks", str(files[0])])
