@@ -1,4 +1,4 @@
-"""Text: the field's methods on WordNet's glosses, and what the default weight loses on five federations of them.
+"""Text: the field's methods on WordNet's glosses, and what the default weight loses on four federations of them.
 
     python benchmarks/language.py            # everything; what is finished is kept and never recomputed (language/)
     python benchmarks/language.py --tune     # the learning rates, by calibration examples of seed 100
@@ -47,7 +47,6 @@ FEDERATIONS = {
     "mild label skew": replace(LAB, alpha=2),
     "a domain per client": replace(LAB, data="wordnet-domains", clients=8, train_size=200),
     "30 examples": replace(LAB, train_size=30),
-    "over-fitted": replace(LAB, local_steps=160),
 }
 PAIR = "the two models of the merges"
 RATES = {"local": (0.5, 1, 2), "FedIT": (1, 2, 4), "FedIT, fine-tuned": (0.5, 1, 2), "WiSE-FT": (1, 2, 4),
@@ -55,8 +54,7 @@ RATES = {"local": (0.5, 1, 2), "FedIT": (1, 2, 4), "FedIT, fine-tuned": (0.5, 1,
          "uniform, local from federated": (0.5, 1, 2)}  # fmt: skip
 CHOSEN = dict.fromkeys(RATES, 1)
 FROM_FEDERATED = "uniform, local from federated"
-FREE = ["federated part", "local part", "uniform", "potara-paper", "potara-calibrated, one weight", "potara-calibrated",
-        "task arithmetic", "TIES"]  # fmt: skip
+FREE = "federated part", "local part", "uniform", "potara-paper", "potara-calibrated, one weight", "potara-calibrated"
 
 
 def methods() -> dict[str, Method]:

@@ -61,8 +61,8 @@ def wordnet_glosses(tokenizer: Callable, *, longest: int = 32, domains: bool = F
 
     ``tokenizer``: the backbone's own, of Hugging Face. ``options`` are those of ``partition``; with ``domains`` each
     client has the supersenses of one of the ``DOMAINS`` instead of a Dirichlet draw, so labels differ from client to
-    client, and so do the sizes: from ``train_size`` down to a tenth of it. A third of the glosses, the same for every seed, is the pool of test examples. Inputs are ``input_ids`` and
-    ``attention_mask`` ``(C, N, T)``.
+    client, and so do the sizes: from ``train_size`` down to a tenth of it. A third of the glosses, the same for every
+    seed, is the pool of test examples. Inputs are ``input_ids`` and ``attention_mask`` ``(C, N, T)``.
     """
     names, texts, labels = read_glosses()
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
