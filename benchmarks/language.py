@@ -48,21 +48,28 @@ FEDERATIONS = {
     "a domain per client": replace(LAB, data="wordnet-domains", clients=8, train_size=200),
     "30 examples": replace(LAB, train_size=30),
 }
+PAPERS = "paper's"
 PAIR = "the two models of the merges"
-RATES = {"local": (0.5, 1, 2), "FedIT": (1, 2, 4), "FedIT, fine-tuned": (0.5, 1, 2), "WiSE-FT": (1, 2, 4),
-         "FedSA-LoRA": (1, 2, 4), "FedPer": (1, 2, 4), "Ditto": (0.5, 1, 2),
-         "uniform, local from federated": (0.5, 1, 2)}  # fmt: skip
-CHOSEN = dict.fromkeys(RATES, 1)
+RATES = {
+    "local": (0.125, 0.25, 0.5, 1, 2),
+    "FedIT": (1, 2, 4),
+    "FedIT, fine-tuned": (0.25, 0.5, 1, 2),
+    "WiSE-FT": (0.5, 1, 2, 4),
+    "FedSA-LoRA": (0.25, 0.5, 1, 2, 4),
+    "FedPer": (0.25, 0.5, 1, 2, 4),
+    "Ditto": (0.25, 0.5, 1, 2),
+    "uniform, local from federated": (0.5, 1, 2),
+}
 FROM_FEDERATED = "uniform, local from federated"
 FREE = "federated part", "local part", "uniform", "potara-paper", "potara-calibrated, one weight", "potara-calibrated"
 
 
 def methods() -> dict[str, Method]:
     """What the table has: the methods of the field at the rates that were chosen, and the oracle."""
-    rate = CHOSEN[FROM_FEDERATED]
+    rates = chosen(pd.read_csv(HERE / "language-tune.csv.gz"))
+    rates |= {name: rates[FROM_FEDERATED] for name in FAMILIES if name.endswith("local from federated")}
     table = {name: FAMILIES[name]() for name in FREE}
-    table |= {name: FAMILIES[name](lr_scale=scale) for name, scale in CHOSEN.items()}
-    table |= {name: FAMILIES[name](lr_scale=rate) for name in FAMILIES if name.endswith("local from federated")}
+    table |= {name: FAMILIES[name](lr_scale=scale) for name, scale in rates.items()}
     return table | REFERENCES
 
 
@@ -78,10 +85,15 @@ def label(name: str, *scales: float) -> str:
     return f"{name} (lr × {', '.join(f'{scale:g}' for scale in scales)})"
 
 
-def best(rows: pd.DataFrame) -> dict[str, str]:
-    """Of each method's candidates the one with the lowest mean loss."""
+def best(rows: pd.DataFrame, name: str) -> str:
+    """Of a method's candidates the one with the lowest mean loss."""
     loss = rows.groupby("method").loss.mean()
-    return {name: loss[[one for one in loss.index if one.startswith(f"{name} (")]].idxmin() for name in (PAIR, *RATES)}
+    return loss[[one for one in loss.index if one.startswith(f"{name} (")]].idxmin()
+
+
+def chosen(rows: pd.DataFrame) -> dict[str, float]:
+    """The rate of every method."""
+    return {name: float(best(rows, name).split("× ")[1].rstrip(")")) for name in RATES}
 
 
 def trained(name: str, setting: Setting, seed: int, adapted, federation) -> tuple[Adapter, Adapter, dict]:
@@ -110,18 +122,17 @@ def cell(name: str, seed: int) -> pd.DataFrame:
     return found.assign(federation=name, seed=seed)[["federation", "seed", *COLUMNS]]
 
 
-def cells() -> pd.DataFrame:
-    """The rows of all federations and seeds, the seeds one after another."""
+def cells(seed: int) -> None:
+    """The rows of all federations of a seed, a file each."""
     folder = DONE / "cells"
     folder.mkdir(parents=True, exist_ok=True)
-    for seed, name in product(SEEDS, FEDERATIONS):
+    for name in FEDERATIONS:
         path, began = folder / f"{name.replace(' ', '-')}-seed{seed}.csv", time.perf_counter()
         if not path.exists():
             found, partial = cell(name, seed), path.with_suffix(".part")
             found.to_csv(partial, index=False, float_format="%.5g")
             partial.replace(path)
             print(json.dumps({path.stem: f"{time.perf_counter() - began:.0f} s"}), flush=True)
-    return finished_cells()
 
 
 def finished_cells() -> pd.DataFrame:
@@ -144,16 +155,71 @@ def regrets(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines).T.rename_axis("federation")
 
 
+def gap(rows: pd.DataFrame, one: str, other: str, score: str = "loss") -> str:
+    """``one`` minus ``other``, paired by seed, with the standard error over seeds."""
+    line = paired_differences(rows, one, score).loc[("label skew", other)]
+    return f"{line.difference:+.3f} ± {line['±']:.3f}"
+
+
+def seeds_of(rows: pd.DataFrame) -> str:
+    """The seeds of the rows, in words."""
+    return ", ".join(map(str, sorted(rows.seed.unique())))
+
+
+def reading(rows: pd.DataFrame, estimates: pd.DataFrame) -> str:
+    """What the tables say, as a list; signs are those of the rows."""
+    means, table = rows.groupby("method").loss.mean(), regrets(estimates)
+    half, single = gap(rows, "potara-calibrated", "uniform"), gap(rows, "potara-calibrated", "potara-paper")
+    parts = [gap(rows, "uniform", name) for name in ("federated part", "local part")]
+    after = gap(rows, FROM_FEDERATED, "uniform")
+    real = means.drop(list(REFERENCES)).sort_values()
+    each = table.drop("all")
+    best_two = " and ".join(f"`{name}` ({real[name]:.3f})" for name in real.index[:2])
+    return "\n".join(
+        [
+            f"- **Merging** (λ = ½) changes the loss by {parts[0]} nats against the federated model that it is made of "
+            f"and by {parts[1]} against the local one.",
+            f"- **The weight**: `potara-calibrated` minus λ = ½ is {half} nats, minus our reading of the paper's "
+            f"estimator {single}.",
+            f"- **Local from federated**, at λ = ½, minus the independent pair at λ = ½: {after} nats.",
+            f"- The lowest losses are those of {best_two}; one federated adapter for all (FedIT, at all the steps) has "
+            f"{means['FedIT']:.3f}, training alone {means['local']:.3f}.",
+            f"- **Over the four federations** the default loses {table.loc['all', 'default']:.4f} nats to every "
+            f"client's best λ, λ = ½ {table.loc['all', 'λ = ½']:.4f}, the paper's estimator "
+            f"{table.loc['all', PAPERS]:.4f}. "
+            f"The default's regret minus that of λ = ½ is between {(each.default - each['λ = ½']).min():+.4f} and "
+            f"{(each.default - each['λ = ½']).max():+.4f} from federation to federation.",
+            f"- **Where λ scatters**: the oracle's standard deviation over the clients of a federation is between "
+            f"{each['its scatter'].min():.2f} and {each['its scatter'].max():.2f}, the most in "
+            f"*{each['its scatter'].idxmax()}*.",
+            f"- Seeds: {seeds_of(rows)} of the first table, {seeds_of(estimates)} of the second.",
+        ]
+    )
+
+
+def blocks(rows: pd.DataFrame, estimates: pd.DataFrame) -> dict[str, str]:
+    """What stands in the page: the tables, and what they say."""
+    differences = paired_differences(rows, score="loss").loc["label skew"].sort_values("difference")
+    return {
+        "reading": reading(rows, estimates),
+        "language": markdown(overview(leaderboard(rows)).sort_values("loss")),
+        "regrets": markdown(regrets(estimates), digits=4),
+        "differences": markdown(differences, digits=4),
+    }
+
+
 def report(rows: pd.DataFrame, estimates: pd.DataFrame) -> None:
-    """Write the rows, the tables that are read off them, and the figure."""
+    """Write the rows, the tables that are read off them, and the figure. Only whole seeds count."""
+    whole = rows.groupby("seed").method.nunique()
+    rows = rows[rows.seed.isin(whole.index[whole == whole.max()])]
+    whole = estimates.groupby("seed").federation.nunique()
+    estimates = estimates[estimates.seed.isin(whole.index[whole == len(FEDERATIONS)])]
     keep(rows, HERE / "language.csv.gz")
     keep(estimates, HERE / "language-weights.csv.gz")
     board, page = leaderboard(rows), HERE.parent / "docs" / "language.md"
     frontiers(board, pareto_front(board), references=REFERENCES).savefig(HERE / "language.png", dpi=100)
-    fill(page, "language", markdown(overview(board)))
-    fill(page, "regrets", markdown(regrets(estimates)))
-    differences = paired_differences(rows, score="loss").loc["label skew"].sort_values("difference")
-    fill(page, "differences", markdown(differences, digits=4))
+    for name, text in blocks(rows, estimates).items():
+        fill(page, name, text)
 
 
 def main() -> None:
@@ -168,7 +234,7 @@ def main() -> None:
         held = dict(eval_split=lambda federation: federation.calibration, union_size=1)
         rows = sweep(candidates(), settings, [100], DONE / "tune", progress=True, **held)
         keep(rows, HERE / "language-tune.csv.gz")
-        print(*best(rows).values(), sep="\n")
+        print(best(rows, PAIR), chosen(rows))
         return
     if args.again:
         old = [*(DONE / "table").glob(f"*/seed-*/{args.again}*.csv"), *(DONE / "cells").glob("*.csv")]
@@ -176,8 +242,9 @@ def main() -> None:
             path.unlink()
     if not args.report:
         before = len(list(DONE.glob("*/**/*.csv")))
-        sweep(methods(), {"label skew": LAB}, SEEDS, DONE / "table", union_size=5, progress=True)
-        cells()
+        for seed in SEEDS:  # one after another, so that what is finished is whole seeds
+            cells(seed)
+            sweep(methods(), {"label skew": LAB}, [seed], DONE / "table", union_size=5, progress=True)
         minutes = (time.perf_counter() - began) / 60
         (HERE / "language.json").write_text(json.dumps({"files before": before, "minutes": minutes} | facts()) + "\n")
     report(read_results(DONE / "table"), finished_cells())

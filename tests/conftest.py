@@ -32,6 +32,19 @@ def tiny_federation(dtype):
     return from_tensors(train, test, calibration=held, classes=4)
 
 
+def tiny_text_encoder(folder):
+    """A folder with a random BERT of two blocks and a tokenizer of whole words, as a user would name it."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a of the or in an to and is by with for that used".split()]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    BertModel(BertConfig(**sizes, intermediate_size=32, max_position_embeddings=32)).save_pretrained(folder)
+    return str(folder)
+
+
 def peft_model(adapted):
     """The PEFT model of an adapted backbone with its adapter ready to train: what ``potara.py`` works on."""
     model = copy.deepcopy(adapted.model)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_text_encoder
 
 from potara_lite import data, experiment, language, text_data
 from potara_lite.data import Federation, Split, partition
@@ -216,25 +217,12 @@ def test_what_is_wrong_is_named_with_its_line(text, message, tmp_path):
         read_task(tmp_path / "nothing.json")
 
 
-def tiny_encoder(folder):
-    """A folder with a random BERT of two blocks and a tokenizer of whole words, as a user would name it."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a of the or in an to and is by with for that used".split()]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    BertModel(BertConfig(**sizes, intermediate_size=32, max_position_embeddings=32)).save_pretrained(folder)
-    return str(folder)
-
-
 SMALL = dict(clients=3, train_size=12, calibration_size=6, test_size=8, rounds=2, round_steps=2, local_steps=4)
 
 
 @pytest.mark.parametrize("kind", ["wordnet", "wordnet-domains"])
 def test_a_federation_of_text_is_prepared(kind, tmp_path):
-    setting = Setting(data=kind, backbone=tiny_encoder(tmp_path), **SMALL)
+    setting = Setting(data=kind, backbone=tiny_text_encoder(tmp_path), **SMALL)
     adapted, federation = experiment.prepare(setting, seed=0)
     assert len(adapted.scaling) == 2 and all(".layer.1." in name for name in adapted.scaling)
     plain = wordnet_glosses(
@@ -253,7 +241,7 @@ def test_the_command_takes_text(tmp_path, capsys):
     options = "--clients 3 --train-size 12 --test-size 8 --rounds 1 --local-steps 5 --quiet".split()
     folder = tmp_path / "encoder"
     folder.mkdir()
-    arguments = ["--data", "wordnet", "--backbone", tiny_encoder(folder), "--out", str(tmp_path / "out"), *options]
+    arguments = ["--data", "wordnet", "--backbone", tiny_text_encoder(folder), "--out", str(tmp_path / "out"), *options]
     assert command.main(arguments) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["setting"]["data"] == "wordnet" and "potara-calibrated" in capsys.readouterr().out

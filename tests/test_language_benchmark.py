@@ -1,0 +1,85 @@
+"""The benchmark of text: its page says what the committed rows say, and it runs on a tiny encoder."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import tiny_text_encoder
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def language(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import language
+
+    return language
+
+
+def committed(name):
+    return pd.read_csv(ROOT / "benchmarks" / f"{name}.csv.gz")
+
+
+def test_the_page_says_what_the_rows_say(language):
+    page = (ROOT / "docs" / "language.md").read_text()
+    rows, estimates = committed("language"), committed("language-weights")
+    for name, text in language.blocks(rows, estimates).items():
+        assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in page, name
+    assert set(rows.method) == set(language.methods()) and rows.groupby(["method", "seed"]).client.count().eq(6).all()
+    assert set(estimates.federation) == set(language.FEDERATIONS)
+    assert rows.seed.nunique() == estimates.seed.nunique() and 100 not in set(rows.seed)
+
+
+def test_every_method_has_the_same_steps_and_the_merges_the_fewest_bytes(language):
+    rows = committed("language")
+    setting = language.LAB
+    part = {"federated part": setting.rounds * setting.round_steps, "local part": setting.local_steps}
+    for method, own in rows.groupby("method"):
+        assert (own.steps == part.get(method, setting.total_steps)).all(), method
+    sent = (rows.bytes_up + rows.bytes_down).groupby(rows.method).mean()
+    assert setting.total_steps == 80 and sent["uniform"] < 0.6 * sent["FedIT"] and sent["local"] == 0
+
+
+def test_the_rates_are_those_that_were_best_on_calibration_examples(language):
+    tuned = committed("language-tune")
+    assert set(tuned.seed) == {100} and set(tuned.method) == set(language.candidates())
+    scales = language.LAB.federated_lr_scale, language.LAB.local_lr_scale
+    assert language.best(tuned, language.PAIR) == language.label(language.PAIR, *scales)
+    loss = tuned.groupby("method").loss.mean()
+    for name, rate in language.chosen(tuned).items():
+        own = {scale: loss[language.label(name, scale)] for scale in language.RATES[name]}
+        assert own[rate] == min(own.values())
+
+
+def test_it_runs_on_a_tiny_encoder_and_goes_on_where_it_stopped(language, tmp_path, monkeypatch, capsys):
+    tiny = replace(
+        language.LAB, backbone=tiny_text_encoder(tmp_path), clients=3, train_size=12, calibration_size=6, test_size=8,
+        rounds=1, round_steps=10, local_steps=10,
+    )  # fmt: skip
+    here, done = tmp_path / "benchmarks", tmp_path / "benchmarks" / "language"
+    done.mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "language.md").write_text("<!-- language -->\n<!-- /language -->")
+    (here / "language-tune.csv.gz").write_bytes((ROOT / "benchmarks" / "language-tune.csv.gz").read_bytes())
+    kept = ["FedIT", "FedIT, fine-tuned", "uniform, local from federated"]
+    for name, value in {
+        "HERE": here, "DONE": done, "LAB": tiny, "SEEDS": range(2),
+        "RATES": {name: language.RATES[name] for name in kept},
+        "FEDERATIONS": {"label skew": tiny, "mild": replace(tiny, data="wordnet-domains")},
+    }.items():  # fmt: skip
+        monkeypatch.setattr(language, name, value)
+    monkeypatch.setattr(language, "reading", lambda *_: "")  # which speaks of methods that are left out here
+    monkeypatch.setattr(sys, "argv", ["language.py"])
+    language.main()
+    first, page = pd.read_csv(here / "language.csv.gz"), (tmp_path / "docs" / "language.md").read_text()
+    assert set(first.seed) == {0, 1} and "| potara-calibrated |" in page and (here / "language.png").is_file()
+    assert json.loads((here / "language.json").read_text())["minutes"] > 0
+    monkeypatch.setattr(language, "train_pair", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(sys, "argv", ["language.py", "--again", "potara-calibrated"])
+    language.main()
+    again = pd.read_csv(here / "language.csv.gz")
+    pd.testing.assert_frame_equal(first.drop(columns="seconds"), again.drop(columns="seconds"))
