@@ -62,12 +62,21 @@ class Deployment:
         options = f"{secure} --enable-supernode-auth" if self.tls else "--insecure"
         options += " --simulation" if self.simulation else ""
         self.start("link", f"flower-superlink {options} --host 127.0.0.1 --port {self.port}")
-        context = create_default_context(cafile=files / "ca.crt") if self.tls else None
+        try:
+            self.wait_until_up()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def wait_until_up(self) -> None:
+        """Until the SuperLink answers. Raises ``RuntimeError`` when it does not within two minutes."""
+        context = create_default_context(cafile=self.credentials / "ca.crt") if self.tls else None
         address = f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}/health"
         for _ in range(240):
             try:
                 urllib.request.urlopen(address, context=context, timeout=2)
-                return self
+                return
             except OSError:
                 time.sleep(0.5)
         raise RuntimeError(f"the SuperLink does not answer; see {self.work / 'link.log'}")
@@ -141,9 +150,7 @@ def play(args: argparse.Namespace) -> dict:
         if args.stranger:
             deployment.node(args.clients).wait(120)
             log = (out / "work" / f"node-{args.clients}.log").read_text()
-            found["stranger"] = next(line.strip() for line in log.splitlines() if "Exit Code" in line).split("ERROR")[
-                -1
-            ]
+            found["stranger"] = log[log.index("Exit Code") :].splitlines()[0]
         began = time.perf_counter()
         run = deployment.run(f'out="{out}" clients={args.clients} {args.config}')
         if args.kill is not None:
