@@ -125,9 +125,10 @@ class AdaptedBackbone:
             rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
             if module.training and (rate or getattr(module, "attention_dropout", 0.0)):
                 raise ValueError(f"dropout is active in {name}: call model.eval(), so that clients are independent")
-        if isinstance(x, Tensor) or "input_ids" not in x:
+        network = self.model.get_base_model()
+        if isinstance(x, Tensor) or "input_ids" not in x or not hasattr(network, "get_input_embeddings"):
             return
-        tokens, size = x["input_ids"], self.model.get_input_embeddings().num_embeddings
+        tokens, size = x["input_ids"], network.get_input_embeddings().num_embeddings
         if (odd := ((tokens < 0) | (tokens >= size)).nonzero()).numel():
             place, which = odd[0].tolist(), "" if ids is None else f"client {ids[int(odd[0, 0])]}: "
             raise ValueError(f"{which}token id {int(tokens[tuple(place)])} is outside the vocabulary, 0 … {size - 1}")

@@ -24,6 +24,7 @@ from potara_lite.engine.loss import example_accuracies, example_losses, mean_los
 from potara_lite.engine.one_batch import OneBatch, as_one_batch
 from potara_lite.engine.training import evaluate, train
 from potara_lite.estimators import ESTIMATORS, estimate_gauss_newton
+from potara_lite.estimators.curve import client_logits
 from potara_lite.experiment import Trial
 from potara_lite.field.methods import METHODS
 from potara_lite.field.sweep import union
@@ -545,3 +546,20 @@ def test_the_script_that_measures_text_runs(tmp_path, monkeypatch):
 def test_an_empty_folder_says_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match="cannot load .*config.json|cannot load .*model"):
         causal_lm(tmp_path)
+
+
+def test_a_block_of_logits_is_no_larger_than_the_memory(kind, random_stack, monkeypatch):
+    adapted, split = adapted_of(kind, torch.float64), federation_of(kind).train
+    stack, sizes = random_stack(adapted, 3, seed=1), []
+    whole = evaluate(adapted, stack, split)
+    monkeypatch.setattr(
+        "potara_lite.engine.training.example_losses",
+        lambda logits, *args, **options: sizes.append(logits.shape[1]) or example_losses(logits, *args, **options),
+    )
+    copies = 2 * sum(tensor.numel() * tensor.element_size() for tensor in adapted.initial.values())
+    parts = evaluate(adapted, stack, split, execution=Execution(memory_bytes=copies + 1))
+    assert set(sizes) == {1}
+    torch.testing.assert_close(parts, whole, **kind[4])
+    logits = client_logits(adapted, stack, split)
+    monkeypatch.setattr("potara_lite.engine.batching.CPU_MEMORY", copies + 1)
+    torch.testing.assert_close(client_logits(adapted, stack, split), logits, **kind[4])

@@ -60,11 +60,13 @@ class Execution:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``plan`` decided: whether to vectorise, the chunks, and the backbone in the form that this takes."""
+    """What ``plan`` decided: whether to vectorise, the chunks, the backbone in the form that this takes, and how many
+    of the ``batch_size`` examples of one client fit."""
 
     vectorize: bool
     chunks: list[slice]
     forward: Forward
+    examples: int
 
 
 def map_clients(function: Callable[..., Tensor], *stacks: Inputs, vectorize: bool = True) -> Tensor:
@@ -123,7 +125,7 @@ def plan(
     ``vectorize=None`` tries ``vmap`` and, where it fails, warns why; ``True`` lets its error through, and so does a
     random operation, by which one client's result would depend on the others.
     """
-    vectorize, chunk = execution.vectorize, execution.chunk_size
+    vectorize, chunk, examples = execution.vectorize, execution.chunk_size, batch_size
     if vectorize is None or (vectorize and chunk is None):
         one = {name: tensor[:1].detach().to(adapted.device) for name, tensor in adapters.items()}
         few = map_inputs(lambda tensor: tensor[:1, : min(2, batch_size)].to(adapted.device), x)
@@ -135,13 +137,17 @@ def plan(
             _warn_of_loop(function or with_autocast(adapted, execution.autocast), one, few, error)
             vectorize = False
         else:
-            activations = (kept + 4 * largest if backward else 8 * largest) * batch_size / any_tensor(few).shape[1]
+            example = (kept + 4 * largest if backward else 8 * largest) / any_tensor(few).shape[1]
             copy_bytes = sum(tensor.numel() * tensor.element_size() for tensor in one.values())
-            size = activations + copy_bytes * (adapter_copies or (10 if backward else 2))
-            vectorize, chunk = True, chunk or max(1, int(execution.memory_on(adapted.device) // size))
+            copies, memory = (
+                copy_bytes * (adapter_copies or (10 if backward else 2)),
+                execution.memory_on(adapted.device),
+            )
+            vectorize, chunk = True, chunk or max(1, int(memory // (example * batch_size + copies)))
+            examples = max(1, min(batch_size, int((memory - copies) // example)))
     chunks = _even_chunks(len(any_tensor(x)), chunk if vectorize else 1, exact=execution.chunk_size is not None)
     forward = as_one_batch(adapted) if vectorize else adapted
-    return Plan(vectorize, chunks, with_autocast(forward, execution.autocast))
+    return Plan(vectorize, chunks, with_autocast(forward, execution.autocast), examples)
 
 
 def _even_chunks(clients: int, most: int, exact: bool) -> list[slice]:

@@ -254,14 +254,17 @@ def evaluate(
 def batched_logits(
     adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, batch_size: int, execution: Execution
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """The split in blocks of clients and examples: both slices, the logits ``(K, B, ..., classes)`` and their ``y``."""
+    """The split in blocks of clients and examples: both slices, the logits ``(K, B, ..., classes)`` and their ``y``.
+
+    ``B`` is ``batch_size``, or what fits: a language model's logits are as many as its vocabulary for every token.
+    """
     check_clients(adapted, adapters, split)
     most = min(batch_size, split.y.shape[1])
     chosen = plan(adapted, adapters, split.x, batch_size=most, backward=False, execution=execution)
     for rows in chosen.chunks:
         part = split.rows(rows).to(adapted.device)
         stack = {name: tensor.to(adapted.device) for name, tensor in select_clients(adapters, rows).items()}
-        for start in range(0, split.y.shape[1], batch_size):
-            columns = slice(start, start + batch_size)
+        for start in range(0, split.y.shape[1], min(batch_size, chosen.examples)):
+            columns = slice(start, start + min(batch_size, chosen.examples))
             x = take(part.x, (slice(None), columns))
             yield rows, columns, map_clients(chosen.forward, stack, x, vectorize=chosen.vectorize), part.y[:, columns]

@@ -69,6 +69,8 @@ def segment_losses(
 @torch.no_grad()
 def client_logits(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
     """Every client's logits on its own examples, ``(C, N, ..., classes)``."""
-    n = split.y.shape[1]
-    blocks = batched_logits(adapted, adapters, split, batch_size=n, execution=Execution())
-    return torch.cat([logits for _, _, logits, _ in blocks])
+    options, result = dict(batch_size=split.y.shape[1], execution=Execution()), None
+    for rows, columns, logits, _ in batched_logits(adapted, adapters, split, **options):
+        result = logits.new_empty(*split.y.shape[:2], *logits.shape[2:]) if result is None else result
+        result[rows, columns] = logits
+    return result
