@@ -220,7 +220,8 @@ def _check_untied(backbone: nn.Module, config: LoraConfig) -> None:
     heads = tuple(f".{head}" for head in config.modules_to_save or [])
     for names in owners.values():
         for name in names if len(names) > 1 else []:
-            if f".{name}".endswith(heads) or check_target_module_exists(config, name):
+            is_target = config.target_modules is not None and check_target_module_exists(config, name)
+            if is_target or f".{name}".endswith(heads):
                 others = [other for other in names if other != name]
                 raise ValueError(f"{name} is tied: its weight is also that of {others}, which must stay as it is")
 
