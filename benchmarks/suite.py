@@ -43,6 +43,7 @@ from torch import Tensor
 from potara_lite import Setting, estimators, evaluate, fedit, merge_exact, prepare, repeat_adapter, train, train_pair
 from potara_lite.adapters import Adapter
 from potara_lite.connectivity import along_segment, weight_grid
+from potara_lite.data import take
 from potara_lite.estimators import (
     Estimate,
     by_layer,
@@ -165,7 +166,7 @@ def seeds_of(estimator: str) -> list[int]:
 def samples(federation) -> SimpleNamespace:
     """What an estimator may see: the calibration samples and as many, 30, of each client's training samples."""
     split = federation.train
-    few = replace(split, x=split.x[:, :30], y=split.y[:, :30], sizes=split.sizes.clamp_max(30))
+    few = replace(split, x=take(split.x, (slice(None), slice(30))), y=split.y[:, :30], sizes=split.sizes.clamp_max(30))
     return SimpleNamespace(calibration=federation.calibration, few=few, train_sizes=split.sizes)
 
 
