@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -41,8 +42,8 @@ WAYS = {
 NAMES = {
     "engine": "engine, one process",
     "plain": "SuperLink and three SuperNodes",
-    "tls": "the same, encrypted and authenticated, and a stranger",
-    "kill": "encrypted, and a node killed after its first round",
+    "tls": "SuperNodes, encrypted and authenticated; a stranger knocks",
+    "kill": "the same without the stranger; a node is killed after its first round",
     "simulation": "simulation runtime (Ray)",
 }
 USUAL = dict(clients=3, tls=False, simulation=False, stranger=False, kill=None, config=CONFIG, limit=1200.0)
@@ -62,9 +63,9 @@ def flower(way: str, reference: pd.DataFrame) -> dict:
     try:
         found = loopback.play(argparse.Namespace(out=out, **USUAL | WAYS[way]))
     except (RuntimeError, TimeoutError) as error:
-        logs = [line for log in ("run.log", "link.log") for line in (out / "work" / log).read_text().splitlines()]
-        told = [line.strip() for line in logs if "rror" in line or "imeout" in line]
-        return {"failed": str(error).split(";")[0], "said": told[-3:]}
+        logs = "\n".join((out / "work" / log).read_text() for log in ("run.log", "link.log"))
+        told = list(dict.fromkeys(re.findall(r"^\w*(?:Error|Exception): .*", logs, re.M)))
+        return {"failed": str(error).split(";")[0], "said": told[:3]}
     keys = ["method", "client"]
     both = pd.read_csv(out / "results.csv").merge(reference, on=keys, suffixes=("", "_engine"))
     found["rows"] = len(both)

@@ -106,7 +106,7 @@ def table(rows: pd.DataFrame) -> str:
     columns["± (largest)"] = error.max(axis=1)
     columns |= {"λ found": mean.weight, "λ predicted": mean.weight_predicted}
     columns["v found / predicted"] = mean.moment / mean.moment_predicted
-    shown = pd.DataFrame(columns)
+    shown = pd.DataFrame(columns).reindex(mean.index)
     shown.index = pd.Index(["no noise" if math.isinf(e) else f"{e:g}" for e in shown.index], name="ε")
     return markdown(shown)
 
