@@ -286,17 +286,15 @@ def run_algorithm(
         tensors = _replace_clients(tensors, receivers, received)
         down, up, steps = algorithm.bytes_of(select_clients(message, receivers), receivers, clients), 0 * everyone, 0
         if number < rounds:
-            mine, part = (
-                select_clients(tensors, chosen),
-                split if len(chosen) == clients else split.rows(chosen.tolist()),
-            )
+            mine = select_clients(tensors, chosen)
+            part = split if len(chosen) == clients else split.rows(chosen.tolist())
             states = [state.rows(chosen) for state in optimizers]
             mine, states = client_step(algorithm, model, part, mine, states, number=number, **options)
             tensors = _replace_clients(tensors, chosen, mine)
             optimizers = [old.replace_rows(chosen, new) for old, new in zip(optimizers, states)]
-            sent = dict(sent=message, number=number)
-            message = server_step(algorithm, algorithm.upload(mine), part.sizes, clients, **sent)
-            up, steps = algorithm.bytes_of(algorithm.upload(mine), chosen, clients), algorithm.local_cost(local_steps)
+            uploads = algorithm.upload(mine)
+            message = server_step(algorithm, uploads, part.sizes, clients, sent=message, number=number)
+            up, steps = algorithm.bytes_of(uploads, chosen, clients), algorithm.local_cost(local_steps)
         by_round.append(Ledger(up, down, 0 * everyone).add(chosen, steps=steps))
     federated = algorithm.federated_model and algorithm.federated_model(tensors)
     personal = algorithm.personal_model(tensors)
