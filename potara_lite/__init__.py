@@ -15,7 +15,7 @@ order:
     teaching/estimator_explorer.py, teaching/seeds_explorer.py, teaching/exercises/checking.py,
     teaching/exercises/quickstart.py, teaching/exercises/federated_lora.py, teaching/exercises/connectivity.py,
     teaching/exercises/bound.py, teaching/exercises/estimating.py, teaching/exercises/benchmark.py,
-    teaching/exercises/your_own.py, __main__.py
+    teaching/exercises/your_own.py, teaching/exercises/language.py, __main__.py
 
 What is below is imported when it is first used, so that ``import potara_lite`` costs nothing.
 """
