@@ -128,7 +128,8 @@ def _load(kind: str, name_or_path: str | Path, options: dict) -> nn.Module:
     except ImportError as error:
         raise ImportError("text needs transformers: pip install 'potara-lite[text]'") from error
     try:
-        options = {"attn_implementation": "eager", "dtype": torch.float32, **options}
+        if kind != "AutoTokenizer":
+            options = {"attn_implementation": "eager", "dtype": torch.float32, **options}
         with _no_bars(transformers.utils.logging if Path(source).is_dir() else None):
             return getattr(transformers, kind).from_pretrained(source, **options)
     except (OSError, ValueError) as error:
