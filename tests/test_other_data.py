@@ -69,3 +69,11 @@ def test_the_page_has_the_tables_of_the_committed_rows(other_data, committed, pa
         assert some.empty or other_data.markdown(other_data.table(some), digits=4) in page
     cells = committed.groupby(["source", "alpha", "shift", "local", "seed"]).estimator.nunique()
     assert (cells == len(other_data.NAMES)).all()
+
+
+def test_the_default_is_below_what_the_page_says_on_every_source(other_data, committed, page):
+    fresh = committed[committed.seed.isin(other_data.FRESH)]
+    assert fresh.seed.unique().tolist() == [5] and "(seed 5 so far" in page
+    table = other_data.table(fresh)
+    for other in ("λ = ½", "paper's", "own curve"):
+        assert (table["default"] < table[other]).all()
