@@ -543,6 +543,29 @@ def test_the_script_that_measures_text_runs(tmp_path, monkeypatch):
     assert all(0 <= row["different"] <= 1e-4 for row in (all_blocks, last_two))
 
 
+def test_what_is_said_of_the_engine_on_text_was_measured():
+    folder = Path(__file__).parent.parent / "benchmarks"
+    page, found = (
+        " ".join((folder / "README.md").read_text().split()),
+        json.loads((folder / "language_engine.json").read_text()),
+    )
+    all_blocks, last_two = found["rows"]
+    ratio = {name: one["median"] for name, one in last_two["ratio to engine"].items()}
+    whole = all_blocks["ratio to engine"]["sequential"]["median"]
+    assert (
+        f"takes {whole:.2f} times the engine's seconds with LoRA in all six blocks and {ratio['sequential']:.2f}"
+        in page
+    )
+    assert f"hidden states takes {ratio['sequential, from the hidden states']:.2f} times the engine's" in page
+    embed, seconds = last_two["seconds of embed"], {name: one["median"] for name, one in last_two["seconds"].items()}
+    step, loop = (seconds[name] / last_two["steps"] for name in ("engine", "sequential"))
+    assert f"costs as much as {embed / step:.1f} of the engine's steps" in page
+    assert f"the loop takes {50 * loop / (50 * step + embed):.2f} times as long, `embed` included" in page
+    peaks = [{name: f"{size / 1e9:.1f}" for name, size in row["peak bytes"].items()} for row in found["rows"]]
+    assert {one["engine"] for one in peaks} == {"1.3"} and "then reach 1.3 GB (engine) and 1.0 GB (loop)" in page
+    assert peaks[1]["sequential"] == "1.0" and found["machine"]["threads"] == 1 and found["options"]["repeats"] == 3
+
+
 def test_an_empty_folder_says_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match="cannot load .*config.json|cannot load .*model"):
         causal_lm(tmp_path)
