@@ -23,7 +23,7 @@ def script(name):
     if str(ROOT / "benchmarks") not in sys.path:
         sys.path.append(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # a dataclass looks its module up there
     spec.loader.exec_module(module)
     return module
 
