@@ -24,7 +24,7 @@ from ..connectivity import weight_grid
 from ..data import Federation
 from ..engine.training import OptimizerState, evaluate
 from ..estimators.calibrated import POINTS, PROBE, offset_weights, parabolas
-from ..estimators.curve import example_losses, segment_losses
+from ..estimators.curve import client_losses, segment_losses
 from ..experiment import train_local
 from ..field.algorithms import ALGORITHMS
 from ..field.rounds import Algorithm, client_step, finetune_step
@@ -188,7 +188,7 @@ def offset_parabola(client: Client, message: RecordDict) -> RecordDict:
         merge_exact(*models, offset_weights(models[1], client.parts["weight"]["client"], o))
         for o in (-PROBE, 0.0, PROBE)
     )
-    found = parabolas(*(example_losses(client.adapted, one, held) for one in three), held.sizes, PROBE)
+    found = parabolas(*(client_losses(client.adapted, one, held) for one in three), held.sizes, PROBE)
     return RecordDict({"up": MetricRecord(dict(zip(("slope", "curvature", "variance"), map(float, found))))})
 
 
