@@ -53,6 +53,7 @@ def test_the_rates_are_those_that_were_best_on_calibration_examples(language):
     for name, rate in language.chosen(tuned).items():
         own = {scale: loss[language.label(name, scale)] for scale in language.RATES[name]}
         assert own[rate] == min(own.values())
+        assert (rate in (min(own), max(own))) == (name == "FedSA-LoRA")  # as the page says
 
 
 def test_it_runs_on_a_tiny_encoder_and_goes_on_where_it_stopped(language, tmp_path, monkeypatch, capsys):
