@@ -33,14 +33,14 @@ from potara_lite.field.methods import from_algorithm, local_training
 from potara_lite.language import check_source, encode_answers
 from potara_lite.prefix import linear_layers
 from potara_lite.results import result_rows, write_atomically
-from potara_lite.scoring import Question, exact_match, multiple_choice, write_answers
-from potara_lite.text_data import TaskExample, read_task
+from potara_lite.scoring import exact_match, multiple_choice, write_answers
+from potara_lite.text_data import Question, read_task
 
 REPORTED = dict(train_size=1000, calibration_size=30, test_size=500)
 SHARES = {name: size / sum(REPORTED.values()) for name, size in REPORTED.items()}
 
 
-def parts_of(examples: Sequence[TaskExample]) -> list[Sequence[TaskExample]]:
+def parts_of(examples: Sequence[Question]) -> list[Sequence[Question]]:
     """A task's training, calibration and test examples: the reported numbers, or as many in proportion."""
     total = min(len(examples), sum(REPORTED.values()))
     held, tested = (max(1, round(total * SHARES[name])) for name in ("calibration_size", "test_size"))
@@ -50,14 +50,14 @@ def parts_of(examples: Sequence[TaskExample]) -> list[Sequence[TaskExample]]:
     return [examples[:trained], examples[trained : trained + held], examples[trained + held : total]]
 
 
-def prepare(args: argparse.Namespace, seed: int) -> tuple[AdaptedBackbone, Federation, list[Sequence[TaskExample]]]:
+def prepare(args: argparse.Namespace, seed: int) -> tuple[AdaptedBackbone, Federation, list[Sequence[Question]]]:
     """The model with empty adapters, the federation of the tasks, and every client's test examples."""
     network = causal_lm(args.model, dtype=torch.bfloat16)
     adapted = attach(network, rank=args.rank, targets=linear_layers(network, args.last), head=None, seed=seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     tasks = [parts_of(read_task(path, seed)) for path in args.tasks]
 
-    def encoded(part: Sequence[TaskExample]):
+    def encoded(part: Sequence[Question]):
         prompts = [example.prompt for example in part]
         answers = [f" {example.answer}{tokenizer.eos_token or ''}" for example in part]  # so that it learns to end
         return encode_answers(tokenizer, prompts, answers, args.max_length)
@@ -91,13 +91,13 @@ def methods(args: argparse.Namespace) -> dict[str, Method]:
     }
 
 
-def answers_scored(result: Result, tests: Sequence[Sequence[TaskExample]], tokenizer, args) -> pd.DataFrame:
+def answers_scored(result: Result, tests: Sequence[Sequence[Question]], tokenizer, args) -> pd.DataFrame:
     """``acc``, ``acc_norm`` and ``exact_match`` of each client, NaN where its task has no such answers."""
     scores = pd.DataFrame(torch.nan, index=range(len(tests)), columns=["acc", "acc_norm", "exact_match"])
     options = dict(batch_size=args.score_batch)
     chosen = [i for i, test in enumerate(tests) if all(len(example.options) > 1 for example in test)]
     if chosen:
-        questions = [[Question(e.prompt, e.options, e.options.index(e.answer)) for e in tests[i]] for i in chosen]
+        questions = [tests[i] for i in chosen]
         stack = select_clients(result.adapters, torch.tensor(chosen))
         found = multiple_choice(result.adapted, stack, questions, tokenizer, max_length=args.max_length, **options)
         scores.loc[chosen, ["acc", "acc_norm"]] = torch.stack(found, dim=1).numpy()

@@ -1,7 +1,7 @@
 """Accuracy and mixing weight against ε: federated, merged and local models when what travels is private.
 
-    python benchmarks/privacy.py              # five minutes of one core
-    python benchmarks/privacy.py --smoke      # a minute; its figures mean nothing
+    python benchmarks/privacy.py
+    python benchmarks/privacy.py --smoke      # its figures mean nothing
 
 Thirty-two clients of 100 images, FFA-LoRA (only B and the head travel), all clients in all 6 rounds; δ = 0.01. The clip
 is the median norm of a client's change in the first round of seed 100, which no row is of. Beside what the default

@@ -29,7 +29,7 @@ _PUBLIC = {
     "data": ["Federation", "Split", "fashion_mnist", "from_tensors", "from_torchvision", "partition"],
     "backbones": ["lab_vit", "torchvision_vit"],
     "language": ["causal_lm", "encode_answers", "encode_texts", "next_tokens", "text_encoder"],
-    "text_data": ["read_task", "wordnet_glosses"],
+    "text_data": ["Question", "read_task", "wordnet_glosses"],
     "prefix": ["linear_layers"],
     "adapters": [
         "AdaptedBackbone",
@@ -48,7 +48,7 @@ _PUBLIC = {
     "engine.training": ["DivergedError", "evaluate", "train"],
     "engine.federated": ["Ledger", "fedit"],
     "engine.gradients": ["diagonal_fisher", "per_sample_gradients"],
-    "scoring": ["Question", "exact_match", "multiple_choice", "write_answers"],
+    "scoring": ["exact_match", "multiple_choice", "write_answers"],
     "connectivity": ["along_plane", "along_segment", "barrier", "weight_grid"],
     "estimators": [
         "ESTIMATORS",

@@ -9,7 +9,6 @@ all clients, each with questions of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,24 +20,7 @@ from .engine.batching import Execution
 from .engine.loss import checked_logits
 from .engine.training import batched_logits
 from .language import encode_answers, pad_tokens
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt, the options to answer it with, and which of them is right.
-
-    Raises ``ValueError`` for fewer than two options, for an empty one, and for an answer that is none of them.
-    """
-
-    prompt: str
-    options: tuple[str, ...]
-    answer: int
-
-    def __post_init__(self):
-        if len(self.options) < 2 or not all(option.strip() for option in self.options):
-            raise ValueError(f"two options or more that are not empty are needed, not {list(self.options)}")
-        if not 0 <= self.answer < len(self.options):
-            raise ValueError(f"answer {self.answer} is none of the options 0 … {len(self.options) - 1}")
+from .text_data import Question
 
 
 @torch.no_grad()
@@ -73,7 +55,11 @@ def multiple_choice(
     options (``acc``), and by that over their characters (``acc_norm``). The first of equal options is taken.
 
     ``questions``: of each client. ``options`` go to ``log_likelihoods``.
+
+    Raises ``ValueError`` for a question with fewer than two options.
     """
+    if bare := [question for own in questions for question in own if len(question.options) < 2]:
+        raise ValueError(f"{bare[0].prompt!r} needs two options or more, not {list(bare[0].options)}")
     examples = []
     for own in questions:
         pairs = [(question.prompt, f" {option}") for question in own for option in question.options]
@@ -86,7 +72,7 @@ def multiple_choice(
             likelihoods = scores[client, first : first + len(question.options)]
             characters = torch.tensor([len(option) for option in question.options])
             for row, value in enumerate((likelihoods, likelihoods / characters)):
-                right[row, client] += int(value.argmax()) == question.answer
+                right[row, client] += question.options[int(value.argmax())] == question.answer
             first += len(question.options)
     acc, acc_norm = right / torch.tensor([len(own) for own in questions])
     return acc, acc_norm

@@ -77,16 +77,27 @@ def wordnet_glosses(tokenizer: Callable, *, longest: int = 32, domains: bool = F
 
 
 @dataclass(frozen=True)
-class TaskExample:
-    """A prompt with its right ``answer``; ``options`` are the answers to choose from, none for free text."""
+class Question:
+    """A prompt with its right ``answer``; ``options`` are the answers to choose from, none for free text.
+
+    Raises ``ValueError`` for an empty prompt or answer, an empty option, and an answer that is no option.
+    """
 
     prompt: str
     answer: str
     options: tuple[str, ...] = ()
     task: str = ""
 
+    def __post_init__(self):
+        if not self.prompt.strip() or not self.answer.strip():
+            raise ValueError("its prompt or its answer is empty")
+        if not all(option.strip() for option in self.options):
+            raise ValueError(f"one of its options is empty: {list(self.options)}")
+        if self.options and self.answer not in self.options:
+            raise ValueError(f"its answer {self.answer!r} is none of its options {list(self.options)}")
 
-def read_task(path: str | Path, seed: int = 0) -> list[TaskExample]:
+
+def read_task(path: str | Path, seed: int = 0) -> list[Question]:
     """The examples in a JSON array or a JSON-lines file, shuffled by ``seed``, for many files are in order of class.
 
     A record has the fields of one of these formats:
@@ -104,12 +115,7 @@ def read_task(path: str | Path, seed: int = 0) -> list[TaskExample]:
     for place, record in _records(path):
         try:
             examples.append(_example(record, path.stem))
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-            KeyError,
-        ) as error:  # the latter where a field is of another kind
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # a field may be of another kind
             raise ValueError(f"{path}, {place}: {error}") from None
     if not examples:
         raise ValueError(f"{path} has no examples")
@@ -132,46 +138,39 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
         yield from ((f"{'record' if whole else 'line'} {n}", record) for n, record in records)
 
 
-def _example(record: object, task: str) -> TaskExample:
+def _example(record: object, task: str) -> Question:
     """A record as an example. Raises ``ValueError`` for what cannot be one."""
     fields = set(record) if isinstance(record, Mapping) else set()
     for needed, read in FORMATS:
         if needed <= fields:
-            example = read(record, record.get("task", task))
-            break
-    else:
-        known = "; ".join(", ".join(sorted(needed)) for needed, _ in FORMATS)
-        raise ValueError(f"its fields are {sorted(fields)}, expected are those of one format: {known}")
-    if not example.prompt.strip() or not example.answer.strip():
-        raise ValueError("its prompt or its answer is empty")
-    if example.options and example.answer not in example.options:
-        raise ValueError(f"its answer {example.answer!r} is none of its options {list(example.options)}")
-    return example
+            return read(record, record.get("task", task))
+    known = "; ".join(", ".join(sorted(needed)) for needed, _ in FORMATS)
+    raise ValueError(f"its fields are {sorted(fields)}, expected are those of one format: {known}")
 
 
-def _flan(record: Mapping, task: str) -> TaskExample:
+def _flan(record: Mapping, task: str) -> Question:
     options = re.findall(r"^- (.*)$", record["instruction"].partition("OPTIONS:")[2], re.M)
-    return TaskExample(record["instruction"], record["output"], tuple(option.strip() for option in options), task)
+    return Question(record["instruction"], record["output"], tuple(option.strip() for option in options), task)
 
 
-def _commonsense(record: Mapping, task: str) -> TaskExample:
+def _commonsense(record: Mapping, task: str) -> Question:
     options = record["instruction"].partition("Answer format:")[2].strip().split("/")
-    return TaskExample(record["instruction"], record["answer"], tuple(filter(None, options)), task)
+    return Question(record["instruction"], record["answer"], tuple(filter(None, options)), task)
 
 
-def _choices(record: Mapping, task: str) -> TaskExample:
+def _choices(record: Mapping, task: str) -> Question:
     choices = {choice["label"]: choice["text"] for choice in record["question"]["choices"]}
     if record["answerKey"] not in choices:
         raise ValueError(f"its answerKey {record['answerKey']!r} is none of {sorted(choices)}")
-    return TaskExample(record["question"]["stem"], choices[record["answerKey"]], tuple(choices.values()), task)
+    return Question(record["question"]["stem"], choices[record["answerKey"]], tuple(choices.values()), task)
 
 
-def _boolq(record: Mapping, task: str) -> TaskExample:
+def _boolq(record: Mapping, task: str) -> Question:
     prompt, answer = f"{record['passage']}\n{record['question']}?", "yes" if record["answer"] else "no"
-    return TaskExample(prompt, answer, ("yes", "no"), task)
+    return Question(prompt, answer, ("yes", "no"), task)
 
 
-FORMATS: list[tuple[set[str], Callable[[Mapping, str], TaskExample]]] = [  # the fields of each, and what reads it
+FORMATS: list[tuple[set[str], Callable[[Mapping, str], Question]]] = [  # the fields of each, and what reads it
     ({"passage", "question", "answer"}, _boolq),
     ({"question", "answerKey"}, _choices),
     ({"instruction", "answer"}, _commonsense),

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from potara_lite.adapters import attach, repeat_adapter
 from potara_lite.data import Split
 from potara_lite.language import encode_answers, encode_texts, pad_tokens
-from potara_lite.scoring import Question, exact_match, greedy_tokens, log_likelihoods, multiple_choice, write_answers
+from potara_lite.scoring import exact_match, greedy_tokens, log_likelihoods, multiple_choice, write_answers
+from potara_lite.text_data import Question
 
 WORDS = ["<end>", "red", "extraordinarily", "light", "what", "?", "\n"]
 NEXT = {  # the probability of the word that follows
@@ -71,9 +72,10 @@ def test_an_answers_likelihood_is_the_product_over_its_tokens(adapted, stack):
 def test_long_options_win_by_likelihood_per_character_alone(adapted, stack):
     # after "?": red 0.6 in 3 characters, "extraordinarily light" 0.3 * 0.9 in 21, "light" 0.1 in 5
     options = ("red", "extraordinarily light", "light")
-    questions = [Question("what ?", options, 0), Question("what ? ", options, 1), Question("light ?", options, 1)]
+    asked = (("what ?", 0), ("what ? ", 1), ("light ?", 1))
+    questions = [Question(prompt, options[answer], options) for prompt, answer in asked]
     # after "what": 0.3, 0.2 * 0.9 and 0.5; by tokens, or by the root of the characters, "light" would still win
-    others = [questions[1], Question("what", options, 1)]
+    others = [questions[1], Question("what", options[1], options)]
     acc, acc_norm = multiple_choice(adapted, stack, [questions, others], Tokenizer())
     assert acc.tolist() == [1 / 3, 0] and acc_norm.tolist() == [2 / 3, 1]
 
@@ -83,7 +85,7 @@ def test_a_models_own_adapter_answers_for_each_client(adapted, stack):
     a, b = moved.values()
     a[1], b[1] = 0, 0
     a[1, 0, 1], b[1, 3, 0] = -1.0, 2.0  # client 1: "light" gains -2 log 0.6 times the scaling of 2, so log 0.1 + 2.04
-    acc, _ = multiple_choice(adapted, moved, [[Question("what ?", ("red", "light"), 1)]] * 2, Tokenizer())
+    acc, _ = multiple_choice(adapted, moved, [[Question("what ?", "light", ("red", "light"))]] * 2, Tokenizer())
     assert acc.tolist() == [0, 1]
 
 
@@ -116,10 +118,15 @@ def test_what_cannot_be_scored_is_refused():
             encode_answers(Tokenizer(), prompts, answers, max_length=3)
     with pytest.raises(ValueError, match="text 1 is empty"):
         encode_texts(Tokenizer(), ["red", "  "])
-    with pytest.raises(ValueError, match="two options or more"):
-        Question("what", ("red",), 0)
-    with pytest.raises(ValueError, match="answer 2 is none of the options 0 … 1"):
-        Question("what", ("red", "light"), 2)
+    with pytest.raises(ValueError, match="'what' needs two options or more, not .'red'."):
+        multiple_choice(None, {}, [[Question("what", "red", ("red",))]], Tokenizer())
+    for given, message in (
+        (("what", "blue", ("red", "light")), "its answer 'blue' is none of its options"),
+        (("what", "red", ("red", " ")), "one of its options is empty"),
+        ((" ", "red"), "its prompt or its answer is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Question(*given)
     for found, expected in ((["a"], ["a", "b"]), ([], [])):
         with pytest.raises(ValueError, match="answers for"):
             exact_match(found, expected)

@@ -51,7 +51,7 @@ def asked():
         draws = [torch.randint(len(WORDS), (4,), generator=random).tolist() for _ in range(count)]
         prompts = [" ".join(WORDS[i] for i in draw[: 2 + n % 3]) + " Kind:" for n, draw in enumerate(draws)]
         right = [sum(draw) % 3 for draw in draws]
-        questions.append([Question(prompt, KINDS, answer) for prompt, answer in zip(prompts, right)])
+        questions.append([Question(prompt, KINDS[answer], tuple(KINDS)) for prompt, answer in zip(prompts, right)])
         examples.append(encode_answers(tokenizer, prompts, [f" {KINDS[answer]}" for answer in right]))
     return adapted, adapters, Split.of(examples), kinds, questions, tokenizer
 

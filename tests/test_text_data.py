@@ -16,7 +16,7 @@ from potara_lite.data import Federation, Split, partition
 from potara_lite.setting import Setting
 from potara_lite.text_data import (
     DOMAINS,
-    TaskExample,
+    Question,
     domain_proportions,
     read_glosses,
     read_task,
@@ -165,11 +165,11 @@ ARC = {"id": "1", "answerKey": "B",
                     "choices": [{"text": "one", "label": "A"}, {"text": "two", "label": "B"}]}}  # fmt: skip
 BOOLQ = {"question": "is it so", "passage": "It is so.", "answer": True, "title": "So"}
 READ = [
-    (FLAN, TaskExample(FLAN["instruction"], "no", ("no", "yes"), "wic")),
-    (WRITTEN, TaskExample("Say it in words.", "In words.", (), "web_nlg")),
-    (SUITE, TaskExample(SUITE["instruction"], "answer2", ("answer1", "answer2"), "file")),
-    (ARC, TaskExample("Which?", "two", ("one", "two"), "file")),
-    (BOOLQ, TaskExample("It is so.\nis it so?", "yes", ("yes", "no"), "file")),
+    (FLAN, Question(FLAN["instruction"], "no", ("no", "yes"), "wic")),
+    (WRITTEN, Question("Say it in words.", "In words.", (), "web_nlg")),
+    (SUITE, Question(SUITE["instruction"], "answer2", ("answer1", "answer2"), "file")),
+    (ARC, Question("Which?", "two", ("one", "two"), "file")),
+    (BOOLQ, Question("It is so.\nis it so?", "yes", ("yes", "no"), "file")),
 ]
 
 

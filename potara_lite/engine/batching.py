@@ -139,10 +139,8 @@ def plan(
         else:
             example = (kept + 4 * largest if backward else 8 * largest) / any_tensor(few).shape[1]
             copy_bytes = sum(tensor.numel() * tensor.element_size() for tensor in one.values())
-            copies, memory = (
-                copy_bytes * (adapter_copies or (10 if backward else 2)),
-                execution.memory_on(adapted.device),
-            )
+            copies = copy_bytes * (adapter_copies or (10 if backward else 2))
+            memory = execution.memory_on(adapted.device)
             vectorize, chunk = True, chunk or max(1, int(memory // (example * batch_size + copies)))
             examples = max(1, min(batch_size, int((memory - copies) // example)))
     chunks = _even_chunks(len(any_tensor(x)), chunk if vectorize else 1, exact=execution.chunk_size is not None)
