@@ -123,7 +123,7 @@ class Trial:
     setting: Setting
     seed: int
     progress: bool = False
-    pairs_from_federated: dict[float, Pair] = field(default_factory=dict, init=False, repr=False)
+    pairs: dict[tuple, Pair] = field(default_factory=dict, init=False, repr=False)  # further ones, by what they are
 
     @cached_property
     def pair(self) -> Pair:
@@ -132,14 +132,15 @@ class Trial:
 
     def pair_from_federated(self, lr_scale: float = 1.0) -> Pair:
         """The pair whose local models were trained from the federated one, so not independently of it."""
-        if lr_scale not in self.pairs_from_federated:
+        key = "local from federated", lr_scale
+        if key not in self.pairs:
             pair, setting = self.pair, replace(self.setting, local_lr_scale=lr_scale)
             local, ledger, seconds = train_local(
                 self.adapted, pair.federated, self.federation, setting, self.seed, self.progress
             )
             cost = (pair.ledgers[0], ledger), (pair.seconds[0], seconds)
-            self.pairs_from_federated[lr_scale] = Pair(pair.federated, local, *cost, local_from_federated=True)
-        return self.pairs_from_federated[lr_scale]
+            self.pairs[key] = Pair(pair.federated, local, *cost, local_from_federated=True)
+        return self.pairs[key]
 
     @cached_property
     def test_curve(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -113,14 +113,14 @@ def paired_differences(rows: pd.DataFrame, method: str = "potara-calibrated", sc
         others = [name for name in dict.fromkeys(means.index.get_level_values("method")) if name != method]
         pairs = [(means[method] - means[name]).dropna() for name in others]
         p = [float(stats.ttest_1samp(d, 0.0).pvalue) if len(d) > 1 and d.std() > 0 else torch.nan for d in pairs]
-        lines += [[d.mean(), d.sem(), value, corrected] for d, value, corrected in zip(pairs, p, _holm(p))]
+        lines += [[d.mean(), d.sem(), value, corrected] for d, value, corrected in zip(pairs, p, holm(p))]
         index += others if federation is None else [(federation, name) for name in others]
     index = pd.Index(index, name="method") if None in parts else pd.MultiIndex.from_tuples(index, names=_keys(rows))
     return pd.DataFrame(lines, index=index, columns=["difference", "±", "p", "p (Holm)"])
 
 
-def _holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction; NaN stays NaN and does not count."""
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of several p-values (Holm, 1979); NaN stays NaN and does not count."""
     order = sorted((value, i) for i, value in enumerate(p) if value == value)
     corrected, largest = list(p), 0.0
     for place, (value, i) in enumerate(order):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from ..adapters import AdaptedBackbone, Adapter
 from ..data import Federation
 from .calibrated import estimate_calibrated, estimate_pooled, lowest_inside, pooled_offset, pooled_weight
+from .combination import estimate_combination, simplex_moments
 from .curve import estimate_curve, parabola_moments, segment_losses
 from .ensemble import estimate_ensemble
 from .estimate import Estimate, by_layer, estimate_uniform, head_and_body
