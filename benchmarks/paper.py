@@ -111,7 +111,9 @@ def every(weight: float) -> Callable[..., Estimate]:
 PAPER = Setting(train_size=1000, test_size=500, rounds=80, round_steps=5, local_steps=300)
 BUDGETS = {"8 clients of 1000": PAPER, "20 clients of 300": replace(PAPER, clients=20, train_size=300, test_size=250)}
 BASELINE_ROUNDS = 60  # of 5 steps, and 300 local ones: 600, which each baseline deals as its rounds need
-RATES = (1, 0.5, 2, 4)
+RATES = 1, 0.5, 2, 4
+FURTHER = {"FedIT": (8,), "FFA-LoRA": (8, 16), "federated part": (8,), "local": (0.25,), "local part": (0.25,)}
+FURTHER["local from federated"] = (0.25,)  # where the best of the four was at an end
 BASELINES = "local", "FedIT", "FFA-LoRA", "FedSA-LoRA", "FedDPA-T", "FedALT", "Ditto"
 
 
@@ -125,26 +127,32 @@ def with_600_steps(method: Method) -> Method:
     return with_setting(method, rounds=BASELINE_ROUNDS)
 
 
+def rates_of(name: str) -> tuple[float, ...]:
+    """The learning rates that are tried."""
+    return *RATES, *FURTHER.get(name, ())
+
+
 def label(name: str, rate: float) -> str:
     return f"{name} (lr_scale={rate:g})"
 
 
 def candidates() -> dict[str, Method]:
     """Every baseline, and each of the two models of the merges, at every learning rate."""
-    found = {label(name, r): with_600_steps(FAMILIES[name](lr_scale=r)) for name in BASELINES for r in RATES}
-    for rate in RATES:  # each without the other
-        one, other = dict(federated_lr_scale=rate, local_steps=0), dict(local_lr_scale=rate, rounds=0)
-        found[label("federated part", rate)] = with_setting(one_of_pair(0), **one)
-        found[label("local part", rate)] = with_setting(one_of_pair(1), **other)
+    found = {label(name, r): with_600_steps(FAMILIES[name](lr_scale=r)) for name in BASELINES for r in rates_of(name)}
+    for rate in rates_of("federated part"):  # each without the other
+        only = with_setting(one_of_pair(0), federated_lr_scale=rate, local_steps=0)
+        found[label("federated part", rate)] = only
+    for rate in rates_of("local part"):
+        found[label("local part", rate)] = with_setting(one_of_pair(1), local_lr_scale=rate, rounds=0)
     start = FAMILIES["uniform, local from federated"]
-    return found | {label("local from federated", r): start(lr_scale=r) for r in RATES}
+    return found | {label("local from federated", r): start(lr_scale=r) for r in rates_of("local from federated")}
 
 
 def best_rates(rows: pd.DataFrame) -> dict[str, float]:
     """Each method's learning rate with the highest mean accuracy, the first of equals."""
     accuracy = rows.groupby("method").accuracy.mean()
     names = [*BASELINES, "federated part", "local part", "local from federated"]
-    return {name: max(RATES, key=lambda rate: accuracy[label(name, rate)]) for name in names}
+    return {name: max(rates_of(name), key=lambda rate: accuracy[label(name, rate)]) for name in names}
 
 
 def contestants(rates: dict[str, float]) -> dict[str, Method]:
@@ -178,7 +186,7 @@ CONDITIONS = {
     "100 + 200 steps": replace(BASE, rounds=20, local_steps=200),
     "250 + 50 steps": replace(BASE, rounds=50, local_steps=50),
     "20 clients": replace(BASE, clients=20),
-    "100 clients": replace(BASE, clients=100, calibration_size=30, test_size=100),
+    "100 clients": replace(BASE, clients=100, calibration_size=30, test_size=60),
     "50 + 25 steps": replace(BASE, rounds=10, local_steps=25),
     "400 + 400 steps": replace(BASE, rounds=80, local_steps=400),
     "lr / 4": replace(BASE, lr=BASE.lr / 4),
