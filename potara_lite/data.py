@@ -6,14 +6,14 @@ full data sets through torchvision, or your own tensors.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .files import check_file, data_path, reading
 
 Inputs = Tensor | dict[str, Tensor]  # one tensor, or by name what the network is called with (token ids and their mask)
 Examples = tuple[Inputs, Tensor]  # inputs (n, ...); labels (n,), or token-level targets (n, T)
@@ -280,6 +280,13 @@ def _check_partition(pool, test_pool, sizes, calibration_size, test_size, client
         )
     if proportions is not None and np.shape(proportions) != (clients, classes):
         raise ValueError(f"proportions are of shape {np.shape(proportions)}, not a row for each of {clients} clients")
+    wanted = sum(sizes) + clients * calibration_size, clients * test_size
+    for part, asked, there in zip(("training and calibration", "test"), wanted, (len(pool[1]), len(test_pool[1]))):
+        if asked > there:  # before a hundred draws that cannot succeed
+            raise SupplyError(
+                f"the pool runs out: {clients} clients ask for {asked} {part} examples, there are {there}; take fewer "
+                "clients or smaller sizes"
+            )
 
 
 def partition(
@@ -337,27 +344,6 @@ def partition(
     )
 
 
-def data_path(name: str = "", folder: str = "data") -> Path:
-    """Where the shipped file ``name`` lies: inside an installed wheel, or in this ``folder`` of a checkout."""
-    package = Path(__file__).resolve().parent
-    shipped = package / "_data"
-    return (shipped if shipped.is_dir() else package.parent / folder) / name
-
-
-def check_file(path: str | Path) -> Path:
-    """The path itself, once the file's SHA-256 equals the one in the ``.sha256`` file beside it.
-
-    Raises ``ValueError`` when the file is missing or damaged.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    expected = path.with_suffix(".sha256").read_text().split()[0]
-    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
-        raise ValueError(f"{path} is damaged: its SHA-256 is {found[:12]}…, expected {expected[:12]}…")
-    return path
-
-
 def fashion_mnist(**options) -> Federation:
     """A federation of the Fashion-MNIST subset in ``data/`` (20,000 train and 10,000 test images): no download.
 
@@ -366,12 +352,16 @@ def fashion_mnist(**options) -> Federation:
     >>> federation = fashion_mnist(clients=3, train_size=20, test_size=50)
     >>> federation.train.x.shape
     torch.Size([3, 20, 1, 28, 28])
+
+    Raises ``FileError`` (a ``ValueError``) when the file is missing or damaged.
     """
-    with np.load(check_file(data_path("fashion_mnist.npz")), allow_pickle=False) as file:
-        pools = [
-            (torch.from_numpy(file[f"{s}_images"]).unsqueeze(1) / 255, torch.from_numpy(file[f"{s}_labels"]).long())
-            for s in ("train", "test")
-        ]
+    path, pools = check_file(data_path("fashion_mnist.npz")), []
+    with reading(path), np.load(path, allow_pickle=False) as file:
+        for part in ("train", "test"):
+            images, labels = file[f"{part}_images"], file[f"{part}_labels"]
+            if images.shape != (len(labels), 28, 28) or {images.dtype, labels.dtype} != {np.dtype(np.uint8)}:
+                raise ValueError(f"{part}: {images.dtype} {images.shape} are no images of {len(labels)} labels")
+            pools.append((torch.from_numpy(images).unsqueeze(1) / 255, torch.from_numpy(labels).long()))
     return partition(*pools, classes=10, **{"name": "Fashion-MNIST", **options})
 
 

@@ -7,7 +7,7 @@ the two models are here; ``field.methods`` has the rest of the field in the same
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -254,10 +254,16 @@ def run_methods(
     methods: Mapping[str, Method] = PAIR_METHODS,
     *,
     prepare: Callable[[Setting, int], tuple[AdaptedBackbone, Federation]] = prepare,
+    finished: Collection[tuple[str, int]] = (),
     progress: bool = False,
 ) -> Iterator[tuple[str, Trial, Result]]:
-    """Every method on every seed, one after another: its name, the trial and its result as soon as it is there."""
+    """Every method on every seed, one after another: its name, the trial and its result as soon as it is there.
+
+    ``finished``: methods and seeds that are left out.
+    """
     for seed in seeds:
-        trial = Trial(*prepare(setting, seed), setting, seed, progress)
-        for name, method in methods.items():
+        missing = {name: method for name, method in methods.items() if (name, seed) not in finished}
+        if missing:
+            trial = Trial(*prepare(setting, seed), setting, seed, progress)
+        for name, method in missing.items():
             yield name, trial, method(trial)

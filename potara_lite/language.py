@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import MASK, PADDING
+from .files import reading
 
 
 class TextClassifier(nn.Module):
@@ -117,7 +118,7 @@ def installed_minilm() -> Path:
 
 
 def text_tokenizer(name_or_path: str | Path):
-    """The tokenizer of Hugging Face that goes with a backbone. Raises ``ValueError`` for what cannot be loaded."""
+    """The tokenizer of Hugging Face that goes with a backbone. Raises ``FileError`` for what cannot be loaded."""
     return _load("AutoTokenizer", name_or_path, {})
 
 
@@ -127,13 +128,18 @@ def _load(kind: str, name_or_path: str | Path, options: dict) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ImportError("text needs transformers: pip install 'potara-lite[text]'") from error
-    try:
-        if kind != "AutoTokenizer":
-            options = {"attn_implementation": "eager", "dtype": torch.float32, **options}
-        with _no_bars(transformers.utils.logging if Path(source).is_dir() else None):
-            return getattr(transformers, kind).from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from error
+    on_disk = Path(source).is_dir()  # then nothing is asked of the network; and no code that comes with a model is run
+    options = {"local_files_only": on_disk, "trust_remote_code": False, **options}
+    with reading(source), _no_bars(transformers.utils.logging if on_disk else None):
+        if kind == "AutoTokenizer":
+            return transformers.AutoTokenizer.from_pretrained(source, **options)
+        options = {"attn_implementation": "eager", "dtype": torch.float32, "output_loading_info": True, **options}
+        model, found = getattr(transformers, kind).from_pretrained(source, **options)
+        if missing := sorted(
+            name for name in found["missing_keys"] if "pooler" not in name
+        ):  # which nothing here reads
+            raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]!r}, which would be random")
+        return model
 
 
 @contextmanager

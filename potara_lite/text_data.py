@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Examples, Federation, Split, check_file, data_path, partition
+from .data import Examples, Federation, Split, partition
+from .files import FileError, check_file, data_path, reading
 from .language import encode_texts
 
 GLOSSES = "wordnet_glosses.xz"
@@ -42,9 +43,14 @@ def with_tokens(federation: Federation, texts: Sequence[str], tokenizer: Callabl
 
 
 def read_glosses() -> tuple[list[str], list[str], Tensor]:
-    """The names of the 24 supersenses, the shipped glosses, and the label of each ``(n,)``."""
-    lines = lzma.decompress(check_file(data_path(GLOSSES)).read_bytes()).decode("ascii").splitlines()
-    senses, texts = zip(*(line.split("\t") for line in lines))
+    """The names of the 24 supersenses, the shipped glosses, and the label of each ``(n,)``.
+
+    Raises ``FileError`` when the file is missing or damaged.
+    """
+    path = check_file(data_path(GLOSSES))
+    with reading(path):
+        lines = lzma.decompress(path.read_bytes()).decode("ascii").splitlines()
+        senses, texts = zip(*(line.split("\t") for line in lines))
     names = sorted(set(senses))
     return names, list(texts), torch.tensor([names.index(sense) for sense in senses])
 
@@ -108,32 +114,32 @@ def read_task(path: str | Path, seed: int = 0) -> list[Question]:
     - ARC and OpenBookQA: ``question`` with ``stem`` and ``choices`` (``label``, ``text``), ``answerKey``;
     - BoolQ: ``passage``, ``question``, ``answer`` (true or false).
 
-    Raises ``ValueError`` naming file and line (of an array, the record) for what is none of these, an empty prompt or
-    answer, and an answer that is no option.
+    Raises ``FileError`` (a ``ValueError``) naming file and line (of an array, the record) for what is none of these, a
+    field of another kind, an empty prompt or answer, and an answer that is no option.
     """
     path, examples = Path(path), []
     for place, record in _records(path):
-        try:
+        with reading(f"{path}, {place}"):
             examples.append(_example(record, path.stem))
-        except (ValueError, TypeError, AttributeError, KeyError) as error:  # a field may be of another kind
-            raise ValueError(f"{path}, {place}: {error}") from None
     if not examples:
-        raise ValueError(f"{path} has no examples")
+        raise FileError(f"{path} has no examples")
     return [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
 
 
 def _records(path: Path) -> Iterator[tuple[str, object]]:
     """The records of a file, and where each stands."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    text = path.read_text("utf-8")
+        raise FileError(f"{path} is missing")
+    with reading(path):
+        text = path.read_text("utf-8")
     whole = text.lstrip().startswith("[")
     parts = [(1, text)] if whole else [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     for number, part in parts:
-        try:
-            found = json.loads(part)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number + error.lineno - 1}: no JSON: {error.msg}") from None
+        with reading(f"{path}, line {number}"):
+            try:
+                found = json.loads(part)
+            except json.JSONDecodeError as error:
+                raise FileError(f"{path}, line {number + error.lineno - 1}: no JSON: {error.msg}") from None
         records = enumerate(found, 1) if whole else [(number, found)]
         yield from ((f"{'record' if whole else 'line'} {n}", record) for n, record in records)
 
@@ -143,30 +149,43 @@ def _example(record: object, task: str) -> Question:
     fields = set(record) if isinstance(record, Mapping) else set()
     for needed, read in FORMATS:
         if needed <= fields:
-            return read(record, record.get("task", task))
+            return read(record, _text({"task": task, **record}, "task"))
     known = "; ".join(", ".join(sorted(needed)) for needed, _ in FORMATS)
     raise ValueError(f"its fields are {sorted(fields)}, expected are those of one format: {known}")
 
 
+def _text(record: Mapping, name: str) -> str:
+    """A field of a record. Raises ``ValueError`` for one that is no text."""
+    if not isinstance(record[name], str):
+        raise ValueError(f"its {name} must be text, not {record[name]!r}")
+    return record[name]
+
+
 def _flan(record: Mapping, task: str) -> Question:
-    options = re.findall(r"^- (.*)$", record["instruction"].partition("OPTIONS:")[2], re.M)
-    return Question(record["instruction"], record["output"], tuple(option.strip() for option in options), task)
+    prompt = _text(record, "instruction")
+    options = re.findall(r"^- (.*)$", prompt.partition("OPTIONS:")[2], re.M)
+    return Question(prompt, _text(record, "output"), tuple(option.strip() for option in options), task)
 
 
 def _commonsense(record: Mapping, task: str) -> Question:
-    options = record["instruction"].partition("Answer format:")[2].strip().split("/")
-    return Question(record["instruction"], record["answer"], tuple(filter(None, options)), task)
+    prompt = _text(record, "instruction")
+    options = prompt.partition("Answer format:")[2].strip().split("/")
+    return Question(prompt, _text(record, "answer"), tuple(filter(None, options)), task)
 
 
 def _choices(record: Mapping, task: str) -> Question:
-    choices = {choice["label"]: choice["text"] for choice in record["question"]["choices"]}
-    if record["answerKey"] not in choices:
-        raise ValueError(f"its answerKey {record['answerKey']!r} is none of {sorted(choices)}")
-    return Question(record["question"]["stem"], choices[record["answerKey"]], tuple(choices.values()), task)
+    question, key = record["question"], _text(record, "answerKey")
+    labels = [_text(choice, "label") for choice in question["choices"]]
+    choices = dict(zip(labels, (_text(choice, "text") for choice in question["choices"])))
+    if key not in choices or len(choices) < len(labels):
+        raise ValueError(f"its answerKey {key!r} must be one of its choices, which are {labels}")
+    return Question(_text(question, "stem"), choices[key], tuple(choices.values()), task)
 
 
 def _boolq(record: Mapping, task: str) -> Question:
-    prompt, answer = f"{record['passage']}\n{record['question']}?", "yes" if record["answer"] else "no"
+    if not isinstance(record["answer"], bool):
+        raise ValueError(f"its answer must be true or false, not {record['answer']!r}")
+    prompt, answer = f"{_text(record, 'passage')}\n{_text(record, 'question')}?", "yes" if record["answer"] else "no"
     return Question(prompt, answer, ("yes", "no"), task)
 
 

@@ -572,7 +572,7 @@ def test_what_is_said_of_the_engine_on_text_was_measured():
 
 
 def test_an_empty_folder_says_what_it_lacks(tmp_path):
-    with pytest.raises(ValueError, match="cannot load .*config.json|cannot load .*model"):
+    with pytest.raises(ValueError, match="cannot read .*config.json|cannot read .*model"):
         causal_lm(tmp_path)
 
 

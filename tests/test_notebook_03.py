@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from potara_lite import data
+from potara_lite import files
 from potara_lite.moments import Moments, combination_weights
 from potara_lite.teaching import rows
 from potara_lite.teaching.bound_explorer import bound_explorer
@@ -297,7 +297,7 @@ def test_the_committed_rows_come_from_the_package_first_and_from_the_checkout_el
     package = tmp_path / "potara_lite"
     (tmp_path / "benchmarks").mkdir()
     pd.DataFrame({"from": ["checkout"]}).to_csv(tmp_path / "benchmarks" / "bound.csv", index=False)
-    monkeypatch.setattr(data, "__file__", str(package / "data.py"))
+    monkeypatch.setattr(files, "__file__", str(package / "files.py"))
     assert rows.committed_rows("bound.csv")["from"].tolist() == ["checkout"]
     (package / "_data").mkdir(parents=True)
     pd.DataFrame({"from": ["package"]}).to_csv(package / "_data" / "bound.csv", index=False)

@@ -27,7 +27,8 @@ from .. import __version__
 from ..adapters import AdaptedBackbone
 from ..data import Federation, Split, map_inputs
 from ..experiment import Method, Trial, prepare
-from ..results import result_rows, write_atomically
+from ..files import FileError, reading, write_atomically
+from ..results import result_rows
 from ..setting import Setting
 
 COLUMNS = ["federation", "method", "seed", "client", "accuracy", "loss", "union_accuracy", "union_loss", "weight",
@@ -72,8 +73,8 @@ def sweep(
     is computed anew when its method, ``prepare``, ``eval_split`` or the version of the library is another one
     (``fingerprint``).
 
-    Raises ``ValueError`` when the folder holds a federation of the same name and another setting or a damaged cell, for
-    names that would share a file or make none, for a seed given twice, and for no such shard.
+    Raises ``ValueError`` when the folder holds a federation of the same name and another setting or a damaged cell (a
+    ``FileError``), for names that would share a file or make none, for a seed given twice, and for no such shard.
 
     A method of your own beside one of the field (LG-FedAvg shares the head and keeps the rest; arXiv 2001.01523):
 
@@ -116,7 +117,7 @@ def sweep(
 def read_results(folder: str | Path) -> pd.DataFrame:
     """All rows that a sweep's folder holds, by federation, seed and method.
 
-    Raises ``ValueError`` for a damaged cell.
+    Raises ``FileError`` (a ``ValueError``) for a damaged cell.
     """
     frames = [_read_cell(path)[1] for path in sorted(Path(folder).glob("*/seed-*/*.csv"))]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
@@ -158,15 +159,16 @@ def _write_cell(path: Path, key: str, rows: pd.DataFrame) -> None:
 
 def _read_cell(path: Path) -> tuple[str, pd.DataFrame]:
     """The fingerprint of what made a cell, and its rows."""
-    first, _, text = path.read_text().partition("\n")
-    sign, _, rest = first.partition(" ")
-    key, _, digest = rest.partition(" ")
-    if sign != "#" or hashlib.sha256(text.encode()).hexdigest() != digest:
-        raise ValueError(f"{path} is damaged or was changed by hand: delete it, and it is computed again")
-    rows = pd.read_csv(StringIO(text))
-    federation, method, seed = rows.loc[0, ["federation", "method", "seed"]].astype(str)
-    if path.parts[-3:] != (_slug(federation), f"seed-{seed}", f"{_slug(method)}.csv"):
-        raise ValueError(f"{path} holds the rows of another cell: delete it, and it is computed again")
+    with reading(path):
+        first, _, text = path.read_text().partition("\n")
+        sign, _, rest = first.partition(" ")
+        key, _, digest = rest.partition(" ")
+        if sign != "#" or hashlib.sha256(text.encode()).hexdigest() != digest:
+            raise FileError(f"{path} is damaged or was changed by hand: delete it, and it is computed again")
+        rows = pd.read_csv(StringIO(text))
+        federation, method, seed = rows.loc[0, ["federation", "method", "seed"]].astype(str)
+        if path.parts[-3:] != (_slug(federation), f"seed-{seed}", f"{_slug(method)}.csv"):
+            raise FileError(f"{path} holds the rows of another cell: delete it, and it is computed again")
     return key, rows
 
 
@@ -185,7 +187,7 @@ def _check_names(*collections: Mapping[str, object]) -> None:
 
 def _remember_setting(folder: Path, setting: Setting, union_size: int) -> None:
     path, text = folder / "setting.json", json.dumps(asdict(setting) | {"union": union_size}, indent=1) + "\n"
-    if path.is_file() and path.read_text() != text:
+    if path.is_file() and path.read_bytes() != text.encode():
         raise ValueError(f"{folder} holds results of another setting; take another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)

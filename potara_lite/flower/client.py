@@ -7,7 +7,6 @@ are those of ``docs/deployment.md``; the numbers that travel are computed by the
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..adapters import AdaptedBackbone, Adapter, client_adapter, save_adapter, select_clients
 from ..connectivity import weight_grid
@@ -28,6 +27,7 @@ from ..estimators.curve import client_losses, segment_losses
 from ..experiment import train_local
 from ..field.algorithms import ALGORITHMS
 from ..field.rounds import Algorithm, client_step, finetune_step
+from ..files import reading, write_atomically
 from ..merging import merge_exact
 from .plan import Config, LoadClient, Plan, from_record, load_lab_client, to_record
 
@@ -63,9 +63,7 @@ class Home:
             self.context.state["home"] = ArrayRecord(flat)
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}.part")
-        save_file(flat, partial, metadata={"order": json.dumps(list(flat))})  # the file sorts by name
-        os.replace(partial, self.path)
+        write_atomically(self.path, save(flat, metadata={"order": json.dumps(list(flat))}))  # the file sorts by name
 
     def _read(self) -> State:
         if self.path is None:
@@ -73,7 +71,7 @@ class Home:
             return {} if record is None else {name: t.clone() for name, t in record.to_torch_state_dict().items()}
         if not self.path.is_file():
             return {}
-        with safe_open(self.path, framework="pt") as file:
+        with reading(self.path), safe_open(self.path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in json.loads(file.metadata()["order"])}
 
 

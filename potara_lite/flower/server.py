@@ -28,7 +28,8 @@ from ..estimators.calibrated import POINTS, lowest_inside, parabolas, two_groups
 from ..field.algorithms import ALGORITHMS
 from ..field.privacy import Privacy
 from ..field.rounds import Algorithm, server_step
-from ..results import COLUMNS, write_atomically
+from ..files import write_atomically
+from ..results import COLUMNS
 from .plan import LoadBackbone, Plan, from_record, load_lab_backbone, payload_bytes, to_record
 
 log = logging.getLogger("flwr.potara_lite")
