@@ -121,7 +121,7 @@ def lab_vit(classes: int = 10, *, checkpoint: str | Path | None = None) -> LabVi
             raise ValueError(f"a network of {settings} has more than {len(weights)} tensors")
         with torch.device("meta"):  # whatever its size is said to be, it takes no memory until the shapes agree
             model = LabViT(classes=classes, **settings)
-        head = dict(weight=torch.zeros(classes, settings["dim"]), bias=torch.zeros(classes))
+        head = dict(weight=torch.zeros(classes, len(weights["norm.weight"])), bias=torch.zeros(classes))
         model.load_state_dict(weights | {f"head.{name}": tensor for name, tensor in head.items()}, assign=True)
     return model.eval()
 

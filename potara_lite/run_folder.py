@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ class RunFolder:
     def add(self, rows: pd.DataFrame) -> None:
         """Write the rows of one more result, after all that belongs to it."""
         text = self.text + rows.to_csv(index=False, header=not self.text, lineterminator="\n")
-        digests = [hashlib.sha256((self.config + one).encode()).hexdigest() for one in (text, self.text)]
-        write_atomically(self.path / "results.digest", "\n".join(digests) + "\n")  # of what comes and of what is there
+        digests = _digest(self.config, text), _digest(self.config, self.text)  # of what comes, and of what is there
+        write_atomically(self.path / "results.digest", "\n".join(digests) + "\n")
         write_atomically(self.path / "results.csv", text)
         self.text = text
 
@@ -71,6 +72,9 @@ def run_folder(path: Path, config: str, overwrite: bool = False) -> Iterator[Run
     path.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path / ".lock", timeout=0):
+            for pattern in (*(f"{name}.*.part" for name in RUN_FILES), "adapters/seed-*/**/*.part"):
+                for partial in path.glob(pattern):  # of a run that was killed while it wrote
+                    partial.unlink()
             yield RunFolder(path, config, "" if overwrite else _kept(path, config))
     except Timeout:
         raise ValueError(f"{path} is in use: another process writes its results there") from None
@@ -82,22 +86,22 @@ def _kept(path: Path, config: str) -> str:
         return ""
     try:
         with reading(path / "config.json"):
-            then, now = (
-                pd.json_normalize(json.loads(text)).iloc[0].to_dict() for text in (_read(path, "config.json"), config)
-            )
-        if odd := [
-            f"{name} {then.get(name)}, not {now.get(name)}" for name in then | now if then.get(name) != now.get(name)
-        ]:
-            raise FileError(f"{path} holds another run: {'; '.join(odd)}")
+            held = (path / "config.json").read_bytes().decode()
+            then, now = (pd.json_normalize(json.loads(text)).iloc[0].to_dict() for text in (held, config))
+            names = [name for name in now | then if then.get(name) != now.get(name)]
+        if odd := [f"{name} {then.get(name)}, not {now.get(name)}" for name in names]:
+            raise FileError(f"{path} holds another run: {textwrap.shorten('; '.join(odd), 200, placeholder=' …')}")
+        if not (path / "results.csv").exists():
+            return ""
         with reading(path / "results.csv"):
-            text = _read(path, "results.csv") if (path / "results.csv").exists() else ""
-            known = _read(path, "results.digest").split() if text else []
-            if text and hashlib.sha256((config + text).encode()).hexdigest() not in known:
-                raise FileError(f"{path / 'results.csv'} is damaged or was changed by hand")
+            text = (path / "results.csv").read_bytes().decode()
+            if _digest(config, text) not in (path / "results.digest").read_text().split():
+                raise ValueError("it is damaged or was changed by hand")
         return text
     except FileError as error:
         raise FileError(f"{error}; name another --out, or replace it by --overwrite") from error
 
 
-def _read(path: Path, name: str) -> str:
-    return (path / name).read_bytes().decode()
+def _digest(config: str, text: str) -> str:
+    """What tells whether rows are those that this run wrote."""
+    return hashlib.sha256((config + text).encode()).hexdigest()

@@ -50,7 +50,9 @@ def read_glosses() -> tuple[list[str], list[str], Tensor]:
     path = check_file(data_path(GLOSSES))
     with reading(path):
         lines = lzma.decompress(path.read_bytes()).decode("ascii").splitlines()
-        senses, texts = zip(*(line.split("\t") for line in lines))
+        senses, texts = zip(*(line.split("\t") for line in lines), strict=True)
+        if not all(text.strip() for text in texts):
+            raise ValueError("a gloss is empty")
     names = sorted(set(senses))
     return names, list(texts), torch.tensor([names.index(sense) for sense in senses])
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from potara_lite import backbones
 from potara_lite.adapters import attach, lora_layers
-from potara_lite.backbones import CheckpointError, LabViT, lab_vit, torchvision_vit
-from potara_lite.data import data_path
+from potara_lite.backbones import Attention, LabViT, lab_vit, torchvision_vit
+from potara_lite.files import FileError, data_path
 
 
 def test_the_shipped_checkpoint_loads_and_its_new_head_is_zero():
@@ -84,7 +84,7 @@ def test_a_flipped_byte_is_refused(checkpoint):
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="small.safetensors is damaged"):
+    with pytest.raises(FileError, match="small.safetensors is damaged"):
         lab_vit(checkpoint=path)
 
 
@@ -93,15 +93,15 @@ def test_a_flipped_byte_is_refused(checkpoint):
 def test_a_truncated_checkpoint_is_refused(checkpoint, length, checksum):
     path = checkpoint(checksum=checksum)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(CheckpointError, match="small.safetensors"):
+    with pytest.raises(FileError, match="small.safetensors"):
         lab_vit(checkpoint=path)
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(CheckpointError, match="nothing.safetensors"):
+    with pytest.raises(FileError, match="nothing.safetensors"):
         lab_vit(checkpoint=tmp_path / "nothing.safetensors")
     monkeypatch.setattr(backbones, "data_path", lambda name="": tmp_path / name)
-    with pytest.raises(CheckpointError, match="lab_vit.safetensors"):
+    with pytest.raises(FileError, match="lab_vit.safetensors"):
         lab_vit()
 
 
@@ -112,11 +112,15 @@ def test_a_checkpoint_of_another_network_is_refused(checkpoint, tmp_path):
         checkpoint(settings={"wings": 2}, checksum=False),
         checkpoint({name: t for name, t in weights.items() if name != "position"}, checksum=False),
         checkpoint({**weights, "extra": torch.zeros(1)}, checksum=False),
+        checkpoint({**weights, "position": weights["position"] * torch.nan}, checksum=False),
+        checkpoint(settings={"depth": 10**12}, checksum=False),
+        checkpoint(settings={"dim": 2**40}, checksum=False),
+        checkpoint(settings={"heads": 3}, checksum=False),
     ):
-        with pytest.raises(CheckpointError, match="cannot load the lab ViT"):
+        with pytest.raises(FileError, match="cannot read .*small.safetensors"):
             lab_vit(checkpoint=wrong)
     save_file(weights, tmp_path / "bare.safetensors")  # no settings in the file
-    with pytest.raises(CheckpointError, match="bare.safetensors"):
+    with pytest.raises(FileError, match="bare.safetensors"):
         lab_vit(checkpoint=tmp_path / "bare.safetensors")
 
 
@@ -169,3 +173,9 @@ def test_the_data_readme_states_what_the_checkpoint_says_of_itself():
     assert f"reaches {float(facts['test_accuracy']):.3f} test accuracy" in text
     assert f"for {facts['epochs']} epochs with seed {facts['seed']}" in text
     assert f"{sum(p.numel() for p in lab_vit().parameters()) / 1e6:.2f} million parameters" in text
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    for heads in (0, 3, -4):
+        with pytest.raises(ValueError, match=f"heads must divide dim 16, which {heads} does not"):
+            Attention(16, heads)

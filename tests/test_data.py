@@ -200,6 +200,9 @@ def test_a_client_too_small_to_withhold_from_is_refused():
     assert federation.train.sizes.tolist() == [1]
 
 
+ALIKE = np.eye(10)[[0] * 10]  # ten clients of class 0
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -212,8 +215,10 @@ def test_a_client_too_small_to_withhold_from_is_refused():
         (dict(test_size=0), "every client needs examples"),
         (dict(train_size=[3, 0, 3], clients=3), "every client needs examples"),
         (dict(train_size=[3, 3], clients=3), "train_size names 2 clients, not 3"),
-        (dict(train_size=500, alpha=float("inf")), "class 0 runs out: 53. examples are asked for, there are 200"),
-        (dict(test_size=500, alpha=float("inf"), train_size=1), "class 0 runs out: 500 .*, there are 200"),
+        (dict(train_size=500), "pool runs out: 10 clients ask for 5300 training and .* examples, there are 2000"),
+        (dict(test_size=500, train_size=1), "pool runs out: 10 clients ask for 5000 test examples, there are 2000"),
+        (dict(proportions=ALIKE, test_size=9), "class 0 runs out: 1300 examples are asked for, there are 200"),
+        (dict(proportions=ALIKE, train_size=5, calibration_size=5, test_size=100), "class 0 runs out: 1000 .* are 200"),
     ],
 )
 def test_partition_refuses(options, message):

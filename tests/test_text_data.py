@@ -13,6 +13,7 @@ from conftest import tiny_text_encoder
 
 from potara_lite import data, experiment, language, text_data
 from potara_lite.data import Federation, Split, partition
+from potara_lite.files import FileError
 from potara_lite.setting import Setting
 from potara_lite.text_data import (
     DOMAINS,
@@ -202,15 +203,19 @@ def test_a_task_is_shuffled_by_its_seed(tmp_path):
         ('{"instruction": " ", "output": "b"}', "line 1: its prompt or its answer is empty"),
         ('{"instruction": "a", "output": ""}', "line 1: its prompt or its answer is empty"),
         ('{"instruction": "a\\nOPTIONS:\\n- x\\n- y", "output": "z"}', "line 1: its answer 'z' is none of its options"),
-        (json.dumps(ARC | {"answerKey": "C"}), "line 1: its answerKey 'C' is none of ['A', 'B']"),
-        ('{"instruction": 5, "output": "b"}', "line 1: 'int' object"),
+        (json.dumps(ARC | {"answerKey": "C"}), "its answerKey 'C' must be one of its choices, which are ['A', 'B']"),
+        ('{"instruction": 5, "output": "b"}', "line 1: its instruction must be text, not 5"),
+        ('{"instruction": "a", "output": "b", "task": 3}', "line 1: its task must be text, not 3"),
+        (json.dumps(BOOLQ | {"answer": "false"}), "line 1: its answer must be true or false, not 'false'"),
+        (json.dumps(BOOLQ | {"passage": None}), "line 1: its passage must be text, not None"),
+        ('{"instruction": "a", "output": "b"}\n' + "[" * 100_000, "line 2: RecursionError"),
         ("", "has no examples"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(text, message, tmp_path):
     path = tmp_path / "task.jsonl"
     path.write_text(text)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(FileError) as caught:
         read_task(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
     with pytest.raises(ValueError, match="is missing"):
