@@ -35,8 +35,8 @@ class RunFolder:
 
     @property
     def rows(self) -> pd.DataFrame:
-        """The rows, to the last bit as they are written."""
-        return pd.read_csv(StringIO(self.text), float_precision="round_trip") if self.text else pd.DataFrame()
+        """The rows as a table."""
+        return pd.read_csv(StringIO(self.text)) if self.text else pd.DataFrame()
 
     @property
     def finished(self) -> set[tuple[str, int]]:

@@ -34,7 +34,7 @@ from potara_lite.run_folder import run_folder
 from potara_lite.setting import Setting
 from potara_lite.text_data import Question, read_task
 
-MUTATIONS = 300 if os.environ.get("POTARA_THOROUGH") else 30
+MUTATIONS = 500 if os.environ.get("POTARA_THOROUGH") else 50
 HOSTILE = [None, True, False, 0, -1, 1, 3, 0.5, 1e308, float("nan"), float("inf"), "", "x", "(", "\ud800", [], {}, [[]],
            {"": 0}, [1, 2, 3], "9" * 50, 2**31, 2**63, 10**30]  # fmt: skip
 
@@ -61,8 +61,9 @@ def mutated_bytes(content, rng):
     return bytes(content)
 
 
-def mutated_json(value, rng, hostile=HOSTILE):
+def mutated_json(value, rng, huge=True):
     """A JSON value with one of its parts replaced by a hostile one, swapped with another, renamed or lost."""
+    hostile = HOSTILE if huge else [one for one in HOSTILE if not isinstance(one, int) or one < 10]
     value, places = copy.deepcopy(value), []
 
     def walk(container):
@@ -74,7 +75,7 @@ def mutated_json(value, rng, hostile=HOSTILE):
     walk(holder := [value])
     (one, key), (two, other) = rng.choice(places), rng.choice(places[1:] or places)
     kind = rng.choice(["replace", "replace", "grow", "swap", "lose", "rename"])
-    if kind == "grow" and isinstance(one[key], int | float | list):  # of a list, a shape say, the first part
+    if kind == "grow" and huge and isinstance(one[key], int | float | list):  # of a list, a shape say, the first part
         one[key] = [rng.choice([2**40, 10**12]), *one[key][1:]] if isinstance(one[key], list) else one[key] * 2**20
     elif kind == "swap" and one is not holder:
         one[key], two[other] = copy.deepcopy(two[other]), copy.deepcopy(one[key])
@@ -92,7 +93,8 @@ def mutated(path, content, rng):
     if rng.random() < 0.5:
         return mutated_bytes(content, rng)
     if path.suffix == ".json":
-        return json.dumps(mutated_json(json.loads(content), rng)).encode()
+        huge = path.parent.name != "encoder"  # transformers builds as many blocks as it is told before it looks at any
+        return json.dumps(mutated_json(json.loads(content), rng, huge)).encode()
     if path.suffix == ".jsonl":
         lines = content.decode().splitlines()
         i = rng.randrange(len(lines))
@@ -100,9 +102,11 @@ def mutated(path, content, rng):
         return "\n".join(lines).encode()
     if path.suffix == ".safetensors":
         end = 8 + int.from_bytes(content[:8], "little")
-        header = mutated_json(json.loads(content[8:end]), rng)
-        if isinstance(header, dict) and "settings" in (header.get("__metadata__") or {}) and rng.random() < 0.5:
+        header = json.loads(content[8:end])
+        if "settings" in header["__metadata__"] and rng.random() < 0.5:
             header["__metadata__"]["settings"] = json.dumps(mutated_json(json.loads(SETTINGS), rng))
+        else:
+            header = mutated_json(header, rng)
         text = json.dumps(header).encode()
         return len(text).to_bytes(8, "little") + text + content[end:]
     if path.suffix == ".npz":
@@ -273,7 +277,8 @@ def run_of_a_command(tmp_path):
             return folder.rows
 
     def verify(found):
-        pd.testing.assert_frame_equal(found, rows, check_exact=True)
+        whole = len(found) == 3 or found.index.tolist() == [0]  # or cut exactly to what it was before
+        assert whole and (found.to_numpy() == rows[: len(found)].to_numpy()).all()
 
     return [tmp_path / name for name in ("config.json", "results.csv", "results.digest")], load, verify
 
@@ -293,7 +298,7 @@ def encoder(tmp_path):
     return files, lambda: (language.text_encoder(folder, 3), language.text_tokenizer(folder)), verify
 
 
-LOADERS = ["adapter_folder", "checkpoint", "images", "glosses", "tasks", "cells", "run_of_a_command"]
+LOADERS = ["adapter_folder", "checkpoint", "images", "glosses", "tasks", "cells", "run_of_a_command", "encoder"]
 
 
 @pytest.mark.parametrize("loader", LOADERS)
