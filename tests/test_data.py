@@ -223,7 +223,7 @@ ALIKE = np.eye(10)[[0] * 10]  # ten clients of class 0
 )
 def test_partition_refuses(options, message):
     with pytest.raises(ValueError, match=message):
-        partition(numbered_pool(200), numbered_pool(200), 10, **{"clients": 10, **options})
+        partition(numbered_pool(200), numbered_pool(200), 10, **{"clients": 10, "test_size": 99, **options})
 
 
 @pytest.fixture(scope="module")
