@@ -1,12 +1,14 @@
 """The command: what it prints and writes, and how it fails."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,6 +19,7 @@ from potara_lite import __main__ as command
 from potara_lite import backbones, experiment, prepare
 from potara_lite.experiment import ORACLE
 from potara_lite.results import COLUMNS
+from potara_lite.run_folder import run_folder
 from potara_lite.setting import Setting
 
 SMALL = ["--clients", "3", "--train-size", "20", "--rounds", "2", "--local-steps", "6", "--test-size", "20", "--quiet"]
@@ -98,12 +101,179 @@ def test_json_is_one_document_on_stdout(tmp_path, capsys):
         (["--clients", "40", "--train-size", "1000"], "runs out"),
         (["--device", "warp"], "device 'warp' cannot be used"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
+        (["--device", "hpu"], "device 'hpu' cannot be used"),
+        (["--device", "cuda:" + "9" * 30], "device 'cuda:9"),
+        (["--clients", "3000"], "the pool runs out: 3000 clients ask for 150000 training and calibration examples"),
+        (["--seeds", "3", "3"], "seeds must differ, unlike 3 3"),
+        (["--data", "wordnet", "--backbone", "./nowhere"], "./nowhere is no folder"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(arguments, message, tmp_path, capsys):
+    began = time.process_time()
     assert command.main([*SMALL, "--out", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and not (tmp_path / "results.csv").exists()
+    assert message in error and error.count("\n") == 1 and time.process_time() - began < 20
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "0", "--seeds", "1"], "argument --seeds: not allowed with argument --seed"),
+        (["--seeds", "0", "--seed", "0"], "argument --seed: not allowed with argument --seeds"),
+        (["--seed", "-1"], "argument --seed: must be at least 0 and below 2**64, not -1"),
+        (["--seeds", "3", str(2**64)], f"argument --seeds: must be at least 0 and below 2**64, not {2**64}"),
+        (["--clients", "1" * 30], f"argument --clients: must be at most 1000000, not {'1' * 30}"),
+        (["--local-steps", "1" * 5000], "argument --local-steps: invalid size value"),
+        (["--rounds", "2.5"], "argument --rounds: invalid size value: '2.5'"),
+    ],
+)
+def test_a_bad_value_names_its_option(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main([*SMALL, "--out", str(tmp_path / "out"), *arguments])
+    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_seed_may_be_the_default_or_the_largest():
+    seeds = [command.parser().parse_args(words).seeds for words in ([], ["--seed", "0"], ["--seed", str(2**64 - 1)])]
+    assert seeds == [[0], [0], [2**64 - 1]]
+
+
+def files(folder):
+    """What a run leaves, without the seconds that its training took."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    rows = pd.read_csv(folder / "results.csv").drop(columns="seconds").to_csv()
+    return {name: found[name] for name in found.keys() - {".lock", "results.csv", "results.digest"}} | {"rows": rows}
+
+
+def copied(out, folder):
+    shutil.copytree(out, folder, dirs_exist_ok=True)
+    return [*SMALL, "--seeds", "0", "1", "--out", str(folder)]
+
+
+def test_the_same_command_again_computes_nothing(out, tmp_path, capsys, monkeypatch):
+    again = copied(out, tmp_path)
+    before = (tmp_path / "results.csv").read_bytes()
+    monkeypatch.setattr(experiment, "prepare_images", lambda *_: pytest.fail("a federation was prepared"))
+    assert command.main(again) == 0
+    said = capsys.readouterr()
+    assert "has 14 results of this run, which are kept (--overwrite: anew)" in said.err and ORACLE in said.out
+    assert (tmp_path / "results.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("finished", [0, 2, 6, 9])
+def test_what_was_interrupted_goes_on_to_the_same_folder(out, tmp_path, capsys, monkeypatch, finished):
+    whole, original = files(out), experiment.run_methods
+
+    def interrupted(*arguments, **options):
+        for number, found in enumerate(original(*arguments, **options)):
+            if number == finished:
+                raise KeyboardInterrupt
+            yield found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "run_methods", interrupted)
+        patch.setattr(command.signal, "signal", lambda *_: None)
+        assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 130
+    said = capsys.readouterr().err
+    assert said == "potara_lite: interrupted; without --overwrite the same command goes on where it stopped\n"
+    kept = (tmp_path / "results.csv").read_bytes() if finished else b""
+    assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "results.csv").read_bytes().startswith(kept) and files(tmp_path) == whole
+
+
+def test_a_folder_with_another_run_is_refused_and_left_as_it_was(out, tmp_path, capsys):
+    copied(out, tmp_path)
+    before = files(tmp_path)
+    for other, message in (
+        (["--seeds", "0", "1", "--rounds", "3"], "another run: setting.rounds 2, not 3; name another --out"),
+        (["--seed", "0"], "another run: seeds [0, 1], not [0]; name another --out, or replace it by --overwrite"),
+        (["--seeds", "0", "1", "--overwrite", "--clients", "3000"], "the pool runs out"),
+    ):
+        assert command.main([*SMALL, *other, "--out", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1 and files(tmp_path) == before
+
+
+HARM = {
+    "another number": lambda folder: edit(folder / "results.csv", lambda text: text.replace("0.", "1.", 1)),
+    "a row less": lambda folder: edit(folder / "results.csv", lambda text: text[: text[:-1].rindex("\n") + 1]),
+    "a row twice": lambda folder: edit(folder / "results.csv", lambda text: text + text.splitlines()[-1] + "\n"),
+    "no digest": lambda folder: (folder / "results.digest").unlink(),
+    "no configuration": lambda folder: (folder / "config.json").unlink(),
+    "a cut configuration": lambda folder: edit(folder / "config.json", lambda text: text[:50]),
+    "adapters alone": lambda folder: [path.unlink() for path in folder.iterdir() if path.is_file()],
+}
+
+
+def edit(path, change):
+    path.write_text(change(path.read_text()))
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_folder_that_was_changed_by_hand_is_refused(harm, out, tmp_path, capsys):
+    again = copied(out, tmp_path)
+    HARM[harm](tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert command.main(again) == 2
+    said = capsys.readouterr().err
+    assert "replace it by --overwrite" in said and str(tmp_path) in said and said.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_overwrite_replaces_everything_that_a_run_left_and_nothing_else(out, tmp_path):
+    copied(out, tmp_path)
+    (tmp_path / "results.csv.123.part").write_text("half")
+    (tmp_path / "adapters" / "mine.txt").write_text("not a run's")
+    (tmp_path / "notes.txt").write_text("not a run's")
+    assert command.main([*SMALL, "--seed", "1", "--out", str(tmp_path), "--overwrite"]) == 0
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"seed-1", "mine.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".lock", "adapters", "config.json", "figure.png", "notes.txt", "results.csv", "results.digest"
+    }  # fmt: skip
+    one, both = (pd.read_csv(folder / "results.csv").drop(columns="seconds") for folder in (tmp_path, out))
+    pd.testing.assert_frame_equal(one, both[both.seed == 1].reset_index(drop=True), check_exact=True)
+
+
+def test_a_second_process_is_refused(out, tmp_path, capsys):
+    again = copied(out, tmp_path)
+    with run_folder(tmp_path, (tmp_path / "config.json").read_text()):
+        assert command.main(again) == 2
+        said = capsys.readouterr().err
+        assert said == f"potara_lite: {tmp_path} is in use: another process writes its results there\n"
+        assert command.main([*again, "--overwrite"]) == 2
+    assert command.main(again) == 0
+
+
+def test_a_full_disk_is_one_line_and_what_was_finished_stays(out, tmp_path, capsys, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("potara_lite.adapters.write_atomically", full)
+        assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and said.count("\n") == 1
+    assert set(pd.read_csv(tmp_path / "results.csv").method) == {"backbone"}  # the federated model was not saved
+    with monkeypatch.context() as patch:
+        patch.setattr("potara_lite.run_folder.write_atomically", full)
+        assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 2
+    assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 0
+    assert files(tmp_path) == files(out)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["again"]])
+def test_a_closed_pipe_is_no_error(arguments, out, tmp_path):
+    if arguments == ["again"]:
+        arguments = copied(out, tmp_path)
+    command_line, buffered = [sys.executable, "-m", "potara_lite", *arguments], dict(os.environ, PYTHONUNBUFFERED="")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command_line, **pipes, env=buffered)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(timeout=120) == 141 and "Traceback" not in error and "Exception" not in error, error
 
 
 def test_an_unwritable_out_is_refused_before_any_training(tmp_path, capsys, monkeypatch):
@@ -152,3 +322,23 @@ def test_ctrl_c_leaves_what_was_finished(tmp_path):
         process.kill()
     assert process.returncode == 130 and "interrupted" in error
     assert set(pd.read_csv(tmp_path / "results.csv").method) <= {"backbone", "federated"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("library", ["libtorch_cpu", "pandas"])
+def test_ctrl_c_twice_while_the_libraries_are_imported_is_one_line(library, tmp_path):
+    arguments = [sys.executable, "-m", "potara_lite", *SMALL, "--out", str(tmp_path)]
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    try:
+        deadline = time.monotonic() + 120
+        while library not in Path(f"/proc/{process.pid}/maps").read_text() and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130 and error.count("\n") == 1 and error.startswith("potara_lite: interrupted;"), error
