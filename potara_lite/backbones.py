@@ -109,7 +109,7 @@ def lab_vit(classes: int = 10, *, checkpoint: str | Path | None = None) -> LabVi
     from safetensors import safe_open
 
     path = Path(checkpoint) if checkpoint is not None else data_path(LAB_VIT_FILE)
-    if path.with_suffix(".sha256").is_file():
+    if checkpoint is None or path.with_suffix(".sha256").is_file():
         check_file(path)
     with reading(path):
         with safe_open(path, framework="pt") as file:

@@ -135,9 +135,8 @@ def _load(kind: str, name_or_path: str | Path, options: dict) -> nn.Module:
             return transformers.AutoTokenizer.from_pretrained(source, **options)
         options = {"attn_implementation": "eager", "dtype": torch.float32, "output_loading_info": True, **options}
         model, found = getattr(transformers, kind).from_pretrained(source, **options)
-        if missing := sorted(
-            name for name in found["missing_keys"] if "pooler" not in name
-        ):  # which nothing here reads
+        missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)  # which nothing here reads
+        if missing:
             raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]!r}, which would be random")
         return model
 

@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,8 @@ from potara_lite.field import rounds
 from potara_lite.field.algorithms import ALGORITHMS, FEDIT
 from potara_lite.field.privacy import Privacy
 from potara_lite.field.rounds import run_algorithm
-from potara_lite.flower import Patience, Plan, client_app, play, server_app
+from potara_lite.files import FileError
+from potara_lite.flower import Home, Patience, Plan, client_app, play, server_app
 
 ROUNDS = dict(rounds=3, **{"round-steps": 2, "local-steps": 4, "batch-size": 4, "lr": 1e-2})
 CONFIG = {"clients": 3, "method": "FedIT", "seed": 6} | ROUNDS
@@ -289,6 +291,19 @@ def test_a_node_that_restarts_goes_on_with_what_it_had(tmp_path, adapted64, fede
     loss, _ = evaluate(adapted64, result.personal, federation64.test)
     np.testing.assert_allclose(outcome.rows[outcome.rows.method == "federated"].loss, loss, rtol=1e-9)
     assert trained(grid) == [[0, 1, 2]] * 3
+
+
+def test_a_state_that_is_damaged_is_refused_by_name(tmp_path):
+    home = Home(SimpleNamespace(node_config={"partition-id": 1, "folder": str(tmp_path)}, run_id=7))
+    home.save({"local": {"b": torch.ones(2), "a": torch.zeros(3)}})
+    assert list(home.load()["local"]) == ["b", "a"] and [path.suffix for path in home.path.parent.iterdir()] == [
+        ".safetensors"
+    ]
+    content = home.path.read_bytes()
+    for damaged in (b"", content[:20], content[:-1], bytes(8) + content[8:]):
+        home.path.write_bytes(damaged)
+        with pytest.raises(FileError, match="cannot read .*client-1-run-7.safetensors"):
+            home.load()
 
 
 def test_what_another_run_left_behind_is_not_gone_on_with(tmp_path, adapted64, federation64):

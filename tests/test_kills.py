@@ -20,9 +20,9 @@ from potara_lite.setting import Setting
 
 KILLS = 20 if os.environ.get("POTARA_THOROUGH") else 2
 KILLED = []  # whether each process was killed before it had finished
-RUN = ["--clients", "2", "--train-size", "16", "--rounds", "3", "--local-steps", "12", "--test-size", "20", "--quiet"]
-SETTINGS = {"tiny": Setting(clients=2, train_size=16, calibration_size=8, test_size=16, rounds=3, local_steps=15)}
-FEW = {name: METHODS[name] for name in ("local", "FedIT", "FedProx", "uniform", "potara-calibrated")}
+RUN = ["--clients", "2", "--train-size", "16", "--rounds", "2", "--local-steps", "9", "--test-size", "20", "--quiet"]
+SETTINGS = {"tiny": Setting(clients=2, train_size=16, calibration_size=8, test_size=16, rounds=2, local_steps=10)}
+FEW = {name: METHODS[name] for name in ("local", "FedIT", "uniform")}
 
 
 def killed(arguments, written, moment, meanwhile=lambda: None):
@@ -62,7 +62,7 @@ def whole_run(tmp_path_factory):
 @pytest.mark.parametrize("kill", range(KILLS))
 def test_a_killed_command_goes_on_to_the_same_folder(kill, whole_run, tmp_path, capsys):
     arguments, table = [*RUN, "--seeds", "0", "5", "--out", str(tmp_path)], tmp_path / "results.csv"
-    moment = random.Random(f"command {kill}").randrange(1 if KILLS == 2 else 0, 14)
+    moment = random.Random(f"command {kill}").randrange(1 if KILLS == 2 else 0, 11)
 
     def refused():
         before = table.read_bytes() if table.exists() else None
@@ -87,7 +87,7 @@ def whole_sweep(tmp_path_factory):
 @pytest.mark.parametrize("kill", range(KILLS))
 def test_a_killed_sweep_goes_on_to_the_same_rows(kill, whole_sweep, tmp_path):
     script = f"from test_kills import *; sweep(FEW, SETTINGS, [0, 1], {str(tmp_path)!r})"
-    moment = random.Random(f"sweep {kill}").randrange(1 if KILLS == 2 else 0, 10)
+    moment = random.Random(f"sweep {kill}").randrange(1 if KILLS == 2 else 0, 5)
     cells = "tiny/seed-*/*.csv"
     here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {script}"
     killed(["-c", here], lambda: len(list(tmp_path.glob(cells))), moment)
