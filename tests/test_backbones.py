@@ -179,3 +179,9 @@ def test_heads_that_do_not_divide_the_width_are_refused():
     for heads in (0, 3, -4):
         with pytest.raises(ValueError, match=f"heads must divide dim 16, which {heads} does not"):
             Attention(16, heads)
+
+
+def test_loading_draws_nothing_and_so_makes_no_weights_before_the_files_are_known_to_fit():
+    before = torch.get_rng_state()
+    lab_vit()
+    assert torch.equal(torch.get_rng_state(), before)
