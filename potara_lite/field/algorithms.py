@@ -25,7 +25,6 @@ from ..adapters import (
     AdaptedBackbone,
     Adapter,
     client_adapter,
-    client_dims,
     factor_names,
     factors,
     is_lora,
@@ -35,6 +34,7 @@ from ..adapters import (
 )
 from ..engine.federated import weighted_average
 from ..merging import combine_adapters, compress, concat_ranks, limit_rank
+from ..stacks import client_dims
 from .rounds import Algorithm, Phase, add_prefix, first_client, is_head, is_shared, message_bytes, select_prefix
 
 # No sharing, and one shared adapter.
