@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .data import Inputs
-from .door import either, kind, positive, several, text
+from .door import kind, one_or_several, positive, several, text
 from .prefix import blocks_below, call_network, hidden_below
 from .stacks import (
     Adapter,
@@ -141,7 +141,7 @@ class AdaptedBackbone:
 
 
 @door(
-    backbone=kind("Module"), targets=either(several(text), text), head=text, config=kind("LoraConfig"), alpha=positive
+    backbone=kind("Module"), targets=one_or_several(text), head=text, config=kind("LoraConfig"), alpha=positive
 )
 def attach(
     backbone: nn.Module,

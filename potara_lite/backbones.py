@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import check_file, data_path
+from .door import door, shown, text
 
 LAB_VIT_FILE = "lab_vit.safetensors"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of its channels
@@ -83,7 +84,12 @@ class LabViT(nn.Module):
         self.head = nn.Linear(dim, classes)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images ``(B, 1, 28, 28)`` to tokens ``(B, T, dim)``: the frozen prefix, which no adapter changes."""
+        """Images ``(B, 1, 28, 28)`` to tokens ``(B, T, dim)``: the frozen prefix, which no adapter changes.
+
+        Raises ``ValueError`` for images of another shape.
+        """
+        if x.shape[1:] != (1, 28, 28):
+            raise ValueError(f"images must be of shape (B, 1, 28, 28), not {tuple(x.shape)}")
         return self.stem((x - 0.5) / 0.25).flatten(2).transpose(1, 2) + self.position
 
     def features(self, x: Tensor) -> Tensor:
@@ -97,6 +103,7 @@ class LabViT(nn.Module):
         return self.head(self.features(x))
 
 
+@door()
 def lab_vit(classes: int = 10, *, checkpoint: str | Path | None = None) -> LabViT:
     """The lab ViT, pre-trained on CIFAR-10 in grey (``data/pretrain_lab_vit.py``), with a new zero head.
 
@@ -124,6 +131,7 @@ def lab_vit(classes: int = 10, *, checkpoint: str | Path | None = None) -> LabVi
     return model.eval()
 
 
+@door(weights=text)
 def torchvision_vit(name: str = "vit_b_16", classes: int = 10, *, weights: str | None = "DEFAULT") -> nn.Module:
     """A torchvision vision transformer with a new zero head; it resizes images in [0, 1] itself.
 
@@ -142,6 +150,8 @@ def torchvision_vit(name: str = "vit_b_16", classes: int = 10, *, weights: str |
 
 def _imagenet_input(model: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """Images in [0, 1] of any size and one or three channels, as a network trained on ImageNet wants them."""
+    if inputs[0].dim() != 4 or inputs[0].shape[1] not in (1, 3) or not inputs[0].is_floating_point():
+        raise ValueError(f"images must be floats (B, 1 or 3, height, width), not {shown(inputs[0])}")
     x = nn.functional.interpolate(inputs[0], size=(224, 224), mode="bilinear", antialias=True)
     mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype).view(3, 1, 1) for values in IMAGENET)
     return ((x - mean) / std,)

@@ -96,20 +96,6 @@ def function(name: str, value: Any, given: Mapping[str, Any]) -> Callable:
     return value
 
 
-def either(*checks: Check) -> Check:
-    """What passes one of the checks; the last one speaks for all."""
-
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> Any:
-        for one in checks[:-1]:
-            try:
-                return one(name, value, given)
-            except ValueError:
-                pass
-        return checks[-1](name, value, given)
-
-    return check
-
-
 def several(check: Check, *, least: int = 1, distinct: bool = False) -> Check:
     """A list or another collection of what passes the check, at least so many."""
 
@@ -126,6 +112,16 @@ def several(check: Check, *, least: int = 1, distinct: bool = False) -> Check:
     return check_all
 
 
+def one_or_several(check: Check) -> Check:
+    """What passes the check, or a list of it."""
+    many = several(check)
+
+    def check_either(name: str, value: Any, given: Mapping[str, Any]) -> Any:
+        return (many if isinstance(value, Iterable) and not isinstance(value, str) else check)(name, value, given)
+
+    return check_either
+
+
 def named(check: Check, *, least: int = 1) -> Check:
     """A dictionary by names of what passes the check."""
 
@@ -139,14 +135,14 @@ def named(check: Check, *, least: int = 1) -> Check:
 
 def options_of(function: Callable, **checks: Check) -> Check:
     """Keyword arguments that another function will get: it must know them, and its checks are theirs."""
-    parameters = signature(function).parameters
+    parameters, table = signature(function).parameters, {**PLAIN, **getattr(function, "checks", {}), **checks}
 
     def check(name: str, value: dict, given: Mapping[str, Any]) -> dict:
         open_ended = any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values())
         if unknown := [] if open_ended else sorted(value.keys() - parameters.keys()):
             known = ", ".join(one for one in parameters if one not in given)
             raise ValueError(f"{unknown[0]} is no option here: there are {known}")
-        return checked(value, parameters, PLAIN | checks, given)
+        return checked(value, parameters, table, given)
 
     return check
 

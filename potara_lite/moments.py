@@ -52,7 +52,7 @@ class Moments:
             raise ValueError(f"moments a, b and c must be of one shape, not {sorted(map(tuple, shapes))}")
         infinite = self.a.isinf() | self.b.isinf()
         if (odd := self.c.isinf() & ((self.c < 0) | ~infinite)).any():
-            raise ValueError(f"moment c is {float(self.c[odd][0])} for client {int(odd.nonzero()[0, 0])}")
+            raise ValueError(f"moment c is infinite for client {int(odd.nonzero()[0, 0])}, and neither a nor b is")
 
     @property
     def weight(self) -> Tensor:

@@ -152,7 +152,7 @@ def one_adapter(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     found = any_adapter(name, value, given)
     if is_stack(found):
         raise ValueError(f"{name} must be one adapter, not a stack of {_count(found)} (see client_adapter)")
-    return _fitting(name, found, given["adapted"], 0) if "adapted" in given else found
+    return fitting(name, found, given["adapted"], 0) if "adapted" in given else found
 
 
 def stack(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
@@ -162,7 +162,7 @@ def stack(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
         raise ValueError(f"{name} must be a stack, with the clients on dim 0, not one adapter (see repeat_adapter)")
     if len(counts := sorted({len(tensor) for tensor in found.values()})) > 1:
         raise ValueError(f"{name} must have as many clients in every tensor, not {counts}")
-    return _fitting(name, found, given["adapted"], 1) if "adapted" in given else found
+    return fitting(name, found, given["adapted"]) if "adapted" in given else found
 
 
 def model(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
@@ -194,8 +194,8 @@ def _count(stack: Adapter) -> int:
     return len(next(iter(stack.values())))
 
 
-def _fitting(name: str, adapter: Adapter, adapted: Any, dims: int) -> Adapter:
-    """The adapter in the backbone's order of tensors, which must be its own, of any rank."""
+def fitting(name: str, adapter: Adapter, adapted: Any, dims: int = 1) -> Adapter:
+    """The stack (of no ``dims``, the adapter) in the backbone's order of tensors, which must be its own, of any rank."""
     if odd := sorted(adapter.keys() ^ adapted.initial.keys()):
         raise ValueError(f"{name} must be of this backbone: {len(odd)} tensors are of one only, such as {odd[0]!r}")
     for key, like in adapted.initial.items():
@@ -250,6 +250,11 @@ def state(name: str, value: Any, given: Mapping[str, Any]) -> Any:
     found = plain.kind("OptimizerState")(name, value, given)
     if (count := len(found.steps)) != len(given["split"]):
         raise ValueError(f"{name}: the state of {count} clients for {len(given['split'])}")
+    size = sum(one.numel() for one in given["adapted"].initial.values())
+    if "adapters" in given:
+        size = sum(one[0].numel() for one in given["adapters"].values())
+    if found.mean.shape[1:] != (size,) or found.square.shape != found.mean.shape:
+        raise ValueError(f"{name} must have {size} numbers for each client, not shape {tuple(found.mean.shape)}")
     return found
 
 
@@ -265,6 +270,15 @@ def fixed(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     found = any_adapter(name, value, given)
     if (count := _count(found)) != len(given["split"]):
         raise ValueError(f"{name}: {count} adapters for {len(given['split'])} clients")
+    return found
+
+
+def direction(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
+    """A number for each of the stack's, a row per client."""
+    found, adapters = numbers(2)(name, value, given), given["adapters"]
+    expected = _count(adapters), sum(tensor[0].numel() for tensor in adapters.values())
+    if found.shape != expected:
+        refuse(name, f"of shape {expected}, a row for each client's adapter", found)
     return found
 
 
@@ -320,6 +334,18 @@ def sizes_of(other: str, dim: int | None = None) -> Check:
             raise ValueError(f"{name}: {len(found)} of them for {len(given[other])} clients")
         if dim is not None and (most := given[other].shape[dim]) < found.max():
             raise ValueError(f"{name} must be at most {most}, the examples of {other}, not {int(found.max())}")
+        return found
+
+    return check
+
+
+def groups_of(other: str) -> Check:
+    """The number of the group of each coordinate, the last dimension of another argument."""
+
+    def check(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
+        found = numbers(1, whole=True, least=0)(name, value, given)
+        if len(found) != given[other].shape[-1]:
+            raise ValueError(f"{name}: {len(found)} of them for {given[other].shape[-1]} coordinates of {other}")
         return found
 
     return check

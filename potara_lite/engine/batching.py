@@ -18,6 +18,7 @@ from torch.func import vmap
 
 from ..adapters import AdaptedBackbone, Adapter, flatten, repeat_adapter, unflatten
 from ..data import Inputs, any_tensor, map_inputs
+from ..door import check_fields, kind
 from .one_batch import OneBatch, as_one_batch
 
 CPU_MEMORY = 2**28  # bytes of a chunk on the CPU
@@ -46,10 +47,7 @@ class Execution:
     compile: bool = False
 
     def __post_init__(self):
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, not {self.chunk_size}")
-        if self.memory_bytes is not None and not self.memory_bytes > 0:
-            raise ValueError(f"memory_bytes must be a positive number, not {self.memory_bytes}")
+        check_fields(self, autocast=kind("dtype"))
 
     def memory_on(self, device: torch.device) -> float:
         """The bytes that a chunk may take on this device."""

@@ -8,7 +8,10 @@ from collections.abc import Callable
 
 from ..adapters import AdaptedBackbone, Adapter
 from ..data import Federation
-from .calibrated import estimate_calibrated, estimate_pooled, lowest_inside, pooled_offset, pooled_weight
+from ..door import whole
+from ..stacks import door, numbers, shaped_like, sizes_of
+from . import calibrated
+from .calibrated import lowest_inside
 from .curve import estimate_curve, parabola_moments, segment_losses
 from .ensemble import estimate_ensemble
 from .estimate import Estimate, by_layer, estimate_uniform, head_and_body
@@ -18,21 +21,35 @@ from .laplace import estimate_laplace, laplace_moments
 from .paper import estimate_paper, fisher_moments
 from .shrinkage import estimate_shrinkage, shrinkage_moments
 
+# The numbers of the default travel between machines: its functions stay bare, and here they get their door.
+estimate_calibrated = door()(calibrated.estimate_calibrated)
+estimate_pooled = door(points=whole(3))(calibrated.estimate_pooled)
+pooled_weight = door(weights=numbers(1), losses=numbers(3), sizes=sizes_of("losses", 2))(calibrated.pooled_weight)
+pooled_offset = door(low=numbers(2), middle=shaped_like("low", 2), high=shaped_like("low", 2), sizes=sizes_of("low", 1))(
+    calibrated.pooled_offset
+)
+
 Estimator = Callable[[AdaptedBackbone, Adapter, Adapter, Federation], Estimate]
 
 
 def on_train(estimate: Callable[..., Estimate], **options) -> Estimator:
     """The estimator on each client's training samples, as the paper has it."""
-    return lambda adapted, federated, local, federation: estimate(
-        adapted, federated, local, federation.train, **options
-    )
+
+    @door()
+    def estimator(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, federation: Federation) -> Estimate:
+        return estimate(adapted, federated, local, federation.train, **options)
+
+    return estimator
 
 
 def on_calibration(estimate: Callable[..., Estimate], **options) -> Estimator:
     """The estimator on each client's calibration samples, which trained neither model."""
-    return lambda adapted, federated, local, federation: estimate(
-        adapted, federated, local, federation.calibration, **options
-    )
+
+    @door()
+    def estimator(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, federation: Federation) -> Estimate:
+        return estimate(adapted, federated, local, federation.calibration, **options)
+
+    return estimator
 
 
 ESTIMATORS: dict[str, Estimator] = {
