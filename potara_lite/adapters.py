@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .data import Inputs
-from .door import kind, one_or_several, positive, several, text
+from .door import kind, one_or_several, optional, positive, text
 from .prefix import blocks_below, call_network, hidden_below
 from .stacks import (
     Adapter,
@@ -73,7 +73,9 @@ class AdaptedBackbone:
         """
         if adapter.keys() != self.initial.keys():  # what is missing would be the backbone's own, without a word
             odd = sorted(adapter.keys() ^ self.initial.keys())
-            raise ValueError(f"adapter must be of this backbone: {len(odd)} tensors are of one only, such as {odd[0]!r}")
+            raise ValueError(
+                f"adapter must be of this backbone: {len(odd)} tensors are of one only, such as {odd[0]!r}"
+            )
         weights = {self.parameter_names[name]: tensor.to(self.initial[name].dtype) for name, tensor in adapter.items()}
         if self.model.training:  # a batch norm would write its running statistics into the backbone that all share
             weights |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -140,9 +142,7 @@ class AdaptedBackbone:
         return AdaptedBackbone(self.model.to(device), initial, self.parameter_names, self.scaling)
 
 
-@door(
-    backbone=kind("Module"), targets=one_or_several(text), head=text, config=kind("LoraConfig"), alpha=positive
-)
+@door(backbone=kind("Module"), targets=one_or_several(text), head=optional(text), config=kind("LoraConfig"), alpha=positive)
 def attach(
     backbone: nn.Module,
     *,
@@ -159,9 +159,10 @@ def attach(
     ``alpha`` defaults to ``2 * rank``. Pass a ``config`` of your own for anything else PEFT's LoRA can do (rank
     patterns, rsLoRA, convolutions); it then replaces ``rank``, ``alpha``, ``targets`` and ``head``.
 
-    Raises ``ValueError`` for a ``rank`` below 1, a scaling that is not a positive number, dropout (the random numbers of one client would depend on the others), for DoRA and
-    embedding layers (not a sum of ``B A``), for ``targets`` or a ``head`` that the backbone has not, and for one whose
-    weight is another layer's, too (a language model's output tied to its embedding).
+    Raises ``ValueError`` for a ``rank`` below 1, a scaling that is not a positive number, dropout (the random numbers
+    of one client would depend on the others), for DoRA and embedding layers (not a sum of ``B A``), for ``targets`` or
+    a ``head`` that the backbone has not, and for one whose weight is another layer's, too (a language model's output
+    tied to its embedding).
     """
     if config is None:
         config = LoraConfig(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import check_file, data_path
-from .door import door, shown, text
+from .door import door, optional, shown, text
 
 LAB_VIT_FILE = "lab_vit.safetensors"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of its channels
@@ -131,7 +131,7 @@ def lab_vit(classes: int = 10, *, checkpoint: str | Path | None = None) -> LabVi
     return model.eval()
 
 
-@door(weights=text)
+@door(weights=optional(text))
 def torchvision_vit(name: str = "vit_b_16", classes: int = 10, *, weights: str | None = "DEFAULT") -> nn.Module:
     """A torchvision vision transformer with a new zero head; it resizes images in [0, 1] itself.
 

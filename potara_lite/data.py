@@ -373,7 +373,8 @@ def partition(
     up to 100 times.
 
     Raises ``ValueError`` for alpha ≤ 0, no clients, sizes < 1, what ``check_examples`` refuses, labels outside the
-    classes, proportions of another shape or below 0, token-level targets, a shift of what are no images, or (``SupplyError``) a class that runs out every time.
+    classes, proportions of another shape or below 0, token-level targets, a shift of what are no images, or
+    (``SupplyError``) a class that runs out every time.
     """
     rng = np.random.default_rng([seed, 2602_18658])
     sizes = [train_size] * clients if isinstance(train_size, int) else list(train_size)

@@ -4,8 +4,8 @@ A name means the same wherever it is asked for, so a check belongs to the name: 
 and names, ``stacks.py`` those of tensors and of what has to fit together. ``@door()`` puts them in front of a function,
 ``@door(name=check)`` says what a name means here instead, ``check_fields`` does the same for a dataclass. A check is a
 function of the name, the value and the arguments checked before; it returns the value as the function wants it (an
-``int`` for one of numpy's) or raises ``ValueError`` in one line: the name, what it must be, what was given. Loops inside
-the library call ``unchecked(function)``.
+``int`` for one of numpy's) or raises ``ValueError`` in one line: the name, what it must be, what was given. Loops
+inside the library call ``unchecked(function)``.
 
 This file imports nothing heavy, because ``setting.py`` does not.
 """
@@ -120,6 +120,11 @@ def one_or_several(check: Check) -> Check:
         return (many if isinstance(value, Iterable) and not isinstance(value, str) else check)(name, value, given)
 
     return check_either
+
+
+def optional(check: Check) -> Check:
+    """What passes the check, or ``None``."""
+    return lambda name, value, given: None if value is None else check(name, value, given)
 
 
 def named(check: Check, *, least: int = 1) -> Check:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .adapters import adapter_from_delta, delta
-from .door import unchecked
+from .door import unchecked, whole
 from .stacks import (
     Adapter,
     all_finite,
@@ -119,7 +119,7 @@ def change_basis(adapter: Adapter, matrix: Tensor) -> Adapter:
     return result
 
 
-@door(adapter=any_adapter)
+@door(adapter=any_adapter, rank=whole(None))
 def compress(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Tensor]]:
     """The best adapter of rank ``rank`` (Eckart–Young), and each layer's relative error ``|dW - dW_r| / |dW|``.
 

@@ -195,7 +195,7 @@ def _count(stack: Adapter) -> int:
 
 
 def fitting(name: str, adapter: Adapter, adapted: Any, dims: int = 1) -> Adapter:
-    """The stack (of no ``dims``, the adapter) in the backbone's order of tensors, which must be its own, of any rank."""
+    """The stack (with 0 ``dims``, the adapter) in the order of the backbone's tensors, which must be its own."""
     if odd := sorted(adapter.keys() ^ adapted.initial.keys()):
         raise ValueError(f"{name} must be of this backbone: {len(odd)} tensors are of one only, such as {odd[0]!r}")
     for key, like in adapted.initial.items():
@@ -208,7 +208,9 @@ def fitting(name: str, adapter: Adapter, adapted: Any, dims: int = 1) -> Adapter
     for layer in lora_layers(adapter):
         a, b = (adapter[key].shape for key in factor_names(layer))
         if a[dims] != b[dims + 1] and not adapted.model.get_submodule(layer).lora_A["default"]._forward_hooks:
-            raise ValueError(f"{name} must have one rank in each layer: {layer!r} has {a[dims]} in A, {b[dims + 1]} in B")
+            raise ValueError(
+                f"{name} must have one rank in each layer: {layer!r} has {a[dims]} in A, {b[dims + 1]} in B"
+            )
     return {key: adapter[key] for key in adapted.initial}
 
 

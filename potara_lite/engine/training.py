@@ -165,8 +165,8 @@ def train(
     ``fixed``, which do not train. Adapters, data and state may lie on the CPU and visit the backbone's device chunk by
     chunk (see ``Execution``).
 
-    Raises ``ValueError`` for adapters, data, a state or numbers that do not fit, and ``DivergedError`` (one, too) naming the client and the step when a loss is not finite; the result for
-    the other clients is in its ``trained``.
+    Raises ``ValueError`` for adapters, data, a state or numbers that do not fit, and ``DivergedError`` (one, too)
+    naming the client and the step when a loss is not finite; the result for the other clients is in its ``trained``.
     """
     if objective is plain_loss and not fixed:
         adapters = fitting("adapters", adapters, adapted)
@@ -215,7 +215,10 @@ def _plan_training(adapted, tensors: Adapter, split: Split, batch_size: int, los
 def _batches(split: Split, seed: int | Sequence[int], start: int, steps: int, batch_size: int) -> Iterator:
     """The clients' batches of every step, ``(K, B, ...)`` and ``(K, B)``."""
     seed = [seed] if isinstance(seed, int) else list(seed)
-    streams = [unchecked(batch_indices)(n, start, steps, batch_size, [*seed, i]) for n, i in zip(split.sizes.tolist(), split.ids)]
+    streams = [
+        unchecked(batch_indices)(n, start, steps, batch_size, [*seed, i])
+        for n, i in zip(split.sizes.tolist(), split.ids)
+    ]
     index, row = torch.stack(streams).to(split.y.device), torch.arange(len(split), device=split.y.device).unsqueeze(1)
     for step in range(steps):
         yield take(split.x, (row, index[:, step])), split.y[row, index[:, step]]

@@ -25,9 +25,9 @@ from .shrinkage import estimate_shrinkage, shrinkage_moments
 estimate_calibrated = door()(calibrated.estimate_calibrated)
 estimate_pooled = door(points=whole(3))(calibrated.estimate_pooled)
 pooled_weight = door(weights=numbers(1), losses=numbers(3), sizes=sizes_of("losses", 2))(calibrated.pooled_weight)
-pooled_offset = door(low=numbers(2), middle=shaped_like("low", 2), high=shaped_like("low", 2), sizes=sizes_of("low", 1))(
-    calibrated.pooled_offset
-)
+pooled_offset = door(
+    low=numbers(2), middle=shaped_like("low", 2), high=shaped_like("low", 2), sizes=sizes_of("low", 1)
+)(calibrated.pooled_offset)
 
 Estimator = Callable[[AdaptedBackbone, Adapter, Adapter, Federation], Estimate]
 

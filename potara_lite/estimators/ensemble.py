@@ -8,7 +8,7 @@ import torch
 
 from ..adapters import AdaptedBackbone, Adapter, delta_inner_products, flatten
 from ..data import Split
-from ..door import several, unchecked
+from ..door import several
 from ..engine.gradients import directional_derivatives
 from ..merging import combine_adapters
 from ..moments import Moments

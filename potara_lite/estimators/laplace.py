@@ -14,9 +14,7 @@ from .estimate import Estimate, Grouping, from_moments, group_coordinates
 from .paper import diagonal_moments, fisher_diagonals
 
 
-@door(
-    sizes=sizes_of("g_f", 1), examples=several(sizes_of("g_f"), least=2), clip=interval, groups=groups_of("g_f")
-)
+@door(sizes=sizes_of("g_f", 1), examples=several(sizes_of("g_f"), least=2), clip=interval, groups=groups_of("g_f"))
 def laplace_moments(
     g_f: Tensor,
     g_l: Tensor,
