@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .data import Inputs
-from .door import kind, one_or_several, optional, positive, text
+from .door import kind, one_or_several, optional, positive, several, text
 from .prefix import blocks_below, call_network, hidden_below
 from .stacks import (
     Adapter,
