@@ -39,7 +39,7 @@ from .stacks import (
     lora_layers,
     one_adapter,
     rank_dim,
-    stack,
+    stacks,
 )
 
 
@@ -142,7 +142,13 @@ class AdaptedBackbone:
         return AdaptedBackbone(self.model.to(device), initial, self.parameter_names, self.scaling)
 
 
-@door(backbone=kind("Module"), targets=one_or_several(text), head=optional(text), config=kind("LoraConfig"), alpha=positive)
+@door(
+    backbone=kind("Module"),
+    targets=one_or_several(text),
+    head=optional(text),
+    config=kind("LoraConfig"),
+    alpha=positive,
+)
 def attach(
     backbone: nn.Module,
     *,
@@ -178,7 +184,12 @@ def attach(
     _check_untied(backbone, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = get_peft_model(_copy_of(backbone).cpu(), copy.deepcopy(config))
+        try:
+            model = get_peft_model(_copy_of(backbone).cpu(), copy.deepcopy(config))
+        except ValueError as error:
+            raise ValueError(
+                f"targets {config.target_modules} cannot be adapted: {str(error).split('. ')[0]}"
+            ) from error
     model.eval().requires_grad_(False)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     initial = {name: tensor.detach().clone() for name, tensor in state.items()}
@@ -262,7 +273,7 @@ def delta(adapter: Adapter, scaling: dict[str, float]) -> Adapter:
     return result | {name: tensor for name, tensor in adapter.items() if not is_lora(name)}
 
 
-@door(adapters=several(stack))
+@door(adapters=stacks)
 def delta_inner_products(adapters: Sequence[Adapter], scaling: dict[str, float]) -> Tensor:
     """The inner products of the deltas of K stacks, ``(C, K, K)`` float64, without forming a delta.
 

@@ -95,6 +95,8 @@ class LabViT(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """The mean token ``(B, dim)`` that the head reads."""
         x = self.embed(x) if x.dim() == 4 else x  # (B, T, dim)
+        if x.dim() != 3 or x.shape[2] != self.settings["dim"]:
+            raise ValueError(f"tokens must be of shape (B, T, {self.settings['dim']}), not {tuple(x.shape)}")
         for block in self.blocks:
             x = block(x)
         return self.norm(x).mean(dim=1)

@@ -49,7 +49,7 @@ def any_tensor(inputs: Inputs) -> Tensor:
 def check_examples(client: int, x: Inputs, y: Tensor) -> None:
     """Raise ``ValueError`` for a client without examples, other than as many inputs as labels, inputs that are no
     numbers, whole-numbered images, labels that are no whole numbers of 0 or more, empty texts and ignored targets."""
-    tensors = [x] if isinstance(x, Tensor) else list(x.values()) if isinstance(x, dict) and x else [None]
+    tensors = list(x.values()) if isinstance(x, dict) and x else [x]
     for name, found in (("labels", [y]), ("inputs", tensors)):
         if odd := [one for one in found if not isinstance(one, Tensor) or one.dim() == 0]:
             raise ValueError(f"client {client}: {name} must be tensors with an example a row, not {shown(odd[0])}")
@@ -314,6 +314,8 @@ def shift_images(x: Tensor, client: int, clients: int) -> Tensor:
     (1 - x) for odd clients. Client 0 keeps the originals."""
     from torchvision.transforms.functional import InterpolationMode, rotate
 
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        refuse("x", "images (n, channels, height, width), floats", x)
     if client:
         x = rotate(x, 360 * client / clients, interpolation=InterpolationMode.BILINEAR)
     return 1 - x if client % 2 else x

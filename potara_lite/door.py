@@ -82,7 +82,7 @@ def kind(*names: str) -> Check:
 
     def check(name: str, value: Any, given: Mapping[str, Any]) -> Any:
         if not {one.__name__ for one in type(value).__mro__} & set(names):
-            plain = value is None or isinstance(value, str | int | float) or hasattr(value, "shape")
+            plain = value is None or isinstance(value, str | bytes | int | float) or hasattr(value, "shape")
             raise ValueError(f"{name} must be {expected}, not {shown(value) if plain else type(value).__name__}")
         return value
 

@@ -104,6 +104,8 @@ def change_basis(adapter: Adapter, matrix: Tensor) -> Adapter:
     >>> change_basis(one, torch.tensor([[-2.0]]))["l.lora_A.weight"]
     tensor([[-0.5000, -0.5000]])
     """
+    if matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"matrix must be square, not of shape {tuple(matrix.shape)}")
     inverse, failed = torch.linalg.inv_ex(matrix)
     if failed:
         raise ValueError("the matrix has no inverse, so it is no change of basis")

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from .data import Split
-from .door import Check, door, function, kind, named, refuse, shown, text
+from .door import Check, door, function, kind, named, refuse, several, shown, text
 from .experiment import ORACLE, PAIR_METHODS, Method, Result, Trial, run_methods
 from .setting import Setting
 
@@ -116,7 +116,7 @@ def leaderboard(rows: pd.DataFrame, local: str = "local") -> pd.DataFrame:
     return pd.concat(parts)
 
 
-@door(board=kind("DataFrame"))
+@door(board=kind("DataFrame"), references=several(text, least=0))
 def pareto_front(board: pd.DataFrame, references: Collection[str] = (ORACLE,)) -> pd.Series:
     """Which lines of a leaderboard no other of the same federation beats: none is as accurate for fewer bytes, or more
     accurate for as many. ``references``, on test data, do not count and are never on the front themselves."""

@@ -96,12 +96,12 @@ def numbers(*dims: int, whole: bool = False, least: float | None = None, most: f
 
     def check(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
         found = as_numbers(name, value)
-        if whole and found.is_floating_point():
-            refuse(name, "whole numbers", value)
         if found.dim() not in dims or not found.numel():
             refuse(name, f"numbers in {' or '.join(map(str, dims))} dimensions", value)
         if not all_finite(found):
             raise ValueError(f"{name} must be finite, {'not' if found.dim() == 0 else 'unlike'} {shown(value)}")
+        if whole and found.is_floating_point():
+            refuse(name, "whole numbers", value)
         if not is_traced(found):
             low, high = found.detach().aminmax()
             if (least is not None and low < least) or (most is not None and high > most):
@@ -135,7 +135,8 @@ def as_numbers(name: str, value: Any) -> Tensor:
 def any_adapter(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     """An adapter or a stack: floating tensors of 16 bits or more, all finite."""
     if not isinstance(value, Mapping) or not value or not all(isinstance(one, Tensor) for one in value.values()):
-        refuse(name, "an adapter, a dictionary of tensors", value if isinstance(value, str) else type(value))
+        what = "an empty one" if value == {} else type(value).__name__
+        raise ValueError(f"{name} must be an adapter, a dictionary of tensors by name, not {what}")
     for key, tensor in value.items():
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise ValueError(f"{name} must be of floating numbers of 16 bits or more: {key!r} is {tensor.dtype}")
@@ -165,13 +166,25 @@ def stack(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     return fitting(name, found, given["adapted"]) if "adapted" in given else found
 
 
+def trained_stack(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
+    """A stack of what trains, which need not be the backbone's own tensors."""
+    return stack(name, value, {})
+
+
+def stacks(name: str, value: Any, given: Mapping[str, Any]) -> list[Adapter]:
+    """Several stacks of one base, of any ranks."""
+    found = plain.several(trained_stack)(name, value, given)
+    first = {key: tensor[0] for key, tensor in found[0].items()}
+    return [like_but_rank(f"{name}[{i}]", one, first, 1) for i, one in enumerate(found)]
+
+
 def model(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     """One of the models that are merged: of a backbone, a stack; else an adapter or a stack like the one before."""
     if "adapted" in given:
         return stack(name, value, given)
     found, before = any_adapter(name, value, given), given.get("federated")
-    if before is not None:
-        _like(name, found, before)
+    if name == "local":
+        _like("federated and local", found, before)
     return found
 
 
@@ -194,36 +207,48 @@ def _count(stack: Adapter) -> int:
     return len(next(iter(stack.values())))
 
 
-def fitting(name: str, adapter: Adapter, adapted: Any, dims: int = 1) -> Adapter:
-    """The stack (with 0 ``dims``, the adapter) in the order of the backbone's tensors, which must be its own."""
-    if odd := sorted(adapter.keys() ^ adapted.initial.keys()):
-        raise ValueError(f"{name} must be of this backbone: {len(odd)} tensors are of one only, such as {odd[0]!r}")
-    for key, like in adapted.initial.items():
+def like_but_rank(name: str, adapter: Adapter, first: Adapter, dims: int) -> Adapter:
+    """The adapter in the order of the first one's tensors, which must be its own; ``dims`` stand before them."""
+    if odd := sorted(adapter.keys() ^ first.keys()):
+        raise ValueError(f"{name} must be of this base: {len(odd)} tensors are of one only, such as {odd[0]!r}")
+    for key, like in first.items():
         found, expected = list(adapter[key].shape[dims:]), list(like.shape)
         if is_lora(key) and len(found) == len(expected):
             found[is_lora(key, "B")] = expected[is_lora(key, "B")]  # the rank
         if found != expected:
             shapes = f"{tuple(adapter[key].shape)}, expected {(*['C'] * dims, *expected)}"
-            raise ValueError(f"{name} must be of this backbone: {key!r} has shape {shapes}")
-    for layer in lora_layers(adapter):
-        a, b = (adapter[key].shape for key in factor_names(layer))
+            raise ValueError(f"{name} must be of this base: {key!r} has shape {shapes}")
+    return {key: adapter[key] for key in first}
+
+
+def fitting(name: str, adapter: Adapter, adapted: Any, dims: int = 1) -> Adapter:
+    """The stack (with 0 ``dims``, the adapter) in the order of the backbone's tensors, which must be its own."""
+    found = like_but_rank(name, adapter, adapted.initial, dims)
+    for layer in lora_layers(found):
+        a, b = (found[key].shape for key in factor_names(layer))
         if a[dims] != b[dims + 1] and not adapted.model.get_submodule(layer).lora_A["default"]._forward_hooks:
             raise ValueError(
                 f"{name} must have one rank in each layer: {layer!r} has {a[dims]} in A, {b[dims + 1]} in B"
             )
-    return {key: adapter[key] for key in adapted.initial}
+    return found
 
 
 # What goes with the clients.
 
 
-def split(name: str, value: Any, given: Mapping[str, Any]) -> Any:
-    """A ``Split`` of as many clients as every stack has."""
-    found = plain.kind("Split")(name, value, given)
-    for other in ("adapters", "federated", "local", "optimum"):
-        if other in given and (count := _count(given[other])) != len(found):
-            raise ValueError(f"{other}: {count} adapters for {len(found)} clients")
-    return found
+def of_as_many(kind: str) -> Check:
+    """A ``Split`` or a ``Federation`` of as many clients as every stack before it has."""
+
+    def check(name: str, value: Any, given: Mapping[str, Any]) -> Any:
+        found = plain.kind(kind)(name, value, given)
+        for other in ("adapters", "start", "federated", "local", "optimum", "direction"):
+            stack = given[other] if isinstance(given.get(other), Mapping | Tensor) else None
+            count = len(found) if stack is None else _count(stack) if isinstance(stack, Mapping) else len(stack)
+            if count != len(found):
+                raise ValueError(f"{other}: {count} adapters for {len(found)} clients")
+        return found
+
+    return check
 
 
 def per_client(check: Check) -> Check:
@@ -277,10 +302,9 @@ def fixed(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
 
 def direction(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
     """A number for each of the stack's, a row per client."""
-    found, adapters = numbers(2)(name, value, given), given["adapters"]
-    expected = _count(adapters), sum(tensor[0].numel() for tensor in adapters.values())
-    if found.shape != expected:
-        refuse(name, f"of shape {expected}, a row for each client's adapter", found)
+    found, size = numbers(2)(name, value, given), sum(tensor[0].numel() for tensor in given["adapters"].values())
+    if found.shape[1] != size:
+        refuse(name, f"of shape (C, {size}), a row for each client's adapter", found)
     return found
 
 
@@ -382,7 +406,8 @@ STACKS: dict[str, Check] = {
     "local": model,
     "optimum": stack,
     "models": models,
-    "split": split,
+    "split": of_as_many("Split"),
+    "federation": of_as_many("Federation"),
     "labels": labels,
     "state": state,
     "fixed": fixed,

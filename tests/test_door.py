@@ -79,6 +79,8 @@ def things():
     t.losses = torch.rand(3, 3, 6, generator=torch.Generator().manual_seed(1))
     t.flat = torch.cat([tensor.flatten(1) for tensor in t.local.values()], 1)
     t.pool = torch.rand(60, 1, 28, 28), torch.arange(60) % 4
+    numbers = Split.of([(torch.arange(3), torch.arange(3))] * 2)
+    t.numbers = potara_lite.Federation(numbers, numbers, numbers, 4)
     t.ledger = potara_lite.Ledger.zeros(3)
     t.pair = Pair(t.federated, t.local, (t.ledger, t.ledger), (0.0, 0.0))
     t.trial, t.result = Trial(t.adapted, t.federation, TINY, 0), Result(t.adapted, t.local, t.ledger, 0.0)
@@ -139,11 +141,10 @@ CALLS = {
     "language.pad_tokens": lambda t: dict(rows=[[1, 2], [3]]),
     "language.encode_texts": lambda t: dict(tokenizer=Letters(), texts=["a b", "c"], max_length=8),
     "language.encode_answers": lambda t: dict(tokenizer=Letters(), prompts=["a"], answers=[" b"], max_length=8),
-    "text_data.with_tokens": lambda t: dict(federation=t.federation, texts=["a"], tokenizer=Letters(), longest=4),
+    "text_data.with_tokens": lambda t: dict(federation=t.numbers, texts=["a", "b", "c"], tokenizer=Letters(), longest=4),
     "text_data.domain_proportions": lambda t: dict(names=["animal", "act", "shape"], clients=2),
     "text_data.wordnet_glosses": lambda t: dict(tokenizer=Letters(), longest=4, domains=False, clients=2, test_size=4),
-    "text_data.read_task": lambda t: dict(path="nowhere", seed=0),
-    "prefix.linear_layers": lambda t: dict(network=t.backbone, last=1),
+        "prefix.linear_layers": lambda t: dict(network=t.backbone, last=1),
     "adapters.attach": lambda t: dict(
         backbone=t.backbone, rank=2, alpha=3.0, targets=["fc1"], head="head", seed=0, config=None
     ),
@@ -257,7 +258,7 @@ CALLS = {
     "experiment.oracle_weight": lambda t: dict(weights=t.grid, loss=t.losses[..., 0]),
     "experiment.run_methods": lambda t: dict(setting=TINY, seeds=[0], methods={"x": len}, prepare=len, progress=False),
     "results.result_rows": lambda t: dict(method="x", trial=t.trial, result=t.result, split=t.split),
-    "results.compare": lambda t: dict(setting=TINY, seeds=[0], methods={"x": lambda trial: t.result}),
+    "results.compare": lambda t: dict(setting=TINY, seeds=[0], methods={"x": lambda trial: Result(trial.adapted, trained(trial), t.ledger, 0.0)}),
     "results.summary": lambda t: dict(rows=t.rows),
     "results.leaderboard": lambda t: dict(rows=t.rows, local="local"),
     "results.pareto_front": lambda t: dict(board=potara_lite.leaderboard(t.rows), references=()),
@@ -307,7 +308,7 @@ CALLS = {
 }  # fmt: skip
 NOT_RUN = {  # right, but slow, in need of a download or of more than a tiny stub
     "data.from_torchvision", "language.text_encoder", "language.causal_lm", "language.text_tokenizer",
-    "text_data.read_task", "text_data.with_tokens", "experiment.prepare_text", "experiment.run_methods",
+    "experiment.prepare_text", "experiment.run_methods",
     "backbones.torchvision_vit", "scoring.log_likelihoods", "field.privacy.epsilon",
     "field.privacy.noise_multiplier_for", "field.sweep.sweep", "field.baselines.regmean",
 }  # fmt: skip
@@ -315,3 +316,400 @@ NOT_RUN = {  # right, but slow, in need of a download or of more than a tiny stu
 
 def None_loss(logits, y):
     return torch.nn.functional.cross_entropy(logits, y)
+
+
+# What is wrong for an argument of each name: values, or (function of the right value, what the message says of it).
+
+WHOLE = [-1, 1.5, "2", True, NAN, 1j]
+SIZE = [0, *WHOLE]
+NUMBER = [NAN, "x", True, 1j, [1.0]]
+FLAG = [1, 0, "yes", NAN, None, (lambda v: torch.tensor(True), "tensor(True)")]
+TEXT, PATH, FUNCTION = [5, 1.5, None, b"x"], [5, 1.5, True, None], [5, "x", None]
+
+
+def entry(change, of=-1):
+    """A change of one tensor of an adapter."""
+
+    def make(adapter):
+        name = list(adapter)[of]
+        return {**adapter, name: change(adapter[name])}
+
+    return make
+
+
+ADAPTER = [
+    (lambda v: 5, "int"),
+    (lambda v: "x", "str"),
+    (lambda v: {}, "an empty one"),
+    (lambda v: list(v), "list"),
+    (entry(lambda t: t.tolist()), "dict"),
+    (entry(lambda t: t * NAN, 1), "lora_B"),
+    (entry(lambda t: t + INF), "head.bias"),
+    (entry(lambda t: t.to(torch.int32)), "torch.int32"),
+    (entry(lambda t: t > 0), "torch.bool"),
+    (entry(lambda t: t.to(torch.complex64)), "torch.complex64"),
+    (entry(lambda t: t.to(torch.float8_e4m3fn)), "torch.float8_e4m3fn"),
+]  # fmt: skip
+STACK = [
+    *ADAPTER,
+    (lambda v: client_adapter(v, 0), "not one adapter"),
+    (lambda v: {n: t[:2] for n, t in v.items()}, "2 adapters for 3 clients"),
+    (entry(lambda t: t[:2]), "[2, 3]"),
+    (entry(lambda t: t[0], 0), "dim 0 of all its tensors"),
+    (lambda v: {n: t for n, t in v.items() if "bias" not in n}, "head.bias"),
+    (lambda v: v | {"other": torch.zeros(3, 2)}, "'other'"),
+    (entry(lambda t: t[..., :-1], 0), "expected ('C', "),
+    (entry(lambda t: t[:, :-1], 0), "1 in A, 2 in B"),
+]
+MODEL = [  # of a merge
+    *ADAPTER,
+    (lambda v: {n: t[:2] for n, t in v.items()}, "(2, "),
+    (lambda v: {n: t for n, t in v.items() if "bias" not in n}, "head.bias"),
+    (lambda v: client_adapter(v, 0), "shapes"),
+]
+LAMBDA = [
+    NAN, INF, 7, -0.5, 1j, "x", True, None,
+    (lambda v: [0.5, 0.5], "2 weights for a stack of 3"),
+    (lambda v: torch.full((3, 1), 0.5), "(3, 1)"),
+    (lambda v: torch.tensor([0.5, 0.5, 1.5]), "1.5"),
+    (lambda v: [0.1, NAN, 0.2], "finite"),
+    (lambda v: np.array(["a", "b", "c"]), "ndarray"),
+    (lambda v: dict.fromkeys([*layers(), "other"], 0.5), "no layer 'other'"),
+    (lambda v: dict.fromkeys(layers()[1:], 0.5), f"'{'base_model'}"),
+    (lambda v: dict.fromkeys(layers(), 2.0), "2.0"),
+]  # fmt: skip
+
+
+def layers():
+    return sorted({name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for name in things().one})
+
+
+def tensor(*more):
+    return [
+        "x", None, 1j,
+        (lambda v: torch.as_tensor(v) * NAN, "finite"),
+        (lambda v: torch.as_tensor(v) > 0, "bool"),
+        (lambda v: torch.as_tensor(v).to(torch.complex64), "complex64"),
+        (lambda v: torch.as_tensor(v)[:0], "0"),
+        (lambda v: torch.as_tensor(v).expand(1, 1, 1, 1, *torch.as_tensor(v).shape), "(1, 1, 1, 1, "),
+        *more,
+    ]  # fmt: skip
+
+
+COUNTED = [
+    (lambda v: v[:2], "2 of them for 3 clients"),
+    (lambda v: v * 0, "at least 1, not 0"),
+    (lambda v: v * 1.0, "float32"),
+]
+ROWS = [
+    5, None,
+    (lambda v: v.iloc[:0], "(0, "),
+    (lambda v: v.drop(columns="seed"), "'seed'"),
+    (lambda v: v.drop(columns="accuracy"), "'accuracy'"),
+    (lambda v: v.assign(loss=NAN), "missing"),
+    (lambda v: pd.concat([v, v.iloc[:1]]), "once"),
+]  # fmt: skip
+
+BAD = {
+    "steps rounds local_steps start number client end which": WHOLE,
+    "clients rank batch_size classes max_length longest size calibration_size test_size union_size per_client": SIZE,
+    "last": [0, 99, 1.5, "x"],
+    "points": [1, -1, 2.5, "9", NAN, None],
+    "train_size": [*SIZE, (lambda v: [3, 0], "train_size[1] must be at least 1, not 0"), (lambda v: [3], "1 clients")],
+    "seed sample_labels": [-1, 0.5, "0", True, 2**64],
+    "lr lr_scale spread probe": [-0.1, 0, INF, *NUMBER],
+    "alpha prior_spread target": [-1, 0, *NUMBER],
+    "weight_decay damping prior mu strength rounds_scale noise_multiplier std": [-0.1, INF, *NUMBER],
+    "head_share off_diagonal share_of": [-0.1, 1.5, *NUMBER],
+    "participation density": [0, -0.5, 1.5, *NUMBER],
+    "drop": [1, -0.1, *NUMBER],
+    "delta": [0, 1, -1, *NUMBER],
+    "coefficient": [INF, *NUMBER],
+    "variance": [-0.1, INF, NAN, "x", True, 1j],
+    "shift domains keep_optimizer progress unbiased cross_fit relative on_delta parabola download nonnegative "
+    "adaptive": FLAG,
+    "name method score dataset until": [5, 1.5, None, b"x"],
+    "head": [5, "haed"],
+    "targets": [5, (lambda v: "nope", "targets nope"), (lambda v: [], "list"), (lambda v: ["fc1", "nope"], "nope"), (lambda v: [3], "3")],
+    "folder root name_or_path checkpoint": PATH,
+    "merge prepare eval_split by tokenizer estimator pair_of loss_of noisy function": FUNCTION,
+    "weights_name": [5, True],
+    "adapted": [None, 3, "net", (lambda v: v.model, "PeftModel")],
+    "split": [None, 3, (lambda v: things().federation, "Federation"), (lambda v: v.x, "Tensor")],
+    "federation": [None, 3, (lambda v: v.train, "Split")],
+    "setting": [None, 3, (lambda v: {}, "dict")],
+    "execution": [None, 4, (lambda v: {}, "dict")],
+    "backbone network": [None, "net", (lambda v: torch.nn.Linear, "type")],
+    "config": [5, (lambda v: {"r": 4}, "dict")],
+    "rng": [0, None],
+    "trial result algorithm privacy moments_of": [None, 3, (lambda v: {}, "dict")],
+    "algorithm_of": [None, 3, (lambda v: {}, "{}")],
+    "board": [None, 3],
+    "references": [5, "abc"],
+    "local_name": [5, None],
+    "state": [5, (lambda v: short_state(2, 100), "2 clients for 3"), (lambda v: short_state(3, 7), "(3, 7)")],
+    "adapters": STACK,
+    "federated local optimum": STACK,
+    "adapter": ADAPTER,
+    "uploads stack": [*ADAPTER, (lambda v: client_adapter(v, 0), "not one adapter")],
+    "sent": ADAPTER,
+    "several": [
+        5, "x", None,
+        (lambda v: [], "list"),
+        *((lambda v, change=change: [v[0], change(v[1])], said) for change, said in ADAPTER[2:]),
+        (lambda v: [v[0], entry(lambda t: t[..., :-1], 0)(v[1])], "shape"),
+    ],
+    "runs": [5, None, (lambda v: [], "list"), (lambda v: [v[0][:1]], "at least 2"), (lambda v: [(1, 2)], "int")],
+    "lambda": LAMBDA,
+    "mixing": [5, None, "ab", (lambda v: v[:1], "2 adapters, 1 weights"), (lambda v: [NAN, 1.0], "weights[0]"),
+               (lambda v: [1j, 1.0], "1j"), (lambda v: [1.0, [0.5, 0.5]], "2 weights for a stack of 3")],
+    "scaling": [5, None, (lambda v: {}, "dict"), (lambda v: dict.fromkeys(v, NAN), "nan"),
+                (lambda v: dict.fromkeys(v, 0), "0"), (lambda v: dict(list(v.items())[1:]), "missing")],
+    "labels": tensor((lambda v: v[:, :-1], "(3, 5)"), (lambda v: v.float(), "float32"), (lambda v: v - 500, "at least -100, not -600")),
+    "direction": tensor((lambda v: v[:2], "2 adapters for 3 clients"), (lambda v: v[:, :-1], "(3, ")),
+    "g_f gradients vectors": tensor(),
+    "g_l": tensor((lambda v: v[:, :-1], "(3, 5, 5)"), (lambda v: v[:2], "(2, 6, 5)")),
+    "sizes": tensor(*COUNTED, (lambda v: v + 40, "at most 6, the examples of")),
+    "train_sizes": tensor(*COUNTED, (lambda v: v[:1], "1 of them for 3")),
+    "examples": [5, None, (lambda v: v[:1], "at least 2"), (lambda v: (v[0], v[1] * 0), "0")],
+    "groups": tensor((lambda v: v[:2], "2 of them for 5"), (lambda v: v - 1, "-1")),
+    "clip_pair": [0.5, NAN, "ab", (lambda v: (1.0, 0.0), "(1.0, 0.0)"), (lambda v: (NAN, 1.0), "nan"),
+                  (lambda v: (0, 1, 2), "(0, 1, 2)")],
+    "grid weights_grid": tensor((lambda v: v + 1, "in [0, 1], not")),
+    "weights_of": tensor((lambda v: v[:2], "[3, 6]"), (lambda v: v - 9, "-6"), (lambda v: v * 0, "0")),
+    "losses low": tensor(),
+    "loss_curve": tensor((lambda v: v[:, :-1], "2")),
+    "middle high distance curvature": tensor((lambda v: v[:-1], "(")),
+    "at_local variance_of": tensor(),
+    "matrix": tensor((lambda v: v[:1], "shape"), (lambda v: v * 0, "inverse"), (lambda v: torch.eye(3), "2")),
+    "moments": tensor((lambda v: v[:1], "(1, 2)"), (lambda v: torch.tensor([[1.0, 0.3], [0.0, 1.0]]), "symmetric")),
+    "x y": tensor((lambda v: [[0.0]], "[[0.0]]")),
+    "images": [5, None, (lambda v: v[0], "(1, 28, 28)"), (lambda v: v.long(), "int64")],
+    "fishers": [5, (lambda v: v[:1], "1 of them for 2 models"), (lambda v: [v[0], v[1] * NAN], "fishers[1]"),
+                (lambda v: [v[0], -v[1] - 1], "negative"), (lambda v: [v[0], v[1][:2]], "(3, ")],
+    "grams": [5, (lambda v: v[:1], "1 of them for 2 models"), (lambda v: [v[0], {"x": v[1]["x"] * NAN}], "grams[1]"),
+              (lambda v: [v[0], v[1]["x"]], "dictionary")],
+    "rows": ROWS,
+    "token_rows": [5, "ab", (lambda v: [[1], []], "text 1"), (lambda v: [[1.5]], "1.5"), (lambda v: [[-1]], "-1"),
+                   (lambda v: [], "list")],
+    "texts prompts answers": [5, "ab", (lambda v: [3], "3"), (lambda v: ["  ", *v][:len(v)], "empty")],
+    "names found": [5, "ab", (lambda v: [3], "3"), (lambda v: [["a"]], "list")],
+    "voices": [*ADAPTER[:4], ADAPTER[5], *ADAPTER[7:], (lambda v: {n: t[:1] for n, t in v.items()}, "2 clients for 1"),
+               (lambda v: client_adapter(v, 0), "not one adapter"), (entry(lambda t: t[:1]), "[1, 2]"),
+               (lambda v: v | {"other": torch.zeros(2, 2)}, "'other'")],
+    "prompts_of": [5, "ab", (lambda v: v[:1], "1 clients for 2"), (lambda v: ["ab", "b"], "'ab'")],
+    "inputs_of": [5, "ab", (lambda v: v[:1], "1 clients for 2"), (lambda v: [1, 2], "1")],
+    "expected": [5, (lambda v: [1], "1"), (lambda v: v * 2, "2 expected")],
+    "questions": [5, (lambda v: v[:1], "1 clients for 2"), (lambda v: [["a"], ["b"]], "Question"),
+                  (lambda v: [[Question("a", "b", ("b",))]] * 2, "two options")],
+    "ids": [5, None, (lambda v: [], "list"), (lambda v: [0, -1], "-1"), (lambda v: [0.5], "0.5")],
+    "ranks": [5, "12", (lambda v: [0], "0"), (lambda v: [1.5], "1.5")],
+    "seeds": [3, None, (lambda v: [], "list"), (lambda v: [3, 3], "[3, 3]"), (lambda v: [-1], "-1")],
+    "methods": [5, None, (lambda v: {}, "dict"), (lambda v: {"x": 3}, "3"), (lambda v: {1: len}, "dict")],
+    "settings": [5, None, (lambda v: {}, "dict"), (lambda v: {"x": {}}, "dict")],
+    "shard": [5, (lambda v: (2, 2), "[2, 2]"), (lambda v: (0,), "0"), (lambda v: (-1, 2), "-1")],
+    "pool test_pool": [
+        5, None,
+        (lambda v: v[:1], "a pair of inputs and labels"),
+        (lambda v: (v[0] * NAN, v[1]), "input 0 is not finite"),
+        (lambda v: ((v[0] * 255).to(torch.uint8), v[1]), "torch.uint8"),
+        (lambda v: (v[0], v[1].float()), "torch.float32"),
+        (lambda v: (v[0], v[1].unsqueeze(1)), "(60, 1)"),
+        (lambda v: (v[0], torch.nn.functional.one_hot(v[1])), "(60, 4)"),
+        (lambda v: (v[0], v[1] + 7), "label 10"),
+        (lambda v: (v[0], v[1] - 1), "label -1"),
+        (lambda v: (v[0][:5], v[1]), "5 inputs and 60 labels"),
+    ],
+    "train test": [
+        5, None,
+        (lambda v: [], "[]"),
+        (lambda v: v[:2], "(0, 1)"),
+        (lambda v: [v[0], v[1][0], v[2]], "[1]"),
+        (lambda v: [v[0], (v[1][0] + INF, v[1][1]), v[2]], "client 1"),
+        (lambda v: [v[0], (v[1][0].long(), v[1][1]), v[2]], "client 1"),
+        (lambda v: [(x.double(), y) for x, y in v], "float64"),
+        (lambda v: [(x[..., :-1], y) for x, y in v], "(1, 28, 27)"),
+        (lambda v: [(x, y.float()) for x, y in v], "torch.float32"),
+        (lambda v: [(x, y.unsqueeze(1)) for x, y in v], "1)"),
+        (lambda v: [(x, y.float().expand(2, -1).T) for x, y in v], "float32"),
+        (lambda v: [(x, y + 9) for x, y in v], "outside 0"),
+        (lambda v: [(x, y - 9) for x, y in v], "below 0"),
+        (lambda v: [(x, y.bool()) for x, y in v], "torch.bool"),
+        (lambda v: [(x.numpy(), y) for x, y in v], "ndarray"),
+    ],
+    "proportions": [5, (lambda v: [[1.0, 0, 0, 0]], "(1, 4)"), (lambda v: [[NAN] * 4] * 2, "proportions"),
+                    (lambda v: [[-1.0, 2, 0, 0]] * 2, "proportions"), (lambda v: [[0.0] * 4] * 2, "proportions")],
+}  # fmt: skip
+# Where a name means something else than elsewhere, the list above that says what is wrong for it.
+
+MEANT = {
+    ("results.leaderboard", "local"): "local_name",
+    ("experiment.train_local", "start"): "adapters",
+    ("field.methods.from_algorithm", "algorithm"): "algorithm_of",
+    ("engine.training.train", "loss"): "loss_of",
+    ("engine.training.train", "clip"): "lr",
+    ("backbones.torchvision_vit", "weights"): "weights_name",
+    ("language.pad_tokens", "rows"): "token_rows",
+    ("data.shift_images", "x"): "images",
+    ("merging.combine_adapters", "adapters"): "several",
+    ("adapters.stack_adapters", "adapters"): "several",
+    ("adapters.delta_inner_products", "adapters"): "several",
+    ("merging.combine_adapters", "weights"): "mixing",
+    ("engine.federated.weighted_average", "weights"): "weights_of",
+    ("field.privacy.with_noise", "moments"): "moments_of",
+    ("estimators.shrinkage.shrinkage_moments", "variance"): "variance_of",
+    ("scoring.write_answers", "prompts"): "prompts_of",
+    **{(f"scoring.{name}", "adapters"): "voices" for name in ("multiple_choice", "greedy_tokens", "write_answers")},
+    ("scoring.greedy_tokens", "prompts"): "inputs_of",
+    **{(f"merging.merge_{kind}", name): name_ for kind in ("exact", "factors")
+       for name, name_ in (("federated", "merged_model"), ("local", "merged_model"), ("weight", "lambda"))},
+    **{(f"field.algorithms.{name}", "weight"): "head_share" for name in ("wise_ft", "apfl", "feddpa")},
+    ("field.methods.wise_ft", "weight"): "head_share",
+    **{(f"field.baselines.{name}", "models"): "several"
+       for name in ("task_arithmetic", "fisher_merge", "regmean", "merge_deltas")},
+    **{(name, "loss"): "loss_curve"
+       for name in ("connectivity.barrier", "estimators.curve.parabola_moments", "experiment.oracle_weight")},
+    **{(name, "weights"): "weights_grid"
+       for name in ("connectivity.barrier", "connectivity.along_segment", "experiment.oracle_weight",
+                    "estimators.curve.segment_losses")},
+    **{(name, "weights"): "g_f" for name in ("estimators.curve.parabola_moments", "estimators.pooled_weight")},
+    **{(f"estimators.{name}", "clip"): "clip_pair"
+       for name in ("laplace.laplace_moments", "paper.fisher_moments", "paper.estimate_paper")},
+}  # fmt: skip
+BAD["merged_model"] = MODEL
+LISTS = {name: values for names, values in BAD.items() for name in names.split()}
+
+
+def short_state(clients, numbers):
+    return OptimizerState.zeros(torch.zeros(clients, numbers))
+
+
+def wrong_for(function, argument):
+    return LISTS.get(MEANT.get((function, argument), argument))
+
+
+def find(function):
+    module, _, name = function.rpartition(".")
+    return getattr(importlib.import_module(f"potara_lite.{module}"), name)
+
+
+def arguments(function):
+    """The arguments of the call above, without those that cannot be wrong by themselves."""
+    return [argument for argument in CALLS[function](things()) if argument not in ("config", "calibration")]
+
+
+CASES = [(function, argument) for function in CALLS for argument in arguments(function)]
+BY_CLIENT = {
+    "train",
+    "test",
+    "pool",
+    "test_pool",
+    "head",
+    "texts",
+    "prompts",
+    "answers",
+    "token_rows",
+    "rows",
+    "last",
+    "questions",
+    "name",
+    "score",
+}  # their messages name a client, a text or a layer where there is one
+
+
+@pytest.mark.parametrize("function, argument", CASES, ids=[f"{function}-{argument}" for function, argument in CASES])
+def test_bad_input_is_refused_in_one_line_that_names_it(function, argument):
+    call, meaning = CALLS[function](things()), signature(find(function)).parameters
+    optional = argument in meaning and meaning[argument].default is None
+    for bad in wrong_for(function, argument):
+        make, said = bad if isinstance(bad, tuple) else (None, None)
+        if (bad is None and optional) or (make and call[argument] is None):
+            continue
+        value = make(call[argument]) if make else bad
+        with pytest.raises(ValueError) as caught:
+            find(function)(**call | {argument: value})
+        message = str(caught.value)
+        assert "\n" not in message and len(message) < 400
+        assert argument in message or argument in BY_CLIENT, message
+        assert (said or repr(value)) in message, (said or repr(value), message)
+
+
+@pytest.mark.parametrize("function", CALLS.keys() - NOT_RUN)
+def test_what_is_right_is_taken(function):
+    """Else the test above would see refusals of something else."""
+    find(function)(**CALLS[function](things()))
+
+
+# Functions without a door, and why.
+
+BARE = {
+    "what a name or a shape says": """
+        adapters.is_dense_factor estimators.estimate.by_layer estimators.estimate.head_and_body
+        estimators.calibrated.two_groups field.rounds.is_head field.rounds.is_shared field.algorithms.is_own
+        data.kind_of data.any_tensor data.data_path results.rows_with language.installed_minilm
+        text_data.read_glosses field.algorithms.fedalt""",
+    "checks themselves, tested in the rows below and where they are used": """
+        data.check_alike data.check_examples data.check_pairs data.pool_of_examples engine.training.check_clients
+        engine.training.check_losses scoring.check_count language.check_source language.next_tokens
+        engine.loss.checked_logits""",
+    "files, tested with their loaders": """
+        adapters.load_adapter adapters.save_adapter data.check_file text_data.read_task results.write_atomically""",
+    "dictionaries of tensors and batches taken apart and put together, in every step": """
+        adapters.adapter_from_delta adapters.delta_added adapters.flatten adapters.unflatten adapters.select_clients
+        data.draw data.map_inputs data.pad_stack data.take merging.concat_ranks merging.limit_rank
+        prefix.blocks_below prefix.call_network prefix.hidden_below prefix.replaced_forwards language.additive_mask
+        estimators.estimate.from_moments estimators.estimate.group_coordinates estimators.estimate.group_sum
+        estimators.gauss_newton.example_mean estimators.paper.diagonal_moments""",
+    "the engine room: every step and every example goes through it": """
+        engine.batching.map_clients engine.batching.plan engine.batching.with_autocast engine.one_batch.as_one_batch
+        engine.loss.example_accuracies engine.loss.example_losses engine.loss.mean_loss engine.loss.token_mean
+        engine.training.adamw_step engine.training.batched_logits engine.training.losses
+        engine.training.plain_loss""",
+    "behind the door of `estimators`: their numbers come over the network, too": """
+        estimators.calibrated.estimate_calibrated estimators.calibrated.estimate_pooled
+        estimators.calibrated.lowest_inside estimators.calibrated.offset_weights estimators.calibrated.parabolas
+        estimators.calibrated.pooled_mean estimators.calibrated.pooled_offset estimators.calibrated.pooled_weight
+        estimators.calibrated.weigh estimators.calibrated.weigh_offset""",
+    "parts of methods, which `run_algorithm`, `run_methods` and `sweep` call": """
+        experiment.best_on_test experiment.independent_pair experiment.initial_adapter field.algorithms.fold
+        field.algorithms.fold_and_redraw field.algorithms.folded field.algorithms.keep_anchor
+        field.algorithms.mean_and_residual field.algorithms.mean_product field.algorithms.others
+        field.algorithms.own field.algorithms.shared_loss field.algorithms.shares
+        field.algorithms.squared_distance field.algorithms.stacked field.algorithms.with_folded
+        field.methods.fisher_merge_of_pair field.methods.merged_from_federated field.methods.regmean_of_pair
+        field.methods.remaining_steps field.rounds.add_prefix field.rounds.client_step field.rounds.fedavg
+        field.rounds.finetune_step field.rounds.first_client field.rounds.message_bytes field.rounds.select_prefix
+        field.rounds.server_step field.sweep.fingerprint""",
+}
+APART = ("flower/", "teaching/", "__main__.py", "potara.py", "door.py", "stacks.py")  # tested for themselves
+CLASSES = (
+    "Setting Federation Split Moments Estimate Execution Ledger Pair Result Trial Algorithm Phase Question".split()
+)
+
+
+def test_every_public_function_has_a_door_and_rows_or_a_reason():
+    bare = {name for names in BARE.values() for name in names.split()}
+    found = {}
+    for file in FILES:
+        if not file.startswith(APART):
+            module = importlib.import_module(module_name(file))
+            for name, one in vars(module).items():
+                if isfunction(one) and one.__module__ == module.__name__ and not name.startswith("_"):
+                    found[f"{module_name(file).removeprefix('potara_lite.')}.{name}"] = one
+    assert bare <= found.keys() and not bare & CALLS.keys()
+    assert found.keys() - bare == {name for name in CALLS if not name.startswith("estimators.") or name.count(".") > 1}
+    for name in bare:
+        assert not hasattr(found[name], "checks"), name
+    for name in CALLS:
+        free = set(signature(find(name)).parameters) - find(name).checks.keys()
+        assert free <= {"train", "test", "calibration", "proportions", "x", "options"}, (name, free)
+        for argument in find(name).checks:
+            if argument not in CALLS[name](things()):
+                assert argument in ("options", "training", "fixed", "objective"), (name, argument)
+
+
+def test_every_public_name_is_in_the_tables():
+    functions = {name.rpartition(".")[2] for name in CALLS}
+    for name in potara_lite.__all__:
+        one = getattr(potara_lite, name)
+        assert name in functions or name in CLASSES or not isfunction(one) or name in str(BARE), name

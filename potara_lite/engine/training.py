@@ -19,7 +19,7 @@ from ..adapters import AdaptedBackbone, Adapter, flatten, select_clients, unflat
 from ..data import Inputs, Split, batch_indices, take
 from ..door import one_or_several, unchecked
 from ..door import seed as one_seed
-from ..stacks import any_adapter, door, fitting
+from ..stacks import door, fitting, trained_stack
 from .batching import Execution, Forward, map_clients, plan, with_autocast
 from .loss import example_accuracies, example_losses, mean_loss
 
@@ -136,7 +136,7 @@ def check_clients(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> 
     adapted.check_inputs(split.x, split.ids)
 
 
-@door(adapters=any_adapter, seed=one_or_several(one_seed))
+@door(adapters=trained_stack, seed=one_or_several(one_seed))
 def train(
     adapted: AdaptedBackbone,
     adapters: Adapter,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..adapters import AdaptedBackbone, Adapter
 from ..data import Split
-from ..door import unchecked
+from ..door import not_negative, optional, unchecked
 from ..engine.gradients import per_sample_gradients
 from ..moments import Moments
 from ..stacks import door, groups_of, sizes_of
@@ -93,7 +93,7 @@ def _cross_fitted(gram: Tensor, sizes: Tensor, damping: float, coordinates: int)
     return Moments(a.clamp_min(0).cpu(), b.clamp_min(0).cpu(), c.cpu())
 
 
-@door()
+@door(damping=optional(not_negative))
 def estimate_gradient(
     adapted: AdaptedBackbone,
     federated: Adapter,

@@ -62,7 +62,7 @@ def fisher_merge(models: Sequence[Adapter], fishers: Sequence[Tensor]) -> Adapte
     flat = torch.stack([flatten(model) for model in models])  # (K, C, P)
     for fisher in fishers:
         if fisher.shape != flat.shape[1:] or (fisher < 0).any():
-            raise ValueError(f"a Fisher of shape {tuple(flat.shape[1:])} without negative values is needed")
+            raise ValueError(f"fishers: one of shape {tuple(flat.shape[1:])} without negative values is needed")
     weight = torch.stack(list(fishers)).to(flat)
     weight = torch.where(weight.sum(0) > 0, weight, 1.0)
     return unflatten((weight * flat).sum(0) / weight.sum(0), client_adapter(models[0], 0))
