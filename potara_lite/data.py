@@ -64,7 +64,8 @@ def check_examples(client: int, x: Inputs, y: Tensor) -> None:
             raise ValueError(f"client {client}: input {int((~fine).nonzero()[0])} is not finite")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise ValueError(f"client {client}: labels must be whole numbers, not {y.dtype}")
-    if y.dim() > 2 or (y.dim() == 2 and isinstance(x, Tensor) and y.shape[1:] != x.shape[1:2]) or y.shape[1:] == (1,):
+    a_column = isinstance(x, Tensor) and y.shape[1:] == (1,)
+    if y.dim() > 2 or (y.dim() == 2 and (a_column or y.shape[1:] != tensors[0].shape[1:2])):
         raise ValueError(f"client {client}: labels must be of shape ({len(y)},), or a target per token, not {shown(y)}")
     if (bad := y[(y < 0) & ((y != PADDING) | (y.dim() == 1))]).numel():
         raise ValueError(f"client {client}: label {int(bad[0])} is below 0")

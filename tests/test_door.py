@@ -1,8 +1,6 @@
 """The door: every public function against bad input, argument by argument; what is taken; memory; order of clients."""
 
-import copy
 import importlib
-import re
 from functools import cache
 from inspect import isfunction, signature
 from types import SimpleNamespace
@@ -12,18 +10,16 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_federation, tiny_vit
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_project import FILES, module_name
 
 import potara_lite
-from potara_lite import estimators
+from potara_lite import estimators, fedit, next_tokens
 from potara_lite.adapters import attach, client_adapter, repeat_adapter
 from potara_lite.data import Split
 from potara_lite.door import door, options_of, shown, unchecked
 from potara_lite.engine.training import OptimizerState
+from potara_lite.experiment import initial_adapter
 from potara_lite.setting import Setting
-from potara_lite.stacks import lora_layers
 from potara_lite.text_data import Question
 
 NAN, INF = float("nan"), float("inf")
@@ -43,6 +39,9 @@ class Letters:
 
     def decode(self, tokens):
         return "".join(chr(97 + token) for token in tokens)
+
+
+LETTERS = Letters()
 
 
 class Speaker(torch.nn.Module):
@@ -141,7 +140,7 @@ CALLS = {
     "language.pad_tokens": lambda t: dict(rows=[[1, 2], [3]]),
     "language.encode_texts": lambda t: dict(tokenizer=Letters(), texts=["a b", "c"], max_length=8),
     "language.encode_answers": lambda t: dict(tokenizer=Letters(), prompts=["a"], answers=[" b"], max_length=8),
-    "text_data.with_tokens": lambda t: dict(federation=t.numbers, texts=["a", "b", "c"], tokenizer=Letters(), longest=4),
+    "text_data.with_tokens": lambda t: dict(federation=t.numbers, texts=["a", "b", "c"], tokenizer=LETTERS, longest=4),
     "text_data.domain_proportions": lambda t: dict(names=["animal", "act", "shape"], clients=2),
     "text_data.wordnet_glosses": lambda t: dict(tokenizer=Letters(), longest=4, domains=False, clients=2, test_size=4),
         "prefix.linear_layers": lambda t: dict(network=t.backbone, last=1),
@@ -258,7 +257,7 @@ CALLS = {
     "experiment.oracle_weight": lambda t: dict(weights=t.grid, loss=t.losses[..., 0]),
     "experiment.run_methods": lambda t: dict(setting=TINY, seeds=[0], methods={"x": len}, prepare=len, progress=False),
     "results.result_rows": lambda t: dict(method="x", trial=t.trial, result=t.result, split=t.split),
-    "results.compare": lambda t: dict(setting=TINY, seeds=[0], methods={"x": lambda trial: Result(trial.adapted, trained(trial), t.ledger, 0.0)}),
+    "results.compare": lambda t: dict(setting=TINY, seeds=[0], methods={"x": initial_adapter}),
     "results.summary": lambda t: dict(rows=t.rows),
     "results.leaderboard": lambda t: dict(rows=t.rows, local="local"),
     "results.pareto_front": lambda t: dict(board=potara_lite.leaderboard(t.rows), references=()),
@@ -430,7 +429,8 @@ BAD = {
     "adaptive": FLAG,
     "name method score dataset until": [5, 1.5, None, b"x"],
     "head": [5, "haed"],
-    "targets": [5, (lambda v: "nope", "targets nope"), (lambda v: [], "list"), (lambda v: ["fc1", "nope"], "nope"), (lambda v: [3], "3")],
+    "targets": [5, (lambda v: "nope", "targets nope"), (lambda v: [], "list"), (lambda v: ["fc1", "nope"], "nope"),
+                (lambda v: [3], "3")],
     "folder root name_or_path checkpoint": PATH,
     "merge prepare eval_split by tokenizer estimator pair_of loss_of noisy function": FUNCTION,
     "weights_name": [5, True],
@@ -465,7 +465,8 @@ BAD = {
                (lambda v: [1j, 1.0], "1j"), (lambda v: [1.0, [0.5, 0.5]], "2 weights for a stack of 3")],
     "scaling": [5, None, (lambda v: {}, "dict"), (lambda v: dict.fromkeys(v, NAN), "nan"),
                 (lambda v: dict.fromkeys(v, 0), "0"), (lambda v: dict(list(v.items())[1:]), "missing")],
-    "labels": tensor((lambda v: v[:, :-1], "(3, 5)"), (lambda v: v.float(), "float32"), (lambda v: v - 500, "at least -100, not -600")),
+    "labels": tensor((lambda v: v[:, :-1], "(3, 5)"), (lambda v: v.float(), "float32"),
+                     (lambda v: v - 500, "at least -100, not -600")),
     "direction": tensor((lambda v: v[:2], "2 adapters for 3 clients"), (lambda v: v[:, :-1], "(3, ")),
     "g_f gradients vectors": tensor(),
     "g_l": tensor((lambda v: v[:, :-1], "(3, 5, 5)"), (lambda v: v[:2], "(2, 6, 5)")),
@@ -713,3 +714,280 @@ def test_every_public_name_is_in_the_tables():
     for name in potara_lite.__all__:
         one = getattr(potara_lite, name)
         assert name in functions or name in CLASSES or not isfunction(one) or name in str(BARE), name
+
+
+# What has no row above: constructors, and arguments that are wrong together.
+
+
+def split_of(t, **changes):
+    s = t.split
+    return Split(**dict(x=s.x, y=s.y, sizes=s.sizes, ids=s.ids) | changes)
+
+
+def federation_of(t, **changes):
+    f = t.federation
+    parts = dict(train=f.train, calibration=f.calibration, test=f.test, classes=4, name="x")
+    return potara_lite.Federation(**parts | changes)
+
+
+def moments(a=1.0, b=1.0, c=0.0):
+    return potara_lite.Moments(a, b, c)
+
+
+def examples(t, x=None, y=None, n=4):
+    x = torch.rand(n, 1, 28, 28) if x is None else x
+    return Split.of([t.split.client(0), (x, torch.zeros(n).long() if y is None else y)])
+
+
+def mapping(**changes):
+    x = {"input_ids": torch.tensor([[1, 2], [3, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
+    return Split.of([(x | changes.pop("x", {}), changes.pop("y", torch.tensor([0, 1])))])
+
+
+ALL = {n: t for n, t in vars(Setting()).items()}
+OF_SETTING = {
+    **dict.fromkeys("clients train_size calibration_size test_size rank batch_size chunk_size".split(), SIZE),
+    **dict.fromkeys("rounds round_steps local_steps".split(), WHOLE),
+    **dict.fromkeys("lr federated_lr_scale local_lr_scale".split(), [-0.1, 0, INF, *NUMBER]),
+    "alpha": [-0.1, 0, *NUMBER],
+    "shift": FLAG[:-1],
+    "local_from_federated": FLAG[:-1],
+    "device": [5, None],
+    "data": [5, None, "mnist"],
+    "backbone": [5],
+}
+E, S, A = potara_lite.Estimate, Split.of, potara_lite.Algorithm
+HALF = torch.tensor([0.5, 0.5, 0.5])
+WRONG = [
+    *((f"Setting {name} {value!r}", lambda t, n=name, v=value: Setting(**{n: v}), (name, repr(value)))
+      for name, values in OF_SETTING.items() for value in values if value is not None or name in ("device", "data")),
+    *((f"Execution {name} {value!r}", lambda t, n=name, v=value: potara_lite.Execution(**{n: v}), (name, repr(value)))
+      for name, values in (("chunk_size", SIZE), ("memory_bytes", [-1, 0, *NUMBER]), ("vectorize", [1, "yes"]),
+                           ("compile", [1, None]), ("autocast", ["bf16"])) for value in values),
+    *((f"Privacy {name} {value!r}",
+       lambda t, n=name, v=value: type(t.privacy)(**dict(clip=1.0, noise_multiplier=1.0, seed=0) | {n: v}),
+       (name, repr(value)))
+      for name, values in (("clip", [-1, 0, INF, *NUMBER]), ("noise_multiplier", [-1, INF, *NUMBER]), ("seed", WHOLE))
+      for value in values),
+    # Splits
+    ("fewer ids", lambda t: Split.of([t.split.client(0)] * 3, [0, 1]), ("ids", "2 of them for 3")),
+    ("ids twice", lambda t: Split.of([t.split.client(0)] * 2, [1, 1]), ("ids", "(1, 1)")),
+    ("ids below 0", lambda t: Split.of([t.split.client(0)] * 2, [0, -1]), ("ids[1]", "-1")),
+    ("ids of fractions", lambda t: Split.of([t.split.client(0)] * 2, [0, 0.5]), ("ids[1]", "0.5")),
+    ("no examples", lambda t: Split.of([]), ("examples", "[]")),
+    ("no pairs", lambda t: Split.of([t.split.client(0)[0]]), ("examples[0]",)),
+    ("uint8 beside float", lambda t: examples(t, torch.zeros(4, 1, 28, 28, dtype=torch.uint8)), ("1", "torch.uint8")),
+    ("whole images", lambda t: examples(t, torch.zeros(4, 1, 28, 28, dtype=torch.int64)), ("client 1", "torch.int64")),
+    ("complex", lambda t: examples(t, torch.zeros(4, 1, 28, 28) * 1j), ("client 1", "torch.complex64")),
+    ("double beside float", lambda t: examples(t, torch.zeros(4, 1, 28, 28).double()), ("client 1", "float64")),
+    ("another size", lambda t: examples(t, torch.zeros(4, 1, 32, 32)), ("client 1", "(1, 32, 32)")),
+    ("NaN", lambda t: examples(t, torch.full((4, 1, 28, 28), NAN)), ("client 1", "input 0 is not finite")),
+    ("inf", lambda t: examples(t, torch.full((4, 1, 28, 28), INF)), ("client 1", "input 0 is not finite")),
+    ("float labels", lambda t: examples(t, y=torch.tensor([0.5, 1, 1, 0])), ("client 1", "torch.float32")),
+    ("bool labels", lambda t: examples(t, y=torch.ones(4) > 0), ("client 1", "torch.bool")),
+    ("labels of a column", lambda t: examples(t, y=torch.zeros(4, 1).long()), ("client 1", "(4, 1)")),
+    ("one-hot", lambda t: examples(t, y=torch.eye(4).long()), ("client 1", "(4, 4)")),
+    ("label below 0", lambda t: examples(t, y=torch.tensor([0, 1, -1, 0])), ("client 1", "label -1")),
+    ("label ignored", lambda t: examples(t, y=torch.tensor([0, 1, -100, 0])), ("client 1", "label -100")),
+    ("array", lambda t: examples(t, np.zeros((4, 1, 28, 28), "f")), ("client 1", "ndarray")),
+    ("list of labels", lambda t: examples(t, y=[0, 1, 2, 3]), ("client 1", "[0, 1, 2, 3]")),
+    ("no tensors", lambda t: Split.of([({}, torch.tensor([0]))]), ("client 0", "{}")),
+    ("target below 0", lambda t: mapping(y=torch.tensor([[1, -2], [1, -100]])), ("client 0", "label -2")),
+    ("targets of another length", lambda t: mapping(y=torch.tensor([[1, 2, 3], [1, 2, 3]])), ("client 0", "(2, 3)")),
+    ("float mask", lambda t: mapping(x={"attention_mask": torch.tensor([[1.0, NAN], [1, 0]])}), ("client 0", "input")),
+    ("y of one dimension", lambda t: split_of(t, y=t.split.y[0]), ("y", "(6,)")),
+    ("float y", lambda t: split_of(t, y=t.split.y.float()), ("y", "float32")),
+    ("x of fewer", lambda t: split_of(t, x=t.split.x[:, :2]), ("x", "(3, 2, ")),
+    ("x of nothing", lambda t: split_of(t, x={}), ("x", "{}")),
+    ("sizes of fewer", lambda t: split_of(t, sizes=t.sizes[:2]), ("sizes", "(2,)")),
+    ("sizes of 0", lambda t: split_of(t, sizes=t.sizes * 0), ("sizes", "[0, 0, 0]")),
+    ("sizes beyond", lambda t: split_of(t, sizes=t.sizes + 9), ("sizes", "[12, 15, 13]")),
+    ("ids of fewer", lambda t: split_of(t, ids=(0, 1)), ("ids", "(0, 1)")),
+    ("map by no function", lambda t: t.split.map(3), ("function", "3")),
+    ("map of no batch", lambda t: t.split.map(lambda x: x, batch_size=0), ("batch_size", "0")),
+    # Federations
+    ("no split", lambda t: federation_of(t, test=None), ("test", "None")),
+    ("no classes", lambda t: federation_of(t, classes=0), ("classes", "0")),
+    ("classes of a float", lambda t: federation_of(t, classes=4.0), ("classes", "4.0")),
+    ("a name that is none", lambda t: federation_of(t, name=3), ("name", "3")),
+    ("fewer clients", lambda t: federation_of(t, test=t.federation.test.rows([0, 1])), ("test", "(0, 1)")),
+    ("other inputs", lambda t: federation_of(t, test=t.federation.test.map(torch.Tensor.double)), ("test", "float64")),
+    ("other sizes", lambda t: federation_of(t, test=t.federation.test.map(lambda x: x[..., :9])), ("test", "28, 9)")),
+    ("label outside", lambda t: federation_of(t, classes=2), ("client 0", "outside 0 … 1")),
+    # Moments
+    *((f"moments {n} {v!r}", lambda t, n=n, v=v: moments(**{n: v}), (f"moment {n}", said))
+      for n in "abc" for v, said in ((NAN, "NaN"), ("x", "'x'"), (True, "True"), (1j, "1j"), (None, "None"),
+                                    ([[[1.0]]], "(1, 1, 1)"), ([], "(0,)"), ([1.0, NAN], "client 1"))),
+    ("moments a below 0", lambda t: moments(a=-1.0), ("moment a", "negative")),
+    ("moments b below 0", lambda t: moments(b=[1.0, -1.0]), ("moment b", "client 1")),
+    ("moments c of -inf", lambda t: moments(c=-INF), ("moment c", "infinite")),
+    ("moments c of inf", lambda t: moments(c=INF), ("moment c", "infinite")),
+    ("moments of other shapes", lambda t: moments([1.0, 2.0], [1.0, 2.0, 3.0]), ("a, b and c", "(3,)")),
+    ("bound of NaN", lambda t: t.moments.bound(NAN), ("weight", "nan")),
+    ("bound of text", lambda t: t.moments.bound("x"), ("weight", "'x'")),
+    # Estimates, ledgers, results
+    *((f"estimate of {v!r}", lambda t, v=v: E(v), ("weight", said))
+      for v, said in (("x", "'x'"), (0.5, "0.5"), (HALF * NAN, "finite"), (HALF * 3, "1.5"), (HALF > 0, "bool"),
+                      ({"a": HALF * 3}, "1.5"), ({}, "dictionary"))),
+    ("estimate of groups alone", lambda t: E({"a": HALF}), ("client",)),
+    ("estimate of no moments", lambda t: E(HALF, 3), ("moments", "3")),
+    ("ledger of other shapes", lambda t: type(t.ledger)(t.ledger.up, t.ledger.up[:2], t.ledger.up), ("(2,)",)),
+    ("ledger of no clients", lambda t: t.ledger.zeros(0), ("clients", "0")),
+    ("ledger adds a fraction", lambda t: t.ledger.add(torch.arange(3), up=0.5), ("up", "0.5")),
+    ("ledger takes off", lambda t: t.ledger.add(torch.arange(3), steps=-1), ("steps", "-1")),
+    ("ledger of no rows", lambda t: t.ledger.add(torch.tensor([0.5])), ("clients", "float32")),
+    ("pair of NaN", lambda t: type(t.pair)(entry(lambda x: x * NAN)(t.federated), t.local, (), ()), ("federated",)),
+    ("pair of one", lambda t: type(t.pair)(t.federated, t.one, (), ()), ("local", "not one adapter")),
+    ("result of NaN", lambda t: type(t.result)(t.adapted, entry(lambda x: x * NAN)(t.local), t.ledger, 0.0), ("fin",)),
+    ("result of 7", lambda t: type(t.result)(t.adapted, t.local, t.ledger, 0.0, HALF * 14), ("weight", "7.0")),
+    ("trial of a split", lambda t: type(t.trial)(t.adapted, t.split, TINY, 0), ("federation", "Split")),
+    ("trial of seed -1", lambda t: type(t.trial)(t.adapted, t.federation, TINY, -1), ("seed", "-1")),
+    # Algorithms
+    *((f"algorithm {n}", lambda t, n=n, v=v: A("x", **{n: v}), (n, said))
+      for n, v, said in (("init", 3, "3"), ("phases", (), "()"), ("phases", (3,), "3"), ("is_uploaded", "A", "'A'"),
+                         ("finetune_steps", -1, "-1"), ("wise_ft_weight", 2.0, "2.0"), ("keep_optimizer", 1, "1"),
+                         ("privacy", 3, "3"), ("aggregate", None, "None"))),
+    ("algorithm of no name", lambda t: A(3), ("name", "3")),
+    *((f"phase {n}", lambda t, n=n, v=v: potara_lite.Phase(**{n: v}), (n, repr(v)))
+      for n, v in (("is_trained", 3), ("objective", 3), ("steps", 3), ("models", 0), ("models", 1.5))),
+    # Questions
+    ("a prompt of 3", lambda t: Question(3, "a"), ("prompt", "3")),
+    ("an answer of 3", lambda t: Question("a", 3), ("answer", "3")),
+    ("options in one text", lambda t: Question("a", "a", "ab"), ("options", "'ab'")),
+    ("an option of 3", lambda t: Question("a", "a", ("a", 3)), ("options[1]", "3")),
+    ("targets of one dimension", lambda t: next_tokens(torch.tensor([1]), torch.tensor([1])), ("ids", "(1,)")),
+    ("targets of another shape", lambda t: next_tokens(torch.ones(1, 2).long(), torch.ones(1)), ("is_target",)),
+    # Together
+    ("a head that is none", lambda t: attach(t.backbone, head="haed"), ("haed",)),
+    ("alpha inf", lambda t: attach(t.backbone, alpha=INF), ("alpha", "inf")),
+    ("alpha by a config", lambda t: attach(t.backbone, config=config(lora_alpha=NAN)), ("scaling", "nan")),
+    ("alpha 0 by a config", lambda t: attach(t.backbone, config=config(lora_alpha=0)), ("scaling", "0")),
+    ("an unknown option", lambda t: fedit(t.adapted, t.split, rounds=0, local_steps=1, lrr=1), ("lrr", "lr")),
+    ("an option of another", lambda t: potara_lite.fashion_mnist(client=3), ("client", "clients")),
+    ("a method that is none", lambda t: potara_lite.paired_differences(t.rows, "mine"), ("method", "'mine'")),
+    ("a score that is none", lambda t: potara_lite.paired_differences(t.rows, "local", "f1"), ("score", "'f1'")),
+    ("calibrating on all but one", lambda t: potara_lite.from_tensors(
+        [t.pool], [t.pool], calibration_size=-1), ("calibration_size", "-1")),
+    ("a grid that starts late", lambda t: potara_lite.barrier(torch.ones(2, 2), [0.5, 1.0]), ("weights", "[0.5, 1.0]")),
+    ("two answers, one prompt", lambda t: potara_lite.encode_answers(Letters(), ["a"], [" b", " c"]), ("answers", "2")),
+    ("a backbone's part", lambda t: t.adapted({}, t.split.x[0]), ("adapter", "tensors")),
+    ("images of 32", lambda t: t.backbone(torch.zeros(2, 1, 32, 32)), ("images", "(2, 1, 32, 32)")),
+    ("tokens of 3", lambda t: t.backbone(torch.zeros(2, 4, 3)), ("tokens", "(2, 4, 3)")),
+    ("NaN losses", lambda t: potara_lite.evaluate(t.adapted, t.local, broken(t)), ("loss", "client 1")),
+    ("NaN losses on the curve", lambda t: potara_lite.estimate_curve(
+        t.adapted, t.federated, t.local, broken(t)), ("loss", "client 1")),
+    ("half sums", lambda t: potara_lite.combine_adapters([halves(t)] * 2, [1.0, 1.0]), ("weights", "torch.float16")),
+    ("estimators of a split", lambda t: potara_lite.ESTIMATORS["uniform"](
+        t.adapted, t.federated, t.local, t.split), ("federation", "Split")),
+    ("estimators of two clients", lambda t: potara_lite.ESTIMATORS["potara-paper"](
+        t.adapted, t.federated, t.local, t.federation.rows([0, 1])), ("federated", "3 adapters for 2")),
+    ("samples of two clients", lambda t: potara_lite.per_sample_gradients(
+        t.adapted, t.local, t.split.rows([0, 1])), ("adapters", "3 adapters for 2")),
+]  # fmt: skip
+
+
+def config(**options):
+    from peft import LoraConfig
+
+    return LoraConfig(r=2, target_modules=["fc1"], **options)
+
+
+def broken(t):
+    x = t.split.x.clone()
+    x[1] = NAN
+    return split_of(t, x=x)
+
+
+def halves(t):
+    return entry(lambda tensor: tensor.half() + 40_000)({n: tensor.half() for n, tensor in t.local.items()})
+
+
+@pytest.mark.parametrize("make, said", [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_what_is_wrong_in_other_ways_is_refused_in_one_line(make, said):
+    with pytest.raises(ValueError) as caught:
+        make(things())
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    assert all(part in message for part in said), (said, message)
+
+
+def test_the_table_is_as_large_as_it_says():
+    rows = sum(len(wrong_for(function, argument)) for function, argument in CASES)
+    assert len(CALLS) > 100 and rows > 3000 and len(WRONG) > 250
+
+
+# What is right, in other forms.
+
+
+def test_a_weight_may_be_a_list_an_array_or_a_column():
+    t = things()
+    expected = potara_lite.merge_exact(t.federated, t.local, torch.tensor([0.0, 0.5, 1.0]))
+    for form in (list, tuple, np.array, pd.Series, lambda w: torch.tensor(w), lambda w: torch.tensor(w).double()):
+        merged = potara_lite.merge_exact(t.federated, t.local, form([0.0, 0.5, 1.0]))
+        assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    half = potara_lite.merge_exact(t.federated, t.local, 0.5)
+    for form in (np.float32(0.5), np.array(0.5), torch.tensor(0.5), dict.fromkeys(layers(), 0.5)):
+        merged = potara_lite.merge_exact(t.federated, t.local, form)
+        assert all(torch.equal(merged[name], half[name]) for name in half)
+
+
+def test_numpys_numbers_are_taken_and_become_pythons():
+    setting = Setting(clients=np.int64(3), lr=np.float32(0.5), rounds=np.uint8(2), shift=np.bool_(True))
+    assert setting == Setting(clients=3, lr=0.5, rounds=2, shift=True)
+    assert {type(value) for value in (setting.clients, setting.rounds)} == {int} and type(setting.lr) is float
+    t, options = things(), dict(steps=np.int64(1), batch_size=np.int32(2), lr=np.float64(0.01))
+    one = potara_lite.train(t.adapted, t.local, t.split, seed=np.int64(3), **options)
+    two = potara_lite.train(t.adapted, t.local, t.split, seed=3, steps=1, batch_size=2, lr=0.01)
+    assert torch.equal(one.losses, two.losses)
+    assert repeat_adapter(t.one, np.int8(2)).keys() == t.one.keys()
+
+
+def test_stacks_are_read_by_name_whatever_their_order():
+    t = things()
+    turned = dict(reversed(t.local.items()))
+    for name in ("potara-paper", "potara-calibrated"):
+        one, two = (
+            potara_lite.ESTIMATORS[name](t.adapted, t.federated, stack, t.federation) for stack in (t.local, turned)
+        )
+        assert torch.equal(one.client_weight, two.client_weight)
+
+
+def test_a_checksum_in_capitals_is_one(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"x")
+    digest = "2D711642B726B04401627CA9FBAC32F5C8530FB1903CC4DB02258717921A4881"
+    (tmp_path / "a.sha256").write_text(f"{digest}  a.bin\n")
+    assert potara_lite.data.check_file(tmp_path / "a.bin") == tmp_path / "a.bin"
+
+
+def test_a_check_cannot_look_inside_a_transform():
+    """An objective of one's own may merge: there, values are those of all clients at once."""
+    t = things()
+    objective = lambda f, tensors: f(potara_lite.merge_exact(tensors, tensors, 0.5))  # noqa: E731
+    trained = potara_lite.train(t.adapted, t.local, t.split, steps=1, objective=objective)
+    assert trained.losses.isfinite().all()
+    with pytest.raises(ValueError, match=r"weight must be in \[0, 1\], not 7"):
+        potara_lite.train(t.adapted, t.local, t.split, steps=1,
+                          objective=lambda f, tensors: f(potara_lite.merge_exact(tensors, tensors, 7)))  # fmt: skip
+
+
+def test_a_door_keeps_what_a_function_says_of_itself():
+    @door()
+    def step(lr: float, seed: int = 0, **options):
+        """One step."""
+        return lr, seed, options
+
+    assert step.__doc__ == "One step." and str(signature(step)) == "(lr: float, seed: int = 0, **options)"
+    assert step(0.5, np.int64(3), anything=-1) == (0.5, 3, {"anything": -1})
+    assert unchecked(step)(-1) == (-1, 0, {}) and unchecked(len) is len
+    with pytest.raises(ValueError, match="lr must be positive, not -0.1"):
+        step(lr=-0.1)
+    with pytest.raises(TypeError, match="missing a required argument: 'lr'"):
+        step()
+    with pytest.raises(ValueError, match="sead is no option here: there are lr, seed"):
+        options_of(lambda lr, seed: None)("options", {"sead": 3}, {})
+
+
+def test_what_was_given_is_shown_in_one_short_line():
+    assert shown(torch.zeros(2, 3)) == "Tensor of shape (2, 3) and float32"
+    assert shown(np.zeros(4)) == "ndarray of shape (4,) and float64"
+    assert shown(-0.1) == "-0.1" and shown("x\ny") == r"'x\ny'" and len(shown([[1] * 99] * 99)) <= 80

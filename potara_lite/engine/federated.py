@@ -112,17 +112,19 @@ def fedit(
     """FedIT (Zhang et al., 2024): FedAvg over the LoRA factors and the head, weighted by the clients' sizes.
 
     Each round the participants download the adapter, take ``local_steps`` steps and upload theirs; at the end every
-    client downloads the result. ``keep_optimizer``: each client goes on with the AdamW state of its own last round
-    (it stays with the client and costs no bytes); otherwise every round starts afresh. ``training`` goes to
-    ``train`` (lr, batch_size, clip, execution, …). ``adapter``, ``state`` and ``start`` (the rounds already behind) go
-    on with an earlier run. With one client and the optimiser kept, this is local training. ``field`` has the same
-    method as a declaration beside the others, ``run_algorithm(FEDIT, ...)``; this function can go on with a run.
+    client downloads the result. ``keep_optimizer``: each client goes on with the AdamW state of its own last round (it
+    stays with the client and costs no bytes); otherwise every round starts afresh. ``training`` goes to ``train`` (lr,
+    batch_size, clip, execution, …). ``adapter``, ``state`` and ``start`` (the rounds already behind) go on with an
+    earlier run. In whatever order the clients stand, the model is the same to the last bit. With one client and the
+    optimiser kept, this is local training. ``field`` has the same method as a declaration beside the others,
+    ``run_algorithm(FEDIT, ...)``; this function can go on with a run.
     """
     adapter, clients = adapted.initial if adapter is None else adapter, len(split)
     message_bytes, by_round, history = adapter_bytes(adapter), [], []
     state = OptimizerState.zeros(flatten(repeat_adapter(adapter, clients))) if state is None else state
     for number in tqdm(range(start, start + rounds), disable=not progress, unit="round", desc="federated"):
-        chosen = participants(split.ids, participation, seed, number)
+        chosen = sorted(participants(split.ids, participation, seed, number).tolist(), key=split.ids.__getitem__)
+        chosen = torch.tensor(chosen)  # by their ids: sums of floats depend on the order
         part = split.rows(chosen.tolist())
         result = unchecked(train)(
             adapted,
