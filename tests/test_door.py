@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_federation, tiny_vit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_project import FILES, module_name
 
 import potara_lite
@@ -991,3 +993,110 @@ def test_what_was_given_is_shown_in_one_short_line():
     assert shown(torch.zeros(2, 3)) == "Tensor of shape (2, 3) and float32"
     assert shown(np.zeros(4)) == "ndarray of shape (4,) and float64"
     assert shown(-0.1) == "-0.1" and shown("x\ny") == r"'x\ny'" and len(shown([[1] * 99] * 99)) <= 80
+
+
+# Whatever comes: refused in one line, or finite and right.
+
+
+def outcome(make):
+    """What the call gives, or ``None`` where it is refused at the door, and with nothing else."""
+    try:
+        return make()
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return None
+
+
+ODD = st.one_of(
+    st.floats(width=32), st.floats(-2, 3), st.integers(-2, 3), st.booleans(), st.text(max_size=2), st.none(),
+    st.complex_numbers(max_magnitude=2),
+    st.lists(st.floats(-1, 2), max_size=4),
+)  # fmt: skip
+EXPLORED = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def real_numbers(value):
+    return not isinstance(value, bool | str | complex) and value is not None
+
+
+@EXPLORED
+@given(weight=ODD)
+def test_no_weight_is_taken_that_is_not_one_in_0_to_1_for_every_client(weight):
+    t = things()
+    merged = outcome(lambda: potara_lite.merge_exact(t.federated, t.local, weight))
+    listed = np.atleast_1d(weight) if real_numbers(weight) else np.array([NAN])
+    right = listed.shape in ((1,), (3,)) and ((listed >= 0) & (listed <= 1)).all()
+    right = right and not (isinstance(weight, list) and len(weight) != 3)
+    assert (merged is not None) == right
+    if right:
+        head = "base_model.model.head.bias"
+        w = torch.as_tensor(np.broadcast_to(listed, 3).copy()).float().unsqueeze(1)
+        torch.testing.assert_close(merged[head], w * t.federated[head] + (1 - w) * t.local[head])
+
+
+@EXPLORED
+@given(a=ODD, b=ODD, c=ODD)
+def test_no_moments_are_taken_without_a_weight_in_0_to_1(a, b, c):
+    found = outcome(lambda: moments(a, b, c))
+    if not all(map(real_numbers, (a, b, c))):
+        assert found is None
+    if found is not None:
+        assert all(np.size(one) > 0 for one in (a, b, c)) and min(np.min(a), np.min(b)) >= 0
+        assert ((found.weight >= 0) & (found.weight <= 1)).all() and not found.optimum.isnan().any()
+
+
+@EXPLORED
+@given(options=st.fixed_dictionaries({}, optional=dict(points=ODD, parabola=ODD)), clients=st.integers(1, 4))
+def test_no_estimate_is_made_of_other_clients_or_with_odd_options(options, clients):
+    t = things()
+    stack = {name: tensor[[0, 1, 2, 0][:clients]] for name, tensor in t.local.items()}
+    found = outcome(lambda: potara_lite.estimate_curve(t.adapted, t.federated, stack, t.split, **options))
+    if clients != 3 or not isinstance(options.get("parabola", True), bool):
+        assert found is None
+    if found is not None:
+        assert type(options.get("points", 2)) is int and options.get("points", 2) >= 2
+        assert found.weight.shape == (3,) and ((found.weight >= 0) & (found.weight <= 1)).all()
+
+
+@EXPLORED
+@given(name=st.sampled_from(["damping", "prior", "clip", "probe", "points", "spread", "prior_spread"]), value=ODD)
+def test_no_odd_number_reaches_the_moments(name, value):
+    t = things()
+    calls = {
+        "damping": lambda: estimators.fisher_moments(**gradients(t), damping=value).weight,
+        "prior": lambda: estimators.laplace_moments(**gradients(t), examples=(t.sizes, t.sizes), prior=value).weight,
+        "clip": lambda: estimators.fisher_moments(**gradients(t), clip=value).weight,
+        "probe": lambda: estimators.pooled_offset(*t.losses, t.sizes, probe=value)[0],
+        "points": lambda: potara_lite.weight_grid(value),
+        "spread": lambda: estimators.pooled_weight(t.grid, t.losses, t.sizes, spread=value)[0],
+        "prior_spread": lambda: estimators.pooled_weight(t.grid, t.losses, t.sizes, prior_spread=value)[0],
+    }
+    found = outcome(calls[name])
+    if found is not None:
+        numbers = value if name == "clip" else [value]
+        assert all(type(one) in (int, float) and not np.isnan(one) for one in numbers)
+        assert name == "clip" or value > 0 or (value == 0 and name in ("damping", "prior"))
+        assert found.isfinite().all()
+
+
+DTYPES = [torch.float32, torch.float64, torch.uint8, torch.int64, torch.bool, torch.complex64]
+
+
+@EXPLORED
+@given(
+    x_dtype=st.sampled_from(DTYPES), y_dtype=st.sampled_from(DTYPES), low=st.sampled_from([-101, -100, -1, 0, 3]),
+    shape=st.sampled_from([(4,), (4, 1), (4, 4), (3,), ()]), spoilt=st.sampled_from([0.0, NAN, INF]),
+)  # fmt: skip
+def test_no_examples_are_taken_that_are_not_finite_floats_with_labels(x_dtype, y_dtype, low, shape, spoilt):
+    t = things()
+    x = torch.rand(4, 1, 28, 28).to(x_dtype)
+    x[1, 0, 2, 3] = spoilt if x_dtype.is_floating_point else 1
+    y = torch.full(shape, low).to(y_dtype)
+    found = outcome(lambda: Split.of([(x, y), (x, y)], ids=[4, 7]))
+    right = y_dtype in (torch.uint8, torch.int64) and (low >= 0 or y_dtype == torch.uint8)
+    right = right and x_dtype.is_floating_point and spoilt == 0 and shape == (4,)
+    assert (found is not None) == right
+    if right:
+        assert torch.equal(found.x[0], x) and found.y.dtype == torch.int64 and (found.y == y.long()).all()
+        outside = outcome(lambda: potara_lite.Federation(found, found, found, int(y.max()) or 1))
+        assert (outside is None) == (int(y.max()) > 0) and t is not None
