@@ -125,7 +125,8 @@ CALLS = {
     "data.dirichlet_proportions": lambda t: dict(clients=2, classes=3, alpha=1.0, rng=np.random.default_rng(0)),
     "data.shift_images": lambda t: dict(x=t.pool[0], client=1, clients=2),
     "data.partition": lambda t: dict(
-        pool=t.pool, test_pool=t.pool, classes=4, clients=2, train_size=3, calibration_size=2, test_size=2, alpha=INF,
+        pool=t.pool, test_pool=t.pool, classes=4, proportions=np.full((2, 4), 0.25), clients=2,
+        train_size=3, calibration_size=2, test_size=2, alpha=INF,
         shift=False, seed=0, name="x",
     ),
     "data.fashion_mnist": lambda t: dict(clients=2, train_size=2, calibration_size=2, test_size=2, alpha=1.0, seed=0),
@@ -165,10 +166,10 @@ CALLS = {
     "engine.federated.participants": lambda t: dict(ids=[0, 1, 2], participation=0.5, seed=0, number=0),
     "engine.federated.fedit": lambda t: dict(
         adapted=t.adapted, split=t.split, rounds=1, local_steps=1, participation=1.0, keep_optimizer=True,
-        adapter=t.one, start=0, state=None, seed=0, progress=False, lr=0.01, batch_size=2,
+        adapter=t.one, start=0, state=short_state(3, 452), seed=0, progress=False, lr=0.01, batch_size=2,
     ),
     "engine.training.train": lambda t: run(t) | dict(
-        steps=1, batch_size=2, lr=0.01, weight_decay=0.0, clip=1.0, seed=0, start=0, state=None, loss=None_loss,
+        steps=1, batch_size=2, lr=0.01, weight_decay=0.0, clip=1.0, seed=0, start=0, state=None, loss=plain,
         execution=potara_lite.Execution(), progress=False,
     ),
     "engine.training.evaluate": lambda t: run(t) | dict(batch_size=4, execution=potara_lite.Execution()),
@@ -315,7 +316,7 @@ NOT_RUN = {  # right, but slow, in need of a download or of more than a tiny stu
 }  # fmt: skip
 
 
-def None_loss(logits, y):
+def plain(logits, y):
     return torch.nn.functional.cross_entropy(logits, y)
 
 
@@ -540,7 +541,7 @@ BAD = {
         (lambda v: [(x, y.bool()) for x, y in v], "torch.bool"),
         (lambda v: [(x.numpy(), y) for x, y in v], "ndarray"),
     ],
-    "proportions": [5, (lambda v: [[1.0, 0, 0, 0]], "(1, 4)"), (lambda v: [[NAN] * 4] * 2, "proportions"),
+    "proportions": [(lambda v: 5, "()"), (lambda v: [[1.0, 0, 0, 0]], "(1, 4)"), (lambda v: [[NAN] * 4] * 2, "proportions"),
                     (lambda v: [[-1.0, 2, 0, 0]] * 2, "proportions"), (lambda v: [[0.0] * 4] * 2, "proportions")],
 }  # fmt: skip
 # Where a name means something else than elsewhere, the list above that says what is wrong for it.
@@ -861,6 +862,11 @@ WRONG = [
     ("targets of another shape", lambda t: next_tokens(torch.ones(1, 2).long(), torch.ones(1)), ("is_target",)),
     # Together
     ("a head that is none", lambda t: attach(t.backbone, head="haed"), ("haed",)),
+    ("a state of two clients", lambda t: potara_lite.train(
+        t.adapted, t.local, t.split, steps=1, state=short_state(2, 452)), ("state", "2 clients for 3")),
+    ("a state of another rank", lambda t: potara_lite.train(
+        t.adapted, t.local, t.split, steps=1, state=short_state(3, 7)), ("state", "452", "(3, 7)")),
+    ("no config", lambda t: attach(t.backbone, config={"r": 4}), ("config", "LoraConfig", "dict")),
     ("alpha inf", lambda t: attach(t.backbone, alpha=INF), ("alpha", "inf")),
     ("alpha by a config", lambda t: attach(t.backbone, config=config(lora_alpha=NAN)), ("scaling", "nan")),
     ("alpha 0 by a config", lambda t: attach(t.backbone, config=config(lora_alpha=0)), ("scaling", "0")),
