@@ -51,6 +51,7 @@ def whole(least: int | None = 0, most: int | None = None) -> Check:
             refuse(name, f"at most {most}", value)
         return int(value)
 
+    check.__doc__ = "A whole number in its bounds."
     return check
 
 
@@ -66,6 +67,7 @@ def real(expected: str, holds: Callable[[float], bool], *, finite: bool = True) 
             refuse(name, "finite", value)
         return value if type(value) in (int, float) else float(value)
 
+    check.__doc__ = f"A number, {expected}."
     return check
 
 
@@ -86,6 +88,7 @@ def kind(*names: str) -> Check:
             raise ValueError(f"{name} must be {expected}, not {shown(value) if plain else type(value).__name__}")
         return value
 
+    check.__doc__ = f"Always {expected}."
     return check
 
 
@@ -109,6 +112,7 @@ def several(check: Check, *, least: int = 1, distinct: bool = False) -> Check:
             raise ValueError(f"{name}: every one counts once, unlike in {shown(found)}")
         return found
 
+    check_all.__doc__ = f"A list, of each: {check.__doc__}"
     return check_all
 
 

@@ -541,8 +541,8 @@ BAD = {
         (lambda v: [(x, y.bool()) for x, y in v], "torch.bool"),
         (lambda v: [(x.numpy(), y) for x, y in v], "ndarray"),
     ],
-    "proportions": [(lambda v: 5, "()"), (lambda v: [[1.0, 0, 0, 0]], "(1, 4)"), (lambda v: [[NAN] * 4] * 2, "proportions"),
-                    (lambda v: [[-1.0, 2, 0, 0]] * 2, "proportions"), (lambda v: [[0.0] * 4] * 2, "proportions")],
+    "proportions": [(lambda v: 5, "()"), (lambda v: [[1.0, 0, 0, 0]], "(1, 4)"),
+                    (lambda v: [[NAN] * 4] * 2, "proportions"), (lambda v: [[-1.0, 2, 0, 0]] * 2, "proportions"), (lambda v: [[0.0] * 4] * 2, "proportions")],
 }  # fmt: skip
 # Where a name means something else than elsewhere, the list above that says what is wrong for it.
 
