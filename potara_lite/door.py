@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import wraps
 from inspect import Parameter, signature
-from math import isfinite
 from numbers import Integral, Real
+from sys import float_info
 from typing import Any
 
 Check = Callable[[str, Any, Mapping[str, Any]], Any]
-LARGEST_SEED = 2**63 - 1  # what torch's and numpy's generators both take
+LARGEST = 2**63 - 1  # of a size in torch, and of a seed that torch's and numpy's generators both take
 
 
 def shown(value: object) -> str:
@@ -39,7 +39,7 @@ def refuse(name: str, expected: str, value: object) -> None:
     raise ValueError(f"{name} must be {expected}, not {shown(value)}")
 
 
-def whole(least: int | None = 0, most: int | None = None) -> Check:
+def whole(least: int | None = 0, most: int = LARGEST) -> Check:
     """A whole number, of Python or numpy, in these bounds."""
 
     def check(name: str, value: Any, given: Mapping[str, Any]) -> int:
@@ -47,7 +47,7 @@ def whole(least: int | None = 0, most: int | None = None) -> Check:
             refuse(name, "a whole number", value)
         if least is not None and value < least:
             refuse(name, f"at least {least}", value)
-        if most is not None and value > most:
+        if value > most:
             refuse(name, f"at most {most}", value)
         return int(value)
 
@@ -61,11 +61,12 @@ def real(expected: str, holds: Callable[[float], bool], *, finite: bool = True) 
     def check(name: str, value: Any, given: Mapping[str, Any]) -> float:
         if not isinstance(value, Real) or isinstance(value, bool):
             refuse(name, "a number", value)
-        if not holds(value):  # NaN holds nothing
+        number = value if type(value) in (int, float) else float(value)
+        if not holds(number):  # NaN holds nothing
             refuse(name, expected, value)
-        if finite and not isfinite(value):
+        if finite and not abs(number) <= float_info.max:  # a whole number may be larger
             refuse(name, "finite", value)
-        return value if type(value) in (int, float) else float(value)
+        return number
 
     check.__doc__ = f"A number, {expected}."
     return check
@@ -164,7 +165,7 @@ fraction = real("in [0, 1]", lambda x: 0 <= x <= 1)
 share = real("in (0, 1]", lambda x: 0 < x <= 1)
 text = kind("str")
 path = kind("str", "Path")
-seed = whole(0, LARGEST_SEED)
+seed = whole(0)
 seeds = several(seed, distinct=True)
 
 MEANINGS: tuple[tuple[Check, str], ...] = (
@@ -215,7 +216,7 @@ def checked(
 def door(**checks: Check) -> Callable[[Callable], Callable]:
     """A decorator: the function with the checks of its arguments in front, those of ``PLAIN`` or these.
 
-    Under ``torch.compile`` and for what is already behind a door there is ``unchecked``.
+    The function itself, for what is already behind a door, is ``unchecked`` of it.
     """
     table = PLAIN | checks
 

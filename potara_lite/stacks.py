@@ -174,8 +174,7 @@ def trained_stack(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
 def stacks(name: str, value: Any, given: Mapping[str, Any]) -> list[Adapter]:
     """Several stacks of one base, of any ranks."""
     found = plain.several(trained_stack)(name, value, given)
-    first = {key: tensor[0] for key, tensor in found[0].items()}
-    return [like_but_rank(f"{name}[{i}]", one, first, 1) for i, one in enumerate(found)]
+    return [like_but_rank(f"{name}[{i}]", one, _first_client(found[0]), 1) for i, one in enumerate(found)]
 
 
 def model(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
@@ -205,6 +204,10 @@ def _like(name: str, adapter: Adapter, first: Adapter) -> None:
 
 def _count(stack: Adapter) -> int:
     return len(next(iter(stack.values())))
+
+
+def _first_client(stack: Adapter) -> Adapter:
+    return {key: tensor[0] for key, tensor in stack.items()}
 
 
 def like_but_rank(name: str, adapter: Adapter, first: Adapter, dims: int) -> Adapter:
@@ -277,9 +280,8 @@ def state(name: str, value: Any, given: Mapping[str, Any]) -> Any:
     found = plain.kind("OptimizerState")(name, value, given)
     if (count := len(found.steps)) != len(given["split"]):
         raise ValueError(f"{name}: the state of {count} clients for {len(given['split'])}")
-    size = sum(one.numel() for one in given["adapted"].initial.values())
-    if "adapters" in given:
-        size = sum(one[0].numel() for one in given["adapters"].values())
+    one = _first_client(given["adapters"]) if "adapters" in given else given.get("adapter") or given["adapted"].initial
+    size = sum(tensor.numel() for tensor in one.values())
     if found.mean.shape[1:] != (size,) or found.square.shape != found.mean.shape:
         raise ValueError(f"{name} must have {size} numbers for each client, not shape {tuple(found.mean.shape)}")
     return found
@@ -302,7 +304,10 @@ def fixed(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
 
 def direction(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
     """A number for each of the stack's, a row per client."""
-    found, size = numbers(2)(name, value, given), sum(tensor[0].numel() for tensor in given["adapters"].values())
+    found, size = (
+        numbers(2)(name, value, given),
+        sum(tensor.numel() for tensor in _first_client(given["adapters"]).values()),
+    )
     if found.shape[1] != size:
         refuse(name, f"of shape (C, {size}), a row for each client's adapter", found)
     return found

@@ -542,7 +542,8 @@ BAD = {
         (lambda v: [(x.numpy(), y) for x, y in v], "ndarray"),
     ],
     "proportions": [(lambda v: 5, "()"), (lambda v: [[1.0, 0, 0, 0]], "(1, 4)"),
-                    (lambda v: [[NAN] * 4] * 2, "proportions"), (lambda v: [[-1.0, 2, 0, 0]] * 2, "proportions"), (lambda v: [[0.0] * 4] * 2, "proportions")],
+                    (lambda v: [[NAN] * 4] * 2, "proportions"), (lambda v: [[-1.0, 2, 0, 0]] * 2, "proportions"),
+                    (lambda v: [[0.0] * 4] * 2, "proportions")],
 }  # fmt: skip
 # Where a name means something else than elsewhere, the list above that says what is wrong for it.
 
@@ -862,6 +863,10 @@ WRONG = [
     ("targets of another shape", lambda t: next_tokens(torch.ones(1, 2).long(), torch.ones(1)), ("is_target",)),
     # Together
     ("a head that is none", lambda t: attach(t.backbone, head="haed"), ("haed",)),
+    ("three weights for one", lambda t: potara_lite.merge_exact(t.one, t.small, HALF), ("weight", "one adapter")),
+    ("two weights for one of rank 2", lambda t: potara_lite.merge_factors(t.one, t.small, HALF[:2]), ("one adapter",)),
+    ("a size of 30 digits", lambda t: Setting(clients=10**30), ("clients", "at most")),
+    ("a rate of 400 digits", lambda t: Setting(lr=10**400), ("lr", "finite")),
     ("a state of two clients", lambda t: potara_lite.train(
         t.adapted, t.local, t.split, steps=1, state=short_state(2, 452)), ("state", "2 clients for 3")),
     ("a state of another rank", lambda t: potara_lite.train(

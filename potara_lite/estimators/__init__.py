@@ -21,7 +21,7 @@ from .laplace import estimate_laplace, laplace_moments
 from .paper import estimate_paper, fisher_moments
 from .shrinkage import estimate_shrinkage, shrinkage_moments
 
-# The numbers of the default travel between machines: its functions stay bare, and here they get their door.
+# The functions of the default also serve messages between machines (`flower/`), so they get their doors here.
 estimate_calibrated = door()(calibrated.estimate_calibrated)
 estimate_pooled = door(points=whole(3))(calibrated.estimate_pooled)
 pooled_weight = door(weights=numbers(1), losses=numbers(3), sizes=sizes_of("losses", 2))(calibrated.pooled_weight)
