@@ -4,19 +4,19 @@ Each client of a federation gets a model merged from a federated LoRA model (gen
 (personal knowledge), with a closed-form mixing weight: Potara (arXiv 2602.18658). Every file is one idea; in reading
 order:
 
-    potara.py, setting.py, files.py, data.py, backbones.py, language.py, text_data.py, prefix.py, adapters.py,
-    merging.py, moments.py, engine/loss.py, engine/one_batch.py, engine/batching.py, engine/training.py,
-    engine/federated.py, engine/gradients.py, scoring.py, connectivity.py, estimators/estimate.py,
-    estimators/gauss_newton.py, estimators/curve.py, estimators/combination.py, estimators/calibrated.py,
-    estimators/paper.py, estimators/laplace.py, estimators/gradient.py, estimators/shrinkage.py,
-    estimators/ensemble.py, experiment.py, results.py, run_folder.py, field/privacy.py, field/rounds.py,
-    field/algorithms.py, field/baselines.py, field/methods.py, field/clusters.py, field/sweep.py, flower/plan.py,
-    flower/client.py, flower/server.py, teaching/rows.py, teaching/plots.py, teaching/convex_head.py,
-    teaching/widgets.py, teaching/explorers.py, teaching/bound_explorer.py, teaching/estimator_explorer.py,
-    teaching/seeds_explorer.py, teaching/exercises/checking.py, teaching/exercises/quickstart.py,
-    teaching/exercises/federated_lora.py, teaching/exercises/connectivity.py, teaching/exercises/bound.py,
-    teaching/exercises/estimating.py, teaching/exercises/benchmark.py, teaching/exercises/your_own.py,
-    teaching/exercises/language.py, __main__.py
+    potara.py, door.py, setting.py, files.py, data.py, backbones.py, language.py, text_data.py, prefix.py,
+    stacks.py, adapters.py, merging.py, moments.py, engine/loss.py, engine/one_batch.py, engine/batching.py,
+    engine/training.py, engine/federated.py, engine/gradients.py, scoring.py, connectivity.py,
+    estimators/estimate.py, estimators/gauss_newton.py, estimators/curve.py, estimators/combination.py,
+    estimators/calibrated.py, estimators/paper.py, estimators/laplace.py, estimators/gradient.py,
+    estimators/shrinkage.py, estimators/ensemble.py, experiment.py, results.py, run_folder.py, field/privacy.py,
+    field/rounds.py, field/algorithms.py, field/baselines.py, field/methods.py, field/clusters.py, field/sweep.py,
+    flower/plan.py, flower/client.py, flower/server.py, teaching/rows.py, teaching/plots.py,
+    teaching/convex_head.py, teaching/widgets.py, teaching/explorers.py, teaching/bound_explorer.py,
+    teaching/estimator_explorer.py, teaching/seeds_explorer.py, teaching/exercises/checking.py,
+    teaching/exercises/quickstart.py, teaching/exercises/federated_lora.py, teaching/exercises/connectivity.py,
+    teaching/exercises/bound.py, teaching/exercises/estimating.py, teaching/exercises/benchmark.py,
+    teaching/exercises/your_own.py, teaching/exercises/language.py, __main__.py
 
 What is below is imported when it is first used, so that ``import potara_lite`` costs nothing.
 """

@@ -2,8 +2,8 @@
 
 An *adapter* is what PEFT says it is: the names and tensors of ``get_peft_model_state_dict``, that is the LoRA factors
 ``A`` (r, in) and ``B`` (out, r) of every adapted layer and the directly trained weights (the new head). A *stack* is
-the same dictionary with the clients on dim 0. ``AdaptedBackbone`` runs any of them. What a tensor's name and shape say
-(``is_lora``, ``layer_of``, ``factors``, ``rank_dim``) is known here and nowhere else.
+the same dictionary with the clients on dim 0. ``AdaptedBackbone`` runs any of them; ``stacks.py`` says what a tensor's
+name and shape mean.
 """
 
 from __future__ import annotations
@@ -25,45 +25,30 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .data import Inputs
+from .door import kind, one_or_several, optional, positive, several, text
 from .files import reading, write_atomically
 from .prefix import blocks_below, call_network, hidden_below
+from .stacks import (
+    Adapter,
+    any_adapter,
+    check_same_base,
+    client_row,
+    door,
+    factor_names,
+    factors,
+    is_lora,
+    layer_of,
+    lora_layers,
+    one_adapter,
+    rank_dim,
+    stacks,
+)
 
-Adapter = dict[str, Tensor]
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 NOT_A_SUM = (  # the options of PEFT's LoRA with which an adapted layer is not W + scaling * B A
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config",
     "monteclora_config", "layer_replication", "target_parameters", "trainable_token_indices",
 )  # fmt: skip
-
-
-def is_lora(name: str, factor: str = "") -> bool:
-    """Whether a tensor of this name is a LoRA factor: of either kind, or of the kind ``"A"`` or ``"B"``."""
-    return f".lora_{factor}" in name
-
-
-def layer_of(name: str) -> str:
-    """The adapted layer that a LoRA factor belongs to; of a directly trained tensor, its own name."""
-    return name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
-
-
-def factor_names(layer: str) -> tuple[str, str]:
-    """The names of an adapted layer's two factors."""
-    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-
-
-def client_dims(tensor: Tensor) -> int:
-    """1 for a stack, 0 for one adapter: a LoRA factor has 2 dimensions of its own, a convolution's has 4."""
-    return tensor.dim() % 2
-
-
-def rank_dim(name: str, tensor: Tensor) -> int:
-    """Which dimension of a LoRA factor is the rank."""
-    return client_dims(tensor) + is_lora(name, "B")
-
-
-def factors(adapter: Adapter, layer: str) -> tuple[Tensor, Tensor]:
-    """A layer's factors as matrices, A ``(..., r, in)`` and B ``(..., out, r)``; a kernel is flattened into ``in``."""
-    return tuple(adapter[name].flatten(client_dims(adapter[name]) + 1) for name in factor_names(layer))
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,6 +79,11 @@ class AdaptedBackbone:
         have any rank: the scaling stays that of the configuration. They may be stored in another dtype (bf16, say); the
         arithmetic is done in that of the backbone.
         """
+        if adapter.keys() != self.initial.keys():  # what is missing would be the backbone's own, without a word
+            odd = sorted(adapter.keys() ^ self.initial.keys())
+            raise ValueError(
+                f"adapter must be of this backbone: {len(odd)} tensors are of one only, such as {odd[0]!r}"
+            )
         weights = {self.parameter_names[name]: tensor.to(self.initial[name].dtype) for name, tensor in adapter.items()}
         if self.model.training:  # a batch norm would write its running statistics into the backbone that all share
             weights |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -160,6 +150,13 @@ class AdaptedBackbone:
         return AdaptedBackbone(self.model.to(device), initial, self.parameter_names, self.scaling)
 
 
+@door(
+    backbone=kind("Module"),
+    targets=one_or_several(text),
+    head=optional(text),
+    config=kind("LoraConfig"),
+    alpha=positive,
+)
 def attach(
     backbone: nn.Module,
     *,
@@ -176,9 +173,10 @@ def attach(
     ``alpha`` defaults to ``2 * rank``. Pass a ``config`` of your own for anything else PEFT's LoRA can do (rank
     patterns, rsLoRA, convolutions); it then replaces ``rank``, ``alpha``, ``targets`` and ``head``.
 
-    Raises ``ValueError`` for dropout (the random numbers of one client would depend on the others), for DoRA and
-    embedding layers (not a sum of ``B A``), for ``targets`` or a ``head`` that the backbone has not, and for one whose
-    weight is another layer's, too (a language model's output tied to its embedding).
+    Raises ``ValueError`` for a ``rank`` below 1, a scaling that is not a positive number, dropout (the random numbers
+    of one client would depend on the others), for DoRA and embedding layers (not a sum of ``B A``), for ``targets`` or
+    a ``head`` that the backbone has not, and for one whose weight is another layer's, too (a language model's output
+    tied to its embedding).
     """
     if config is None:
         config = LoraConfig(
@@ -194,7 +192,12 @@ def attach(
     _check_untied(backbone, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = get_peft_model(_copy_of(backbone).cpu(), copy.deepcopy(config))
+        try:
+            model = get_peft_model(_copy_of(backbone).cpu(), copy.deepcopy(config))
+        except ValueError as error:
+            raise ValueError(
+                f"targets {config.target_modules} cannot be adapted: {str(error).split('. ')[0]}"
+            ) from error
     model.eval().requires_grad_(False)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     initial = {name: tensor.detach().clone() for name, tensor in state.items()}
@@ -208,6 +211,8 @@ def attach(
             if not is_lora(name):
                 tensor.zero_()
     scaling = {layer: model.get_submodule(layer).scaling["default"] for layer in lora_layers(initial)}
+    for layer, value in scaling.items():
+        positive(f"the scaling of {layer}", value, {})
     return AdaptedBackbone(model, initial, {name: names[name] for name in initial}, scaling)
 
 
@@ -262,11 +267,7 @@ def _check_found(initial: Adapter, config: LoraConfig) -> None:
         raise ValueError(f"head {missing[0]!r} is no module of this backbone")
 
 
-def lora_layers(adapter: Adapter) -> list[str]:
-    """The names of the adapted layers, in the adapter's order."""
-    return [layer_of(name) for name in adapter if is_lora(name, "A")]
-
-
+@door(adapter=any_adapter)
 def delta(adapter: Adapter, scaling: dict[str, float]) -> Adapter:
     """The task vector: ``scaling * B A`` of every adapted layer, and the directly trained weights.
 
@@ -280,6 +281,7 @@ def delta(adapter: Adapter, scaling: dict[str, float]) -> Adapter:
     return result | {name: tensor for name, tensor in adapter.items() if not is_lora(name)}
 
 
+@door(adapters=stacks)
 def delta_inner_products(adapters: Sequence[Adapter], scaling: dict[str, float]) -> Tensor:
     """The inner products of the deltas of K stacks, ``(C, K, K)`` float64, without forming a delta.
 
@@ -342,32 +344,22 @@ def delta_added(adapted: AdaptedBackbone, change: Adapter) -> Iterator[None]:
             weight.data = before[name]
 
 
-def check_same_base(*adapters: Adapter) -> None:
-    """Raise ``ValueError`` unless the adapters have the same tensors in the same shapes (the rank included)."""
-    first = adapters[0]
-    for other in adapters[1:]:
-        if first.keys() != other.keys():
-            odd = sorted(first.keys() ^ other.keys())
-            raise ValueError(f"adapters of different bases: {len(odd)} tensors are in one only, such as {odd[0]!r}")
-        for name in first:
-            if first[name].shape != other[name].shape:
-                shapes = f"{tuple(first[name].shape)} and {tuple(other[name].shape)}"
-                raise ValueError(f"adapters of different ranks or bases: {name!r} has shapes {shapes}")
-
-
+@door(adapters=several(one_adapter))
 def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     """Adapters of several clients as one stack: each tensor gets the clients on dim 0."""
     check_same_base(*adapters)
     return {name: torch.stack([adapter[name] for adapter in adapters]) for name in adapters[0]}
 
 
+@door()
 def repeat_adapter(adapter: Adapter, clients: int) -> Adapter:
     """One adapter given to every client: a stack whose rows are equal (and share no memory)."""
     return {name: tensor.expand(clients, *tensor.shape).clone() for name, tensor in adapter.items()}
 
 
+@door(client=client_row)
 def client_adapter(stack: Adapter, client: int) -> Adapter:
-    """One client's adapter out of a stack."""
+    """One client's adapter out of a stack, by its row."""
     return {name: tensor[client] for name, tensor in stack.items()}
 
 
@@ -389,6 +381,7 @@ def unflatten(flat: Tensor, like: Adapter) -> Adapter:
     return {name: part.reshape(-1, *like[name].shape) for name, part in zip(like, parts)}
 
 
+@door(adapter=any_adapter)
 def adapter_bytes(adapter: Adapter) -> int:
     """What an adapter weighs when it travels: the bytes of its tensors, in the dtype they have."""
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .door import door, optional, shown, text
 from .files import check_file, data_path, reading
 
 LAB_VIT_FILE = "lab_vit.safetensors"
@@ -81,12 +82,19 @@ class LabViT(nn.Module):
         self.head = nn.Linear(dim, classes)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images ``(B, 1, 28, 28)`` to tokens ``(B, T, dim)``: the frozen prefix, which no adapter changes."""
+        """Images ``(B, 1, 28, 28)`` to tokens ``(B, T, dim)``: the frozen prefix, which no adapter changes.
+
+        Raises ``ValueError`` for images of another shape.
+        """
+        if x.shape[1:] != (1, 28, 28):
+            raise ValueError(f"images must be of shape (B, 1, 28, 28), not {tuple(x.shape)}")
         return self.stem((x - 0.5) / 0.25).flatten(2).transpose(1, 2) + self.position
 
     def features(self, x: Tensor) -> Tensor:
         """The mean token ``(B, dim)`` that the head reads."""
         x = self.embed(x) if x.dim() == 4 else x  # (B, T, dim)
+        if x.dim() != 3 or x.shape[2] != self.settings["dim"]:
+            raise ValueError(f"tokens must be of shape (B, T, {self.settings['dim']}), not {tuple(x.shape)}")
         for block in self.blocks:
             x = block(x)
         return self.norm(x).mean(dim=1)
@@ -95,6 +103,7 @@ class LabViT(nn.Module):
         return self.head(self.features(x))
 
 
+@door()
 def lab_vit(classes: int = 10, *, checkpoint: str | Path | None = None) -> LabViT:
     """The lab ViT, pre-trained on CIFAR-10 in grey (``data/pretrain_lab_vit.py``), with a new zero head.
 
@@ -126,6 +135,7 @@ def lab_vit(classes: int = 10, *, checkpoint: str | Path | None = None) -> LabVi
     return model.eval()
 
 
+@door(weights=optional(text))
 def torchvision_vit(name: str = "vit_b_16", classes: int = 10, *, weights: str | None = "DEFAULT") -> nn.Module:
     """A torchvision vision transformer with a new zero head; it resizes images in [0, 1] itself.
 
@@ -144,6 +154,8 @@ def torchvision_vit(name: str = "vit_b_16", classes: int = 10, *, weights: str |
 
 def _imagenet_input(model: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """Images in [0, 1] of any size and one or three channels, as a network trained on ImageNet wants them."""
+    if inputs[0].dim() != 4 or inputs[0].shape[1] not in (1, 3) or not inputs[0].is_floating_point():
+        raise ValueError(f"images must be floats (B, 1 or 3, height, width), not {shown(inputs[0])}")
     x = nn.functional.interpolate(inputs[0], size=(224, 224), mode="bilinear", antialias=True)
     mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype).view(3, 1, 1) for values in IMAGENET)
     return ((x - mean) / std,)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .door import check_fields, door, function, kind, one_or_several, options_of, refuse, several, shown, whole
+from .door import seed as valid_seed
 from .files import check_file, data_path, reading
 
 Inputs = Tensor | dict[str, Tensor]  # one tensor, or by name what the network is called with (token ids and their mask)
@@ -44,30 +46,50 @@ def any_tensor(inputs: Inputs) -> Tensor:
 
 
 def check_examples(client: int, x: Inputs, y: Tensor) -> None:
-    """Raise ``ValueError`` for a client without examples, as many inputs as labels, texts or targets."""
+    """Raise ``ValueError`` for a client without examples, other than as many inputs as labels, inputs that are no
+    numbers, whole-numbered images, labels that are no whole numbers of 0 or more, empty texts and ignored targets."""
+    tensors = list(x.values()) if isinstance(x, dict) and x else [x]
+    for name, found in (("labels", [y]), ("inputs", tensors)):
+        if odd := [one for one in found if not isinstance(one, Tensor) or one.dim() == 0]:
+            raise ValueError(f"client {client}: {name} must be tensors with an example a row, not {shown(odd[0])}")
     if len(y) == 0:
         raise ValueError(f"client {client} has no examples")
-    for tensor in [x] if isinstance(x, Tensor) else x.values():
+    for tensor in tensors:
         if len(tensor) != len(y):
             raise ValueError(f"client {client} has {len(tensor)} inputs and {len(y)} labels")
+        if tensor.dtype == torch.bool or tensor.is_complex() or (tensor.dim() > 2 and not tensor.is_floating_point()):
+            raise ValueError(f"client {client}: images must be floats, scaled to [0, 1] say, not {tensor.dtype}")
+        if tensor.is_floating_point() and not (fine := tensor.isfinite().reshape(len(y), -1).all(1)).all():
+            raise ValueError(f"client {client}: input {int((~fine).nonzero()[0])} is not finite")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(f"client {client}: labels must be whole numbers, not {y.dtype}")
+    a_column = isinstance(x, Tensor) and y.shape[1:] == (1,)
+    if y.dim() > 2 or (y.dim() == 2 and (a_column or y.shape[1:] != tensors[0].shape[1:2])):
+        raise ValueError(f"client {client}: labels must be of shape ({len(y)},), or a target per token, not {shown(y)}")
+    if (bad := y[(y < 0) & ((y != PADDING) | (y.dim() == 1))]).numel():
+        raise ValueError(f"client {client}: label {int(bad[0])} is below 0")
     if isinstance(x, dict) and MASK in x and (empty := (x[MASK].flatten(1) == 0).all(1)).any():
         raise ValueError(f"client {client}: example {int(empty.nonzero()[0])} is empty: its {MASK} is 0 everywhere")
     if y.dim() > 1 and (ignored := (y == PADDING).flatten(1).all(1)).any():
         raise ValueError(f"client {client}: all targets of example {int(ignored.nonzero()[0])} are {PADDING}, ignored")
 
 
+def kind_of(x: Inputs) -> dict[str, str]:
+    """The dtype and the dimensions of each tensor of the inputs."""
+    named = {"one tensor": x} if isinstance(x, Tensor) else x
+    return {name: f"{t.dtype} of {t.dim()} dimensions".removeprefix("torch.") for name, t in named.items()}
+
+
 def check_alike(ids: Sequence[int], examples: Sequence[Examples]) -> None:
     """Raise ``ValueError`` unless all clients have inputs of the same names, dtypes and dimensions, and of the same
     length where nothing would tell what is padding."""
 
-    def kind(x: Inputs) -> dict[str, str]:
-        named = {"one tensor": x} if isinstance(x, Tensor) else x
-        return {name: f"{t.dtype} of {t.dim()} dimensions".removeprefix("torch.") for name, t in named.items()}
-
     first = examples[0][0]
-    for client, (x, _) in zip(ids, examples):
-        if kind(x) != kind(first):
-            raise ValueError(f"client {client} has inputs {kind(x)}, client {ids[0]} has {kind(first)}")
+    for client, (x, y) in zip(ids, examples):
+        if kind_of(x) != kind_of(first):
+            raise ValueError(f"client {client} has inputs {kind_of(x)}, client {ids[0]} has {kind_of(first)}")
+        if y.dim() != examples[0][1].dim():
+            raise ValueError(f"client {client} has labels of {y.dim()} dimensions, client {ids[0]} others")
         shape, like = any_tensor(x).shape[1:], any_tensor(first).shape[1:]
         if shape != like and (isinstance(x, Tensor) or MASK not in x):
             raise ValueError(
@@ -83,6 +105,14 @@ def pad_stack(tensors: Sequence[Tensor], value: int) -> Tensor:
     for row, tensor in zip(stack, tensors):
         row[tuple(map(slice, tensor.shape))] = tensor
     return stack
+
+
+def check_pairs(name: str, examples: Sequence[Examples]) -> None:
+    """Raise ``ValueError`` unless it is a list of a pair of inputs and labels for each client, one at least."""
+    if isinstance(examples, str) or not isinstance(examples, Sequence) or not examples:
+        refuse(name, "inputs and labels of 1 client or more", examples)
+    if odd := [one for one in examples if not isinstance(one, list | tuple) or len(one) != 2]:
+        refuse(f"{name}[{list(map(id, examples)).index(id(odd[0]))}]", "a pair of inputs and labels", odd[0])
 
 
 @dataclass(frozen=True)
@@ -101,14 +131,31 @@ class Split:
     sizes: Tensor
     ids: tuple[int, ...]
 
+    def __post_init__(self):
+        tensors = [self.x] if isinstance(self.x, Tensor) else list(self.x.values()) if isinstance(self.x, dict) else []
+        if not isinstance(self.y, Tensor) or self.y.dim() < 2 or self.y.is_floating_point():
+            refuse("y", "labels (C, N) or (C, N, T), whole numbers", self.y)
+        if not tensors or any(not isinstance(one, Tensor) or one.shape[:2] != self.y.shape[:2] for one in tensors):
+            refuse("x", f"tensors of shape ({', '.join(map(str, self.y.shape[:2]))}, …) like y", self.x)
+        if not isinstance(self.sizes, Tensor) or self.sizes.shape != self.y.shape[:1] or self.sizes.is_floating_point():
+            refuse("sizes", f"a whole number for each of {len(self.y)} clients", self.sizes)
+        if len(self.sizes) and not 1 <= int(self.sizes.min()) <= int(self.sizes.max()) <= self.y.shape[1]:
+            raise ValueError(f"sizes must be in [1, {self.y.shape[1]}], not {self.sizes.tolist()}")
+        object.__setattr__(self, "ids", tuple(several(whole(0), least=0)("ids", self.ids, {})))
+        if len(self.ids) != len(self.y) or len(set(self.ids)) < len(self.ids):
+            raise ValueError(f"ids must be {len(self.y)} different numbers, one for each client, not {shown(self.ids)}")
+
     @staticmethod
     def of(examples: Sequence[Examples], ids: Sequence[int] | None = None) -> Split:
         """Pad and stack the clients' examples.
 
-        Raises ``ValueError`` for an empty client, mismatched lengths, a text without tokens, token-level targets that
-        are all ignored, and clients whose inputs differ in names, dtypes or dimensions.
+        Raises ``ValueError`` for an empty client, mismatched lengths, ids that are not a different one for each client,
+        what ``check_examples`` refuses, and clients whose inputs differ in names, dtypes or dimensions.
         """
+        check_pairs("examples", examples)
         ids = tuple(range(len(examples))) if ids is None else tuple(ids)
+        if len(ids) != len(examples):
+            raise ValueError(f"ids: {len(ids)} of them for {len(examples)} clients")
         for client, (x, y) in zip(ids, examples):
             check_examples(client, x, y)
         check_alike(ids, examples)
@@ -137,6 +184,7 @@ class Split:
         return Split(take(self.x, pick), self.y[pick], self.sizes[pick.cpu()], tuple(self.ids[r] for r in rows))
 
     @torch.no_grad()
+    @door(function=function)
     def map(self, function: Callable[[Inputs], Inputs], batch_size: int = 512) -> Split:
         """The same split with ``function``, from ``(B, ...)`` to ``(B, ...)``, applied to its inputs."""
         clients, n = self.y.shape[:2]
@@ -154,7 +202,7 @@ class Federation:
     """C clients with a ``train``, a ``calibration`` and a ``test`` split each. Calibration examples train nothing.
 
     ``classes``: of the labels; for token-level targets, the size of the vocabulary. Raises ``ValueError`` for labels
-    outside them and for splits of different clients.
+    outside them and for splits of different clients or inputs.
     """
 
     train: Split
@@ -164,8 +212,14 @@ class Federation:
     name: str = "federation"
 
     def __post_init__(self):
+        check_fields(self, **dict.fromkeys(("train", "calibration", "test"), kind("Split")))
         for part in ("train", "calibration", "test"):
             split = getattr(self, part)
+            if kind_of(split.x) != kind_of(self.train.x):
+                raise ValueError(f"{part} has inputs {kind_of(split.x)}, train has {kind_of(self.train.x)}")
+            shape, like = any_tensor(split.x).shape[2:], any_tensor(self.train.x).shape[2:]
+            if shape != like and isinstance(split.x, Tensor):
+                raise ValueError(f"{part} has inputs of shape {tuple(shape)}, train of {tuple(like)}")
             if split.ids != self.train.ids:
                 raise ValueError(f"{part} has clients {split.ids}, train has {self.train.ids}")
             for client in range(len(split)):
@@ -196,6 +250,7 @@ class Federation:
         return Federation(*parts, self.classes, self.name)
 
 
+@door(size=whole(1), seed=one_or_several(valid_seed))
 def batch_indices(size: int, start: int, steps: int, batch_size: int, seed: int | Sequence[int]) -> Tensor:
     """The examples of steps ``start … start + steps - 1`` of one client, ``(steps, batch_size)``.
 
@@ -212,15 +267,12 @@ def batch_indices(size: int, start: int, steps: int, batch_size: int, seed: int 
     return torch.from_numpy(stream[first - offset : last - offset].reshape(steps, batch_size))
 
 
+@door()
 def dirichlet_proportions(clients: int, classes: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
     """Class proportions ``(C, K)`` of each client, from a symmetric Dirichlet (Hsu et al., 2019).
 
     Small ``alpha``: few classes per client; ``alpha=inf``: all classes alike. Raises ``ValueError`` for alpha ≤ 0.
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, not {alpha}")
-    if clients < 1:
-        raise ValueError(f"a federation needs at least 1 client, not {clients}")
     if np.isinf(alpha):
         return np.full((clients, classes), 1 / classes)
     return rng.dirichlet(np.full(classes, alpha), size=clients)
@@ -256,11 +308,14 @@ def draw(
     return [rng.permutation(np.concatenate(parts)) for parts in picked]
 
 
+@door(client=whole(0))
 def shift_images(x: Tensor, client: int, clients: int) -> Tensor:
     """Images in [0, 1] seen through client ``client``'s own domain: turned by 360° · client / clients, and inverted
     (1 - x) for odd clients. Client 0 keeps the originals."""
     from torchvision.transforms.functional import InterpolationMode, rotate
 
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        refuse("x", "images (n, channels, height, width), floats", x)
     if client:
         x = rotate(x, 360 * client / clients, interpolation=InterpolationMode.BILINEAR)
     return 1 - x if client % 2 else x
@@ -268,18 +323,20 @@ def shift_images(x: Tensor, client: int, clients: int) -> Tensor:
 
 def _check_partition(pool, test_pool, sizes, calibration_size, test_size, clients, classes, proportions, shift) -> None:
     """Raise ``ValueError`` for what ``partition`` refuses."""
+    for name, (_, labels) in (("pool", pool), ("test_pool", test_pool)):
+        if labels.dim() == 1 and (labels >= classes).any():
+            raise ValueError(f"{name} has label {int(labels.max())}, which is outside 0 … {classes - 1}")
     if shift and isinstance(pool[0], dict):
         raise ValueError("shift=True is for images, not for a mapping of tensors")
     if pool[1].dim() > 1 or test_pool[1].dim() > 1:
         raise ValueError("examples are dealt by their labels, and token-level targets have none: use from_tensors")
     if len(sizes) != clients:
         raise ValueError(f"train_size names {len(sizes)} clients, not {clients}")
-    if min(*sizes, calibration_size, test_size) < 1:
-        raise ValueError(
-            f"every client needs examples: train {sizes}, calibration {calibration_size}, test {test_size}"
-        )
-    if proportions is not None and np.shape(proportions) != (clients, classes):
-        raise ValueError(f"proportions are of shape {np.shape(proportions)}, not a row for each of {clients} clients")
+    if proportions is not None:
+        if np.shape(proportions) != (clients, classes):
+            raise ValueError(f"proportions are of shape {np.shape(proportions)}, not a row for each of {clients}")
+        if not np.isfinite(proportions).all() or np.min(proportions) < 0 or not np.sum(proportions, 1).all():
+            raise ValueError("proportions must be finite, at least 0 and not all 0 for a client")
     wanted = sum(sizes) + clients * calibration_size, clients * test_size
     for part, asked, there in zip(("training and calibration", "test"), wanted, (len(pool[1]), len(test_pool[1]))):
         if asked > there:  # before a hundred draws that cannot succeed
@@ -289,6 +346,17 @@ def _check_partition(pool, test_pool, sizes, calibration_size, test_size, client
             )
 
 
+def pool_of_examples(name: str, value: Examples, given: object) -> Examples:
+    """Inputs and labels to deal out. Raises ``ValueError`` for what ``check_examples`` does."""
+    check_pairs(name, [value])
+    try:
+        check_examples(0, *value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("client 0", name, 1)) from None
+    return value
+
+
+@door(pool=pool_of_examples, test_pool=pool_of_examples, train_size=one_or_several(whole(1)))
 def partition(
     pool: Examples,
     test_pool: Examples,
@@ -312,8 +380,9 @@ def partition(
     example is dealt twice; Dirichlet draws that together ask for more of a class than the pools hold are drawn anew,
     up to 100 times.
 
-    Raises ``ValueError`` for alpha ≤ 0, no clients, sizes < 1, proportions of another shape, token-level targets, a
-    shift of what are no images, or (``SupplyError``) a class that runs out every time.
+    Raises ``ValueError`` for alpha ≤ 0, no clients, sizes < 1, what ``check_examples`` refuses, labels outside the
+    classes, proportions of another shape or below 0, token-level targets, a shift of what are no images, or
+    (``SupplyError``) a class that runs out every time.
     """
     rng = np.random.default_rng([seed, 2602_18658])
     sizes = [train_size] * clients if isinstance(train_size, int) else list(train_size)
@@ -344,6 +413,7 @@ def partition(
     )
 
 
+@door(options=options_of(partition))
 def fashion_mnist(**options) -> Federation:
     """A federation of the Fashion-MNIST subset in ``data/`` (20,000 train and 10,000 test images): no download.
 
@@ -365,6 +435,7 @@ def fashion_mnist(**options) -> Federation:
     return partition(*pools, classes=10, **{"name": "Fashion-MNIST", **options})
 
 
+@door(options=options_of(partition))
 def from_torchvision(dataset: str, root: str, *, download: bool = True, **options) -> Federation:
     """A federation of the full ``"FashionMNIST"``, ``"CIFAR10"`` or ``"CIFAR100"``, downloaded by torchvision.
 
@@ -384,6 +455,7 @@ def from_torchvision(dataset: str, root: str, *, download: bool = True, **option
     return partition(*pools, classes=kinds[dataset], **{"name": dataset, **options})
 
 
+@door()
 def from_tensors(
     train: Sequence[Examples],
     test: Sequence[Examples],
@@ -399,11 +471,13 @@ def from_tensors(
     Without ``calibration``, ``calibration_size`` examples of each client are drawn from its ``train`` and withheld
     from training. ``classes`` defaults to the largest label plus one.
 
-    Raises ``ValueError`` for an empty client, labels outside the classes, or a client too small to withhold from.
+    Raises ``ValueError`` for what ``check_examples`` refuses, labels outside the classes, splits of different clients
+    or inputs, and a client too small to withhold from.
     """
+    for part, examples in (("train", train), ("test", test), ("calibration", calibration)):
+        if part != "calibration" or examples is not None:
+            check_pairs(part, examples)
     train = list(train)
-    if not train:
-        raise ValueError("a federation needs at least 1 client, not 0")
     for client, examples in enumerate(train):
         check_examples(client, *examples)
     if classes is None:

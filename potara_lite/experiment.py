@@ -18,6 +18,8 @@ from .adapters import AdaptedBackbone, Adapter, attach, repeat_adapter
 from .backbones import lab_vit
 from .connectivity import along_segment, weight_grid
 from .data import Federation, Split, fashion_mnist
+from .door import check_fields, named, whole
+from .door import function as any_function
 from .engine.batching import Execution
 from .engine.federated import Ledger, fedit
 from .engine.training import evaluate, train
@@ -26,6 +28,7 @@ from .language import installed_minilm, text_encoder, text_tokenizer
 from .merging import merge_exact
 from .prefix import linear_layers
 from .setting import Setting
+from .stacks import any_adapter, door, numbers, stack
 from .text_data import wordnet_glosses
 
 ORACLE = "oracle weight (test data, reference)"
@@ -42,12 +45,16 @@ class Pair:
     seconds: tuple[float, float]
     local_from_federated: bool = False
 
+    def __post_init__(self):
+        check_fields(self, federated=stack, local=stack)
+
     @property
     def models(self) -> tuple[Adapter, Adapter]:
         """The federated and the local stack."""
         return self.federated, self.local
 
 
+@door()
 def prepare(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
     """The backbone with an empty adapter and the federation of this setting and seed.
 
@@ -58,12 +65,14 @@ def prepare(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
     return adapted, federation.to(setting.device).map(adapted.embed)
 
 
+@door()
 def prepare_images(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
     """The lab ViT with LoRA in its blocks, and Fashion-MNIST."""
     federation = fashion_mnist(**setting.partition, seed=seed)
     return attach(lab_vit(federation.classes), rank=setting.rank, seed=seed), federation
 
 
+@door()
 def prepare_text(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
     """A text encoder with LoRA in the MLP of its last block, and WordNet's glosses cut to 16 tokens.
 
@@ -78,12 +87,14 @@ def prepare_text(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federati
     return attach(backbone, rank=setting.rank, targets=mlp, seed=seed), federation
 
 
+@door()
 def training_options(setting: Setting, lr_scale: float = 1.0) -> dict:
     """What ``train`` and ``fedit`` are told; ``lr_scale`` multiplies the setting's learning rate."""
     execution = Execution(chunk_size=setting.chunk_size)
     return dict(batch_size=setting.batch_size, lr=lr_scale * setting.lr, execution=execution)
 
 
+@door()
 def train_pair(
     adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: int, progress: bool = False
 ) -> Pair:
@@ -98,6 +109,7 @@ def train_pair(
     return Pair(federated, local, (shared.ledger, ledger), (seconds, more), setting.local_from_federated)
 
 
+@door(start=stack)
 def train_local(
     adapted: AdaptedBackbone,
     start: Adapter,
@@ -124,6 +136,9 @@ class Trial:
     seed: int
     progress: bool = False
     pairs: dict[tuple, Pair] = field(default_factory=dict, init=False, repr=False)  # further ones, by what they are
+
+    def __post_init__(self):
+        check_fields(self)
 
     @cached_property
     def pair(self) -> Pair:
@@ -161,6 +176,9 @@ class Result:
     seconds: float
     weight: Tensor | None = None
 
+    def __post_init__(self):
+        check_fields(self, adapters=any_adapter, weight=numbers(1, least=0, most=1))
+
     def evaluate(self, split: Split, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
         """Loss (nats) and accuracy (a fraction) of each client's model on its part of ``split``, ``(C,)`` each."""
         return evaluate(self.adapted, self.adapters, split, execution=Execution(chunk_size=chunk_size))
@@ -176,6 +194,7 @@ def initial_adapter(trial: Trial) -> Result:
     return Result(trial.adapted, repeat_adapter(trial.adapted.initial, clients), Ledger.zeros(clients), 0.0)
 
 
+@door(which=whole(0, 1))
 def one_of_pair(which: int) -> Method:
     """One of the two models that are merged: 0 the federated, 1 the local one, at its part of the steps."""
 
@@ -194,11 +213,13 @@ def independent_pair(trial: Trial) -> Pair:
     return trial.pair
 
 
+@door()
 def local_from_federated(lr_scale: float = 1.0) -> ChoosePair:
     """The pair whose local models start from the federated one; ``lr_scale`` is that of their steps."""
     return lambda trial: trial.pair_from_federated(lr_scale)
 
 
+@door()
 def merging(
     merge: Callable[[Trial, Pair], Adapter | tuple[Adapter, Estimate]], pair_of: ChoosePair = independent_pair
 ) -> Method:
@@ -218,6 +239,7 @@ def merging(
     return method
 
 
+@door()
 def with_estimator(estimator: Callable[..., Estimate], merge=merge_exact, pair_of=independent_pair) -> Method:
     """A pair merged with the weight of an estimator like those of ``ESTIMATORS``."""
 
@@ -228,8 +250,11 @@ def with_estimator(estimator: Callable[..., Estimate], merge=merge_exact, pair_o
     return merging(merged, pair_of)
 
 
+@door(weights=numbers(1, least=0, most=1), loss=numbers(2))
 def oracle_weight(weights: Tensor, loss: Tensor) -> Tensor:
     """Each client's best of the ``weights`` ``(W,)`` by its test loss ``(C, W)``: a reference and never a method."""
+    if len(weights) != loss.shape[1]:
+        raise ValueError(f"weights: {len(weights)} of them for a loss at {loss.shape[1]}")
     return weights.to(loss.device)[loss.argmin(1)]
 
 
@@ -248,6 +273,7 @@ PAIR_METHODS: dict[str, Method] = {  # what the command compares: the two models
 }
 
 
+@door(methods=named(any_function))
 def run_methods(
     setting: Setting,
     seeds: Sequence[int] = (0,),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import MASK, PADDING
+from .door import door, refuse, several, text, whole
 from .files import reading
 
 
@@ -61,6 +62,7 @@ def _is_local(config) -> bool:
     return any(getattr(config, name, None) for name in ("sliding_window", "local_attention"))
 
 
+@door()
 def text_encoder(name_or_path: str | Path, classes: int, **options) -> TextClassifier:
     """An encoder like BERT or MiniLM with a new zero head on the mean of its tokens, in eval mode.
 
@@ -72,6 +74,7 @@ def text_encoder(name_or_path: str | Path, classes: int, **options) -> TextClass
     return TextClassifier(_load("AutoModel", name_or_path, options), classes).eval()
 
 
+@door()
 def causal_lm(name_or_path: str | Path, **options) -> nn.Module:
     """A causal language model as ``transformers`` has it, without a cache, in eval mode.
 
@@ -117,6 +120,7 @@ def installed_minilm() -> Path:
     return Path(found.origin).parent / "model"
 
 
+@door()
 def text_tokenizer(name_or_path: str | Path):
     """The tokenizer of Hugging Face that goes with a backbone. Raises ``FileError`` for what cannot be loaded."""
     return _load("AutoTokenizer", name_or_path, {})
@@ -154,6 +158,7 @@ def _no_bars(logging) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@door(rows=several(several(whole(0), least=0)))
 def pad_tokens(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Token ids of texts of any lengths as ``input_ids`` and ``attention_mask`` ``(n, T)``, 0 behind their ends.
 
@@ -170,6 +175,7 @@ def pad_tokens(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, MASK: mask}
 
 
+@door(texts=several(text))
 def encode_texts(tokenizer, texts: Sequence[str], max_length: int = 64) -> dict[str, Tensor]:
     """Texts as an encoder reads them, with its special tokens, cut to ``max_length`` tokens.
 
@@ -180,6 +186,7 @@ def encode_texts(tokenizer, texts: Sequence[str], max_length: int = 64) -> dict[
     return pad_tokens([tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts])
 
 
+@door(prompts=several(text), answers=several(text))
 def encode_answers(
     tokenizer, prompts: Sequence[str], answers: Sequence[str], max_length: int = 256
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -191,6 +198,8 @@ def encode_answers(
 
     Raises ``ValueError`` for an empty prompt or answer, and for an answer of ``max_length`` tokens or more.
     """
+    if len(prompts) != len(answers):
+        raise ValueError(f"answers: {len(answers)} of them for {len(prompts)} prompts")
     rows, lengths = [], []
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
         bare = prompt.rstrip()
@@ -215,6 +224,10 @@ def next_tokens(input_ids: Tensor, is_target: Tensor) -> Tensor:
     >>> next_tokens(torch.tensor([[5, 6, 7]]), torch.tensor([[False, False, True]])).tolist()
     [[-100, 7, -100]]
     """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+        refuse("input_ids", "token ids (n, T)", input_ids)
+    if not isinstance(is_target, Tensor) or is_target.shape != input_ids.shape:
+        refuse("is_target", f"a tensor of shape {tuple(input_ids.shape)} like input_ids", is_target)
     targets = torch.full_like(input_ids, PADDING)
     targets[:, :-1] = torch.where(is_target.bool(), input_ids, PADDING)[:, 1:]
     return targets

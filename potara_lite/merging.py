@@ -13,16 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .adapters import (
+from .adapters import adapter_from_delta, delta
+from .door import unchecked, whole
+from .stacks import (
     Adapter,
-    adapter_from_delta,
-    check_same_base,
-    delta,
+    all_finite,
+    any_adapter,
+    door,
     factor_names,
     factors,
     is_lora,
     layer_of,
     lora_layers,
+    mixing_weights,
+    models,
+    numbers,
     rank_dim,
 )
 
@@ -32,36 +37,33 @@ Weight = float | Tensor | dict[str, Tensor]
 def _weight_for(name: str, tensor: Tensor, weight: Weight) -> float | Tensor:
     """The weight of one tensor, shaped to multiply it: a number, or ``(C, 1, …)`` for a stack ``(C, ...)``."""
     if isinstance(weight, dict):
-        if layer_of(name) not in weight:
-            raise ValueError(f"no mixing weight for {layer_of(name)!r}")
         weight = weight[layer_of(name)]
     if not isinstance(weight, Tensor) or weight.dim() == 0:
         return weight
-    if len(weight) != len(tensor):
-        raise ValueError(f"{len(weight)} weights for a stack of {len(tensor)} clients")
     return weight.to(tensor).view(-1, *[1] * (tensor.dim() - 1))
 
 
+@door(adapters=models, weights=mixing_weights)
 def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Adapter:
     """The adapter whose delta is exactly ``sum_k weights[k] * delta(adapters[k])``, by stacking ranks.
 
     ``A = [A_1; A_2; …]`` and ``B = [w_1 B_1, w_2 B_2, …]``; directly trained weights are summed. Takes adapters or
     stacks; a weight is a number, a tensor ``(C,)`` for a stack, or a dictionary of either with a key per adapted layer
-    and directly trained tensor. PEFT calls this ``cat``.
+    and directly trained tensor. PEFT calls this ``cat``. Raises ``ValueError`` for adapters of different bases or that
+    are not finite, weights that do not fit, and sums that are too large for the adapters' dtype.
 
     >>> one = {"l.lora_A.weight": torch.ones(1, 2), "l.lora_B.weight": torch.ones(3, 1)}
     >>> combine_adapters([one, one], [0.5, 0.5])["l.lora_B.weight"].shape
     torch.Size([3, 2])
     """
-    if len(adapters) != len(weights):
-        raise ValueError(f"{len(adapters)} adapters, {len(weights)} weights")
-    check_same_base(*adapters)
     merged: Adapter = {}
     for name, first in adapters[0].items():
         tensors = [adapter[name] for adapter in adapters]
         if not is_lora(name, "A"):
             tensors = [_weight_for(name, tensor, weight) * tensor for tensor, weight in zip(tensors, weights)]
         merged[name] = torch.cat(tensors, dim=rank_dim(name, first)) if is_lora(name) else sum(tensors)
+        if not all_finite(merged[name]):
+            raise ValueError(f"weights: their sum is too large for {merged[name].dtype} in {name!r}")
     return merged
 
 
@@ -69,17 +71,21 @@ def _complement(weight: Weight) -> Weight:
     return {name: 1 - value for name, value in weight.items()} if isinstance(weight, dict) else 1 - weight
 
 
+@door()
 def merge_exact(federated: Adapter, local: Adapter, weight: Weight) -> Adapter:
-    """``weight * dW_F + (1 - weight) * dW_L``, exactly, as an adapter of rank 2r. Shapes: see ``combine_adapters``."""
-    return combine_adapters([federated, local], [weight, _complement(weight)])
+    """``weight * dW_F + (1 - weight) * dW_L``, exactly, as an adapter of rank 2r. Shapes: see ``combine_adapters``.
+
+    Raises ``ValueError`` for a weight outside [0, 1] and models that do not go together.
+    """
+    return unchecked(combine_adapters)([federated, local], [weight, _complement(weight)])
 
 
+@door()
 def merge_factors(federated: Adapter, local: Adapter, weight: Weight) -> Adapter:
     """A and B mixed separately, rank r: ``(w B_F + (1-w) B_L)(w A_F + (1-w) A_L)``. Not the mix of the deltas.
 
     It depends on the basis of the factors: (B, A) and (B M, M⁻¹ A) are the same model but merge differently.
     """
-    check_same_base(federated, local)
     merged = {}
     for name, tensor in federated.items():
         share = _weight_for(name, tensor, weight)
@@ -87,6 +93,7 @@ def merge_factors(federated: Adapter, local: Adapter, weight: Weight) -> Adapter
     return merged
 
 
+@door(adapter=any_adapter, matrix=numbers(2))
 def change_basis(adapter: Adapter, matrix: Tensor) -> Adapter:
     """The same model with other factors: ``(B M, M⁻¹ A)`` in every adapted layer; the head stays.
 
@@ -97,6 +104,8 @@ def change_basis(adapter: Adapter, matrix: Tensor) -> Adapter:
     >>> change_basis(one, torch.tensor([[-2.0]]))["l.lora_A.weight"]
     tensor([[-0.5000, -0.5000]])
     """
+    if matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"matrix must be square, not of shape {tuple(matrix.shape)}")
     inverse, failed = torch.linalg.inv_ex(matrix)
     if failed:
         raise ValueError("the matrix has no inverse, so it is no change of basis")
@@ -112,6 +121,7 @@ def change_basis(adapter: Adapter, matrix: Tensor) -> Adapter:
     return result
 
 
+@door(adapter=any_adapter, rank=whole(None))
 def compress(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Tensor]]:
     """The best adapter of rank ``rank`` (Eckart–Young), and each layer's relative error ``|dW - dW_r| / |dW|``.
 
@@ -156,4 +166,4 @@ def limit_rank(adapter: Adapter) -> Adapter:
         if a.shape[-2] > min(a.shape[-1], b.shape[-2]):
             wide |= {name: adapter[name] for name in factor_names(layer)}
     unscaled = dict.fromkeys(lora_layers(wide), 1.0)
-    return adapter | adapter_from_delta(delta(wide, unscaled), unscaled, wide)
+    return adapter | adapter_from_delta(unchecked(delta)(wide, unscaled), unscaled, wide)

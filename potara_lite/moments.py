@@ -15,6 +15,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from .door import refuse
+from .stacks import as_numbers, door, numbers
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -23,7 +26,8 @@ class Moments:
     Degenerate cases have a stated answer. ``weight`` is clipped to [0, 1] (``c > min(a, b)``: the better model
     alone). Where the bound does not curve upwards, ``a + b - 2c <= 1e-12 (a + b)``, it is the end with the smaller
     moment, and ½ if they are equal to 1e-9: the two errors cannot be told apart. An infinite ``a``
-    gives 0, an infinite ``b`` 1, both ½. NaN or negative ``a``, ``b`` raise ``ValueError``.
+    gives 0, an infinite ``b`` 1, both ½. NaN, a negative ``a`` or ``b``, a ``c`` that is infinite while neither of them
+    is, and other shapes raise ``ValueError``.
 
     >>> m = Moments(1.0, 3.0, 0.0)
     >>> float(m.weight), float(m.optimum)
@@ -36,12 +40,19 @@ class Moments:
 
     def __post_init__(self):
         for name in "abc":
-            value = torch.atleast_1d(torch.as_tensor(getattr(self, name), dtype=torch.float64))
+            value = torch.atleast_1d(as_numbers(f"moment {name}", getattr(self, name)).double())
+            if value.dim() > 2 or not value.numel():
+                refuse(f"moment {name}", "of shape (C,) or (C, groups)", value)
             if value.isnan().any():
                 raise ValueError(f"moment {name} is NaN for client {int(value.isnan().nonzero()[0, 0])}")
             if name != "c" and (value < 0).any():
                 raise ValueError(f"moment {name} is negative for client {int((value < 0).nonzero()[0, 0])}")
             object.__setattr__(self, name, value)
+        if len(shapes := {value.shape for value in (self.a, self.b, self.c) if value.numel() > 1}) > 1:
+            raise ValueError(f"moments a, b and c must be of one shape, not {sorted(map(tuple, shapes))}")
+        infinite = self.a.isinf() | self.b.isinf()
+        if (odd := self.c.isinf() & ((self.c < 0) | ~infinite)).any():
+            raise ValueError(f"moment c is infinite for client {int(odd.nonzero()[0, 0])}, and neither a nor b is")
 
     @property
     def weight(self) -> Tensor:
@@ -54,6 +65,7 @@ class Moments:
         weight = torch.where(a.isinf() | b.isinf(), 0.5 + 0.5 * b.isinf().double() - 0.5 * a.isinf().double(), weight)
         return weight.clamp(0, 1)
 
+    @door(weight=numbers(0, 1, 2))
     def bound(self, weight: Tensor | float) -> Tensor:
         """``λ² a + (1-λ)² b + 2 λ (1-λ) c``: twice the loss bound in units of the smoothness β."""
         weight = torch.as_tensor(weight, dtype=torch.float64)
@@ -67,15 +79,16 @@ class Moments:
         return self.bound(self.weight)
 
 
+@door(moments=numbers(2, 3, 4))
 def combination_weights(moments: Tensor, *, nonnegative: bool = False) -> Tensor:
     """The weights ``(..., K)``, adding up to 1, that minimise ``wᵀ M w`` for moment matrices ``(..., K, K)``.
 
     ``w = M⁻¹1 / (1ᵀM⁻¹1)``; for K = 2 this is the closed form above without its clipping. ``nonnegative`` searches the
     best face of the simplex (all 2^K of them: K is small). Raises ``ValueError`` for a singular or non-finite ``M``.
     """
-    moments = torch.as_tensor(moments, dtype=torch.float64)
-    if not moments.isfinite().all():
-        raise ValueError("the moment matrix has entries that are not finite")
+    moments = moments.double()
+    if moments.shape[-1] != moments.shape[-2] or not torch.allclose(moments, moments.mT, rtol=1e-6, atol=0):
+        refuse("moments", "a symmetric matrix for each client", moments)
     try:
         return _best_face(moments) if nonnegative else _unconstrained(moments)
     except torch.linalg.LinAlgError as error:

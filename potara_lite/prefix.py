@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Inputs
+from .door import door, whole
 
 ALONE = "(input)"  # the name of an only tensor, where it goes together with HIDDEN
 HIDDEN = "(hidden)"  # the name of what the blocks below make of an example
@@ -38,6 +39,7 @@ def blocks_below(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
     return []
 
 
+@door(last=whole(None))
 def linear_layers(network: nn.Module, last: int | None = None) -> list[str]:
     """The names of the linear layers in the blocks of a network, of the ``last`` so many or of all: targets of LoRA.
 

@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
 from scipy import stats
 
 from .data import Split
+from .door import Check, door, function, kind, named, refuse, several, shown, text
 from .experiment import ORACLE, PAIR_METHODS, Method, Result, Trial, run_methods
 from .setting import Setting
 
 COLUMNS = ["method", "seed", "client", "accuracy", "loss", "weight", "bytes_up", "bytes_down", "steps", "seconds"]
 
 
+def rows_with(*columns: str) -> Check:
+    """Rows with these columns, no method, seed and client twice, and every accuracy and loss a number."""
+    keys = ["federation", "method", "seed", "client"]
+
+    def check(name: str, value: Any, given: object) -> pd.DataFrame:
+        found = kind("DataFrame")(name, value, given)
+        if missing := [column for column in ("method", "seed", *columns) if column not in found]:
+            raise ValueError(f"{name} must have a column {missing[0]!r}, not only {shown(list(found.columns))}")
+        if found.empty:
+            refuse(name, "a table with rows", found)
+        if {"method", "seed", "client"} <= set(found) and (
+            twice := found.duplicated([k for k in keys if k in found])
+        ).any():
+            line = found.loc[twice, ["method", "seed", "client"]].iloc[0].tolist()
+            raise ValueError(f"{name} must have every method, seed and client once, unlike {line}")
+        for column in [column for column in columns if column in ("accuracy", "loss")]:
+            if odd := int(found[column].isna().sum()):
+                raise ValueError(f"{name} must have a number in every {column}, but {odd} are missing")
+        return found
+
+    return check
+
+
+@door(result=kind("Result"), split=kind("Split"))
 def result_rows(method: str, trial: Trial, result: Result, split: Split | None = None) -> pd.DataFrame:
     """A row per client in the order of ``COLUMNS``: accuracy and loss (nats) on ``split``, by default the test split;
     the mixing weight on the federated model, where there is one; what the client paid."""
@@ -32,6 +58,7 @@ def result_rows(method: str, trial: Trial, result: Result, split: Split | None =
     return frame[COLUMNS]
 
 
+@door(methods=named(function))
 def compare(setting: Setting, seeds: Sequence[int] = (0,), methods: dict[str, Method] = PAIR_METHODS) -> pd.DataFrame:
     """The rows of every method on every seed of one setting.
 
@@ -48,6 +75,7 @@ def _keys(rows: pd.DataFrame) -> list[str]:
     return ["federation", "method"] if "federation" in rows else ["method"]
 
 
+@door(rows=rows_with("client", "accuracy", "loss", "weight", "bytes_up", "bytes_down", "steps", "seconds"))
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per method (and federation): means over clients and seeds, standard errors over seeds, the costs.
 
@@ -65,6 +93,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return table[["accuracy", "±", "worst", "loss", "± loss", "weight", "bytes", "steps", "seconds"]]
 
 
+@door(rows=rows_with("federation", "client", "accuracy", "loss", "union_accuracy"), local=text)
 def leaderboard(rows: pd.DataFrame, local: str = "local") -> pd.DataFrame:
     """One line per federation and method, the most accurate first within each federation: ``summary`` and more.
 
@@ -85,6 +114,7 @@ def leaderboard(rows: pd.DataFrame, local: str = "local") -> pd.DataFrame:
     return pd.concat(parts)
 
 
+@door(board=kind("DataFrame"), references=several(text, least=0))
 def pareto_front(board: pd.DataFrame, references: Collection[str] = (ORACLE,)) -> pd.Series:
     """Which lines of a leaderboard no other of the same federation beats: none is as accurate for fewer bytes, or more
     accurate for as many. ``references``, on test data, do not count and are never on the front themselves."""
@@ -98,12 +128,16 @@ def pareto_front(board: pd.DataFrame, references: Collection[str] = (ORACLE,)) -
     return result
 
 
+@door(rows=rows_with("client", "accuracy", "loss"))
 def paired_differences(rows: pd.DataFrame, method: str = "potara-calibrated", score: str = "accuracy") -> pd.DataFrame:
     """``method`` minus each other method, paired by seed, one line per (federation and) other method.
 
     ``difference`` of the mean client ``score``, ``±`` its standard error over seeds, ``p`` of a two-sided paired
     t-test over the seeds, and ``p (Holm)``, corrected for the number of other methods (Holm, 1979).
     """
+    for name, one, known in (("score", score, rows), ("method", method, set(rows.method))):
+        if one not in known:
+            raise ValueError(f"{name} must be one of {shown(sorted(known))}, not {one!r}")
     seeds = rows.groupby([*_keys(rows), "seed"], sort=False)[score].mean()
     parts = {name: seeds[name] for name in dict.fromkeys(rows.federation)} if "federation" in rows else {None: seeds}
     lines, index = [], []

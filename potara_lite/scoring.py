@@ -16,14 +16,17 @@ from torch.nn import functional as F
 
 from .adapters import AdaptedBackbone, Adapter
 from .data import MASK, PADDING, Inputs, Split, map_inputs
+from .door import kind, named, one_or_several, options_of, several, text, unchecked, whole
 from .engine.batching import Execution
 from .engine.loss import checked_logits
 from .engine.training import batched_logits
 from .language import encode_answers, pad_tokens
+from .stacks import door
 from .text_data import Question
 
 
 @torch.no_grad()
+@door()
 def log_likelihoods(
     adapted: AdaptedBackbone,
     adapters: Adapter,
@@ -42,6 +45,7 @@ def log_likelihoods(
     return result
 
 
+@door(questions=several(several(kind("Question"))), options=options_of(log_likelihoods))
 def multiple_choice(
     adapted: AdaptedBackbone,
     adapters: Adapter,
@@ -58,13 +62,14 @@ def multiple_choice(
 
     Raises ``ValueError`` for a question with fewer than two options.
     """
+    check_count("questions", questions, adapters)
     if bare := [question for own in questions for question in own if len(question.options) < 2]:
         raise ValueError(f"{bare[0].prompt!r} needs two options or more, not {list(bare[0].options)}")
     examples = []
     for own in questions:
         pairs = [(question.prompt, f" {option}") for question in own for option in question.options]
         examples.append(encode_answers(tokenizer, *zip(*pairs), max_length))
-    scores = log_likelihoods(adapted, adapters, Split.of(examples), **options)
+    scores = unchecked(log_likelihoods)(adapted, adapters, Split.of(examples), **options)
     right = torch.zeros(2, len(questions), dtype=torch.float64)
     for client, own in enumerate(questions):
         first = 0
@@ -79,6 +84,7 @@ def multiple_choice(
 
 
 @torch.no_grad()
+@door(prompts=several(named(kind("Tensor"))), end=whole(0))
 def greedy_tokens(
     adapted: AdaptedBackbone,
     adapters: Adapter,
@@ -95,6 +101,7 @@ def greedy_tokens(
     ``prompts``: of each client the ``input_ids`` and ``attention_mask`` ``(n, T)``, padded on the right. There is no
     cache: every step runs the whole text.
     """
+    check_count("prompts", prompts, adapters)
     split = Split.of([(x, torch.zeros(len(x[MASK]), dtype=torch.int64)) for x in prompts])
     lengths = split.x[MASK].sum(-1, keepdim=True)  # (C, N, 1)
     x = map_inputs(lambda tensor: F.pad(tensor, (0, steps)), split.x)
@@ -115,6 +122,7 @@ def greedy_tokens(
     return [tokens[client, : int(n)] for client, n in enumerate(split.sizes)]
 
 
+@door(prompts=several(several(text)), options=options_of(greedy_tokens))
 def write_answers(
     adapted: AdaptedBackbone,
     adapters: Adapter,
@@ -130,11 +138,18 @@ def write_answers(
     tokens. Prompts of more than ``max_length`` tokens lose their beginning; ``options`` go to ``greedy_tokens``."""
     inputs = [pad_tokens([tokenizer(text.rstrip())["input_ids"][-max_length:] for text in own]) for own in prompts]
     end = getattr(tokenizer, "eos_token_id", None)
-    found = greedy_tokens(adapted, adapters, inputs, steps, end=end, **options)
+    found = unchecked(greedy_tokens)(adapted, adapters, inputs, steps, end=end, **options)
     texts = [[tokenizer.decode([int(t) for t in row if t != end]) for row in own] for own in found]
     return [[text.strip().split(until)[0].strip() for text in own] for own in texts]
 
 
+def check_count(name: str, given: Sequence, adapters: Adapter) -> None:
+    """Raise ``ValueError`` unless there is one for each client of the stack."""
+    if len(given) != (clients := len(next(iter(adapters.values())))):
+        raise ValueError(f"{name}: those of {len(given)} clients for {clients} adapters")
+
+
+@door(found=several(text, least=0), expected=several(one_or_several(text), least=0))
 def exact_match(found: Sequence[str], expected: Sequence[str | Sequence[str]]) -> float:
     """The share of the answers that are, without spaces at their ends, the expected one or one of the expected.
 

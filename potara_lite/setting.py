@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .door import check_fields, text
+
 DATA = "fashion-mnist", "wordnet", "wordnet-domains"
 
 
@@ -18,8 +20,8 @@ class Setting:
     independently of it. ``data`` is one of ``DATA``: images, WordNet's glosses with label skew, or a domain of them per
     client; ``backbone`` is a text encoder, by default MiniLM.
 
-    Raises ``ValueError`` for sizes below 1, negative lengths, rates or ``alpha`` that are not positive, and data that
-    is not known or does not go with ``shift`` or ``backbone``.
+    Raises ``ValueError`` for what is no number of its kind (numpy's will do), sizes below 1, negative lengths, rates or
+    ``alpha`` that are not positive, and data that is not known or does not go with ``shift`` or ``backbone``.
     """
 
     clients: int = 8
@@ -43,21 +45,13 @@ class Setting:
     backbone: str | None = None
 
     def __post_init__(self):
+        check_fields(self, backbone=text, device=text)
         if self.data not in DATA:
             raise ValueError(f"data must be one of {', '.join(DATA)}, not {self.data!r}")
         if self.shift and self.is_text:
             raise ValueError("shift turns and inverts images: it does not go with text")
         if self.backbone is not None and not self.is_text:
             raise ValueError(f"backbone is a text encoder: it does not go with {self.data}")
-        for name in ("clients", "train_size", "calibration_size", "test_size", "rank", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("rounds", "round_steps", "local_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        for name in ("alpha", "lr", "federated_lr_scale", "local_lr_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
     @property
     def is_text(self) -> bool:

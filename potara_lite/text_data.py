@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .data import Examples, Federation, Split, partition
+from .door import check_fields, door, options_of, several, text
 from .files import FileError, check_file, data_path, reading
 from .language import encode_texts
 
@@ -31,6 +32,7 @@ DOMAINS = {  # supersenses that belong together
 }  # fmt: skip
 
 
+@door(texts=several(text))
 def with_tokens(federation: Federation, texts: Sequence[str], tokenizer: Callable, longest: int = 32) -> Federation:
     """The federation whose examples are the numbers of ``texts``, with their tokens (see ``encode_texts``) instead."""
 
@@ -57,6 +59,7 @@ def read_glosses() -> tuple[list[str], list[str], Tensor]:
     return names, list(texts), torch.tensor([names.index(sense) for sense in senses])
 
 
+@door(names=several(text))
 def domain_proportions(names: Sequence[str], clients: int) -> np.ndarray:
     """Class proportions ``(C, K)``: client i has the classes of one of the ``DOMAINS``, which take turns, alike."""
     domains = [[name in own for name in names] for own in DOMAINS.values()]
@@ -64,6 +67,7 @@ def domain_proportions(names: Sequence[str], clients: int) -> np.ndarray:
     return rows / rows.sum(1, keepdims=True)
 
 
+@door(options=options_of(partition))
 def wordnet_glosses(tokenizer: Callable, *, longest: int = 32, domains: bool = False, **options) -> Federation:
     """A federation of the WordNet glosses in ``data/``: which of 24 supersenses is a noun of? No download.
 
@@ -97,6 +101,8 @@ class Question:
     task: str = ""
 
     def __post_init__(self):
+        check_fields(self, options=several(text, least=0))
+        object.__setattr__(self, "options", tuple(self.options))
         if not self.prompt.strip() or not self.answer.strip():
             raise ValueError("its prompt or its answer is empty")
         if not all(option.strip() for option in self.options):

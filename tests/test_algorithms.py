@@ -222,8 +222,10 @@ def test_the_ledger_is_the_count_of_what_was_passed(adapted, federation, adapted
     assert len(sent) == len(given) == (0 if name == "local only" else 2)
     assert all(t.dtype == dtype for message in (*sent, *given) for t in message.values())
     for client in range(3):
-        up = sum(adapter_bytes(client_adapter(message, client)) for message in sent)
-        down = sum(adapter_bytes(client_adapter(message, client)) for message in (opening, *given))
+        up, down = (
+            sum(adapter_bytes(client_adapter(message, client)) for message in messages if message)
+            for messages in (sent, (opening, *given))
+        )
         assert (result.ledger.up[client], result.ledger.down[client]) == (up, down)
 
 
@@ -485,7 +487,7 @@ def test_flexlora_counts_no_padding(adapted, federation):
 
 @pytest.mark.parametrize("ranks", [(1, 2), (0, 1, 2), (1, 2, 3)])
 def test_impossible_ranks_are_refused(adapted, federation, ranks):
-    with pytest.raises(ValueError, match="3 numbers from 1 to 2 are needed"):
+    with pytest.raises(ValueError, match=r"3 numbers from 1 to 2 are needed|ranks\[0\] must be at least 1, not 0"):
         run_algorithm(flexlora(ranks), adapted, federation.train, rounds=1, **OPTIONS)
 
 

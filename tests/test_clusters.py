@@ -53,7 +53,7 @@ def test_what_a_combination_refuses(adapted64, federation64, random_stack):
     models = [random_stack(adapted64, 3, seed) for seed in (1, 2)]
     with pytest.raises(ValueError, match="at least 2 models, not 1"):
         estimate_combination(adapted64, models[:1], federation64.calibration)
-    with pytest.raises(ValueError, match="own must be between 0 and 1, not 1.5"):
+    with pytest.raises(ValueError, match="own must be in \\[0, 1\\], not 1.5"):
         estimate_combination(adapted64, models, federation64.calibration, own=1.5)
 
 
@@ -71,6 +71,8 @@ def test_clients_that_are_alike_are_in_one_cluster():
     assert sorted(set(cluster_clients(similar.double(), 4).tolist())) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="5 clusters of 4 clients"):
         cluster_clients(similar, 5)
+    with pytest.raises(ValueError, match=r"similar must have a row and a column per client, not shape \(4, 3\)"):
+        cluster_clients(similar[:, :3], 2)
 
 
 def test_a_cluster_is_a_federation_of_its_clients(adapted64, federation64):

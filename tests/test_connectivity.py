@@ -16,7 +16,7 @@ from potara_lite.merging import merge_exact, merge_factors
 def test_a_grid_has_both_ends():
     torch.testing.assert_close(weight_grid(5), torch.tensor([0, 0.25, 0.5, 0.75, 1]), rtol=0, atol=0)
     assert len(weight_grid()) == 11
-    with pytest.raises(ValueError, match="at least 2 points, not 1"):
+    with pytest.raises(ValueError, match="points must be at least 2, not 1"):
         weight_grid(1)
 
 

@@ -143,7 +143,7 @@ def test_rows_keep_the_ids_of_their_clients(federation):
 @given(sizes=st.lists(st.integers(6, 20), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_from_tensors_withholds_calibration_examples_from_training(sizes, seed):
     starts = np.cumsum([0, *sizes])
-    train = [(torch.arange(s, s + n).double().view(-1, 1, 1, 1), torch.zeros(n)) for s, n in zip(starts, sizes)]
+    train = [(torch.arange(s, s + n).double().view(-1, 1, 1, 1), torch.zeros(n).long()) for s, n in zip(starts, sizes)]
     federation = from_tensors(train, train, calibration_size=5, classes=2, seed=seed)
     for client, (start, n) in enumerate(zip(starts, sizes)):
         kept = federation.train.client(client)[0].flatten().tolist()
@@ -183,7 +183,7 @@ def test_no_clients_at_all_are_refused():
 def test_a_label_outside_the_classes_is_refused_by_client_and_split(label, part):
     splits = {name: [client_of(4), client_of(4)] for name in ("train", "test", "calibration")}
     splits[part][1][1][2] = label
-    with pytest.raises(ValueError, match=f"client 1: {part} label {label} is outside 0 … 2"):
+    with pytest.raises(ValueError, match=f"client 1: ({part} label {label} is outside 0 … 2|label {label} is below 0)"):
         from_tensors(**splits, classes=3)
 
 
@@ -209,11 +209,11 @@ ALIKE = np.eye(10)[[0] * 10]  # ten clients of class 0
         (dict(alpha=0), "alpha must be positive, not 0"),
         (dict(alpha=-0.5), "alpha must be positive, not -0.5"),
         (dict(alpha=float("nan")), "alpha must be positive"),
-        (dict(clients=0), "at least 1 client, not 0"),
-        (dict(train_size=0), "every client needs examples"),
-        (dict(calibration_size=0), "every client needs examples"),
-        (dict(test_size=0), "every client needs examples"),
-        (dict(train_size=[3, 0, 3], clients=3), "every client needs examples"),
+        (dict(clients=0), "clients must be at least 1, not 0"),
+        (dict(train_size=0), "train_size must be at least 1, not 0"),
+        (dict(calibration_size=0), "calibration_size must be at least 1, not 0"),
+        (dict(test_size=0), "test_size must be at least 1, not 0"),
+        (dict(train_size=[3, 0, 3], clients=3), r"train_size\[1\] must be at least 1, not 0"),
         (dict(train_size=[3, 3], clients=3), "train_size names 2 clients, not 3"),
         (dict(train_size=500), "pool runs out: 10 clients ask for 5300 training and .* examples, there are 2000"),
         (dict(test_size=500, train_size=1), "pool runs out: 10 clients ask for 5000 test examples, there are 2000"),

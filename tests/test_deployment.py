@@ -103,7 +103,7 @@ def test_the_page_has_the_seconds_that_were_measured():
     assert found["tls"]["stranger"] == "Exit Code: 305"
     assert found["simulation"]["rows"] == 9 and found["simulation"]["events"] == []
     assert found["simulation"]["loss, largest difference"] < 1e-6
-    assert found["engine"]["seconds"]["from the start of the run to its result"] < 5  # "the steps in it next to nothing"
+    assert found["engine"]["seconds"]["from the start of the run to its result"] < 5  # its steps: next to nothing
     assert found["kill"]["rows"] == 6 and len(found["kill"]["events"]) >= 1
 
 

@@ -388,7 +388,7 @@ def test_a_trial_is_made_once_for_each_model_and_shape(adapted, backbone, federa
     assert len(calls) == 3  # and so is another precision
     chunks(2, function=model), chunks(2, function=model)
     assert len(calls) == 5  # a function of the caller's is never remembered
-    monkeypatch.setattr(batching, "MOST_TRIALS", 3)
+    monkeypatch.setattr(batching, "MOST_KINDS", 3)
     for rank in range(3, 8):
         chunks(rank)
     assert len(batching.TRIALS[model.model]) == 3  # the latest; no more are kept than this

@@ -1,5 +1,8 @@
 """FedIT: rounds, averages, who takes part and what it costs."""
 
+import ctypes
+import gc
+
 import pytest
 import torch
 from conftest import SIZES, train_one_by_one
@@ -8,6 +11,8 @@ from potara_lite.adapters import flatten, repeat_adapter
 from potara_lite.engine.batching import Execution
 from potara_lite.engine.federated import Ledger, fedit, participants, weighted_average
 from potara_lite.engine.training import train
+from potara_lite.field.algorithms import FEDIT
+from potara_lite.field.rounds import run_algorithm
 
 OPTIONS = dict(batch_size=4, lr=2e-3)
 BYTES = 1808  # of one float32 adapter, see test_nbytes_counted_by_hand
@@ -107,6 +112,54 @@ def test_the_result_does_not_depend_on_chunks_or_on_the_order_of_clients(adapted
     execution, turned = Execution(chunk_size=chunk_size), federation64.train.rows([2, 0, 1])
     turned = fedit(adapted64, turned, rounds=2, local_steps=2, execution=execution, **OPTIONS)
     torch.testing.assert_close(flat(turned.adapter), flat(usual.adapter), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("participation", [1.0, 0.6])
+@pytest.mark.parametrize("order", [[2, 1, 0], [1, 2, 0], [0, 2, 1]])
+def test_in_whatever_order_the_clients_stand_the_model_is_bitwise_the_same(adapted, federation, order, participation):
+    options = dict(rounds=4, local_steps=2, participation=participation, seed=3, **OPTIONS)
+    usual = fedit(adapted, federation.train, **options)
+    turned = fedit(adapted, federation.train.rows(order), **options)
+    assert torch.equal(flat(turned.adapter), flat(usual.adapter))
+    assert torch.equal(turned.losses.nan_to_num(-1), usual.losses[:, order].nan_to_num(-1))
+    assert torch.equal(turned.ledger.down, usual.ledger.down[order])
+    for name, tensor in vars(turned.state).items():
+        assert torch.equal(tensor, getattr(usual.state, name)[order])
+
+
+@pytest.mark.parametrize("run", ["fedit", "run_algorithm"])
+def test_two_hundred_rounds_leave_nothing_behind(adapted, federation, run):
+    """Bytes that the C library has handed out, tensors among them: a graph that holds itself shows here alone."""
+    in_use = bytes_in_use()
+
+    def rounds(number):
+        options = dict(rounds=number, local_steps=1, batch_size=2, lr=1e-3)
+        if run == "fedit":
+            fedit(adapted, federation.train, **options)
+        else:
+            run_algorithm(FEDIT, adapted, federation.train, **options)
+        gc.collect()
+        return in_use()
+
+    rounds(10)
+    before = rounds(1)
+    assert rounds(200) - before < 1e6
+
+
+def bytes_in_use():
+    """A function to the bytes in use by ``malloc``; the test is skipped where glibc is not."""
+
+    class Info(ctypes.Structure):
+        _fields_ = [
+            (name, ctypes.c_size_t)
+            for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        ]
+
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):
+        pytest.skip("needs glibc 2.33")
+    library.mallinfo2.restype = Info
+    return lambda: (lambda info: info.uordblks + info.hblkhd)(library.mallinfo2())
 
 
 def test_participants_are_a_fixed_share_drawn_anew_each_round():

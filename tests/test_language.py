@@ -425,7 +425,7 @@ def test_texts_are_dealt_out_by_their_labels():
     with pytest.raises(ValueError, match="shift=True is for images"):
         partition((x, y), (x, y), 3, shift=True, **options)
     with pytest.raises(ValueError, match="token-level targets have none"):
-        partition((x, y.unsqueeze(1)), (x, y), 3, **options)
+        partition((x, y.unsqueeze(1).expand(-1, 2)), (x, y), 3, **options)
 
 
 # Bad input.
@@ -523,7 +523,7 @@ def test_minilm_is_taken_from_its_folder_with_its_frozen_blocks_computed_once(ca
     rows = ["a large grey animal with a trunk", "the act of moving quickly", "a unit of length", "sorrow"]
     adapted = attach(network, rank=2, targets=linear_layers(network, 2))
     split = Split.of(
-        [(encode_texts(tokenizer, rows), torch.arange(4)), (encode_texts(tokenizer, rows[3:]), torch.ones(1))]
+        [(encode_texts(tokenizer, rows), torch.arange(4)), (encode_texts(tokenizer, rows[3:]), torch.ones(1).long())]
     )
     embedded, stack = split.map(adapted.embed), random_stack(adapted, 2, seed=0)
     assert len(adapted.blocks_below) == 4 and embedded.x[HIDDEN].shape[-1] == 384

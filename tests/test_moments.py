@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from potara_lite import Moments, estimate_curve, estimate_paper, estimate_uniform
 from potara_lite.adapters import client_adapter, delta, flatten
 from potara_lite.data import Split
+from potara_lite.door import unchecked
 
 GRID = torch.linspace(0, 1, 20_001, dtype=torch.float64)
 POSITIVE = st.floats(1e-3, 1e3)
@@ -158,7 +159,7 @@ def plant(monkeypatch):
         split = Split(
             torch.zeros(len(sizes), n, 1), torch.zeros(len(sizes), n).long(), torch.tensor(sizes), (*range(len(sizes)),)
         )
-        return estimate_paper(None, {}, {}, split, **options)
+        return unchecked(estimate_paper)(None, {}, {}, split, **options)
 
     return run
 

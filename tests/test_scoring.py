@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from potara_lite.adapters import attach, repeat_adapter
 from potara_lite.data import Split
+from potara_lite.door import unchecked
 from potara_lite.language import encode_answers, encode_texts, pad_tokens
 from potara_lite.scoring import exact_match, greedy_tokens, log_likelihoods, multiple_choice, write_answers
 from potara_lite.text_data import Question
@@ -119,7 +120,7 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match="text 1 is empty"):
         encode_texts(Tokenizer(), ["red", "  "])
     with pytest.raises(ValueError, match="'what' needs two options or more, not .'red'."):
-        multiple_choice(None, {}, [[Question("what", "red", ("red",))]], Tokenizer())
+        unchecked(multiple_choice)(None, {"a": torch.zeros(1)}, [[Question("what", "red", ("red",))]], Tokenizer())
     for given, message in (
         (("what", "blue", ("red", "light")), "its answer 'blue' is none of its options"),
         (("what", "red", ("red", " ")), "one of its options is empty"),

@@ -299,11 +299,11 @@ def test_fingerprints_tell_the_methods_of_the_field_apart_and_are_the_same_in_an
     assert fingerprint(loop) == fingerprint(loop)
 
 
-def test_without_rows_of_the_local_method_nothing_is_said_of_better():
+def test_without_rows_of_the_local_method_nothing_is_said_of_better(federation):
     board = leaderboard(table([[0.5, 0.7]], "mine"))
     assert board.better.isna().all() and board.accuracy.item() == pytest.approx(0.6)
-    with pytest.raises(ValueError, match="at least 1 example"):
-        union(None, 0)
+    with pytest.raises(ValueError, match="per_client must be at least 1, not 0"):
+        union(federation.test, 0)
 
 
 def test_rows_are_judged_on_the_split_that_is_asked_for(tmp_path, prepared, trial):

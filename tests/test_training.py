@@ -221,7 +221,9 @@ def test_a_learning_rate_that_blows_up_is_reported(adapted, federation):
 def test_adapters_that_are_no_longer_finite_are_never_returned(adapted, federation):
     """The last step's loss comes before the last update: an update that is not finite must not pass unseen."""
     with pytest.raises(ValueError, match="client 0"):
-        train(adapted, repeat_adapter(adapted.initial, 3), federation.train, steps=1, batch_size=4, lr=float("inf"))
+        train(
+            adapted, repeat_adapter(adapted.initial, 3), federation.train, steps=1, batch_size=4, lr=1e39
+        )  # more than a float32
 
 
 def test_a_stack_of_another_size_than_the_split_is_refused(adapted, federation):

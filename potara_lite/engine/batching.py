@@ -18,10 +18,10 @@ from torch.func import vmap
 
 from ..adapters import AdaptedBackbone, Adapter, flatten, repeat_adapter, unflatten
 from ..data import Inputs, any_tensor, map_inputs
-from .one_batch import OneBatch, as_one_batch
+from ..door import check_fields, kind
+from .one_batch import MOST_KINDS, OneBatch, as_one_batch
 
 CPU_MEMORY = 2**28  # bytes of a chunk on the CPU
-MOST_TRIALS = 64  # remembered for a model
 TRIALS: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was measured, while the model lives
 Forward = Callable[[Adapter, Inputs], Tensor]
 
@@ -46,10 +46,7 @@ class Execution:
     compile: bool = False
 
     def __post_init__(self):
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, not {self.chunk_size}")
-        if self.memory_bytes is not None and not self.memory_bytes > 0:
-            raise ValueError(f"memory_bytes must be a positive number, not {self.memory_bytes}")
+        check_fields(self, autocast=kind("dtype"))
 
     def memory_on(self, device: torch.device) -> float:
         """The bytes that a chunk may take on this device."""
@@ -190,7 +187,7 @@ def _trial(
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in [*one.items(), *inputs.items()])
     key = shapes, autocast, any_tensor(few).device, adapted.model.training
     if key not in known:
-        if len(known) >= MOST_TRIALS:
+        if len(known) >= MOST_KINDS:
             known.pop(next(iter(known)))
         known[key] = _saved_bytes(adapted, with_autocast(adapted, autocast), one, few)
     return known[key]

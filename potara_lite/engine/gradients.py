@@ -25,12 +25,15 @@ from ..adapters import (
     unflatten,
 )
 from ..data import Inputs, Split, map_inputs, take
+from ..door import options_of, unchecked
+from ..stacks import direction, door, numbers, sizes_of
 from .batching import Execution, Plan, map_clients, plan
 from .loss import checked_logits, example_losses, token_mean
 from .one_batch import OneBatch, as_one_batch
 from .training import check_clients, losses
 
 
+@door()
 def per_sample_gradients(
     adapted: AdaptedBackbone,
     adapters: Adapter,
@@ -100,6 +103,7 @@ def _blocks(clients: int, n: int, most: int) -> Iterator[tuple[slice, slice]]:
             yield slice(client, min(client + together, clients)), slice(sample, min(sample + most, n))
 
 
+@door(options=options_of(per_sample_gradients))
 def delta_gradients(
     adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, labels: Tensor | None = None, **options
 ) -> Tensor:
@@ -109,7 +113,7 @@ def delta_gradients(
     them: far more than the adapter has. ``options`` go to ``per_sample_gradients``.
     """
     dense = adapter_from_delta(delta(adapters, adapted.scaling), adapted.scaling, adapters)
-    rows = per_sample_gradients(adapted, dense, split, labels=labels, **options)
+    rows = unchecked(per_sample_gradients)(adapted, dense, split, labels=labels, **options)
     parts = dict(zip(dense, rows.split([tensor[0].numel() for tensor in dense.values()], dim=2)))
     in_layers = [part / adapted.scaling[layer_of(name)] for name, part in parts.items() if is_dense_factor(name, dense)]
     return torch.cat(in_layers + [part for name, part in parts.items() if not is_lora(name)], dim=2)
@@ -119,6 +123,7 @@ def _summed(logits: Tensor, y: Tensor) -> Tensor:
     return example_losses(logits, y).sum()  # a padded example counts zero, not NaN
 
 
+@door(gradients=numbers(3), sizes=sizes_of("gradients", 1))
 def diagonal_fisher(gradients: Tensor, sizes: Tensor) -> Tensor:
     """The mean of the squared per-sample gradients ``(C, N, P)``, coordinate by coordinate: ``(C, P)``.
 
@@ -128,6 +133,7 @@ def diagonal_fisher(gradients: Tensor, sizes: Tensor) -> Tensor:
     return gradients.square().sum(1) / sizes.to(gradients).unsqueeze(1)
 
 
+@door(direction=direction)
 def directional_derivatives(
     adapted: AdaptedBackbone, adapters: Adapter, direction: Tensor, split: Split, *, execution: Execution = Execution()
 ) -> tuple[Tensor, Tensor]:

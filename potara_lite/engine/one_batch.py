@@ -33,6 +33,7 @@ from ..prefix import call_network, replaced_forwards
 from .loss import example_losses
 
 OnBackward = Callable[[str, Tensor, Tensor, Tensor | None], None]  # (layer, input, gradient of output, that times B)
+MOST_KINDS = 64  # of inputs, remembered for a model
 COMPARED: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was compared, while the model lives
 
 
@@ -131,6 +132,8 @@ class OneBatch:
         kinds = tuple((leaf.shape[2:], leaf.dtype) for leaf in leaves)
         key = (tuple(stack), str(structure), kinds, leaves[0].device, two)
         if key not in known:
+            if len(known) >= MOST_KINDS:
+                known.pop(next(iter(known)))
             generator = torch.Generator().manual_seed(0)
             random = {
                 name: torch.randn(two, *t.shape[1:], generator=generator).to(t) / t[0, 0].numel() ** 0.5

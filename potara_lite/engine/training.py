@@ -17,6 +17,9 @@ from tqdm.auto import tqdm
 
 from ..adapters import AdaptedBackbone, Adapter, flatten, select_clients, unflatten
 from ..data import Inputs, Split, batch_indices, take
+from ..door import one_or_several, unchecked
+from ..door import seed as one_seed
+from ..stacks import door, fitting, trained_stack
 from .batching import Execution, Forward, map_clients, plan, with_autocast
 from .loss import example_accuracies, example_losses, mean_loss
 
@@ -133,6 +136,7 @@ def check_clients(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> 
     adapted.check_inputs(split.x, split.ids)
 
 
+@door(adapters=trained_stack, seed=one_or_several(one_seed))
 def train(
     adapted: AdaptedBackbone,
     adapters: Adapter,
@@ -161,9 +165,11 @@ def train(
     ``fixed``, which do not train. Adapters, data and state may lie on the CPU and visit the backbone's device chunk by
     chunk (see ``Execution``).
 
-    Raises ``DivergedError`` (a ``ValueError``) naming the client and the step when a loss is not finite; the result for
-    the other clients is in its ``trained``.
+    Raises ``ValueError`` for adapters, data, a state or numbers that do not fit, and ``DivergedError`` (one, too)
+    naming the client and the step when a loss is not finite; the result for the other clients is in its ``trained``.
     """
+    if objective is plain_loss and not fixed:
+        adapters = fitting("adapters", adapters, adapted)
     check_clients(adapted, adapters, split)
     flat, like = flatten(adapters).detach().to(adapted.dtype), {name: tensor[0] for name, tensor in adapters.items()}
     state = OptimizerState.zeros(flat) if state is None else state.rows(torch.arange(len(split)))  # a copy
@@ -209,7 +215,10 @@ def _plan_training(adapted, tensors: Adapter, split: Split, batch_size: int, los
 def _batches(split: Split, seed: int | Sequence[int], start: int, steps: int, batch_size: int) -> Iterator:
     """The clients' batches of every step, ``(K, B, ...)`` and ``(K, B)``."""
     seed = [seed] if isinstance(seed, int) else list(seed)
-    streams = [batch_indices(n, start, steps, batch_size, [*seed, i]) for n, i in zip(split.sizes.tolist(), split.ids)]
+    streams = [
+        unchecked(batch_indices)(n, start, steps, batch_size, [*seed, i])
+        for n, i in zip(split.sizes.tolist(), split.ids)
+    ]
     index, row = torch.stack(streams).to(split.y.device), torch.arange(len(split), device=split.y.device).unsqueeze(1)
     for step in range(steps):
         yield take(split.x, (row, index[:, step])), split.y[row, index[:, step]]
@@ -231,6 +240,7 @@ def _check_finite(trained: Trained, ids: Sequence[int], start: int) -> Trained:
 
 
 @torch.no_grad()
+@door()
 def evaluate(
     adapted: AdaptedBackbone,
     adapters: Adapter,
@@ -242,13 +252,22 @@ def evaluate(
     """Mean loss (nats) and accuracy (a fraction), ``(C,)`` each, of each client's adapter on its own examples.
 
     Both are means over examples; a text with a target per token has the mean over its tokens (``engine/loss.py``).
+    Raises ``ValueError`` for adapters that do not fit and for a client whose loss is not finite.
     """
     total = torch.zeros(2, len(split), device=adapted.device, dtype=torch.float64)
     for rows, _, logits, y in batched_logits(adapted, adapters, split, batch_size=batch_size, execution=execution):
         total[0, rows] += example_losses(logits, y, leading=2).sum(1)
         total[1, rows] += example_accuracies(logits, y, leading=2).sum(1)
     loss, accuracy = total / split.sizes.to(total)
+    check_losses(loss, split)
     return loss, accuracy
+
+
+def check_losses(losses: Tensor, split: Split) -> None:
+    """Raise ``ValueError`` naming the first client that has a loss, ``(C,)`` or ``(C, N)``, that is not finite."""
+    if not (fine := losses.isfinite().view(len(losses), -1).all(1)).all():
+        client = split.ids[int((~fine).nonzero()[0])]
+        raise ValueError(f"the loss of client {client} is not finite: its examples or its logits are not numbers")
 
 
 def batched_logits(

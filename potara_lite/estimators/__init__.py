@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from ..adapters import AdaptedBackbone, Adapter
 from ..data import Federation
+from ..stacks import door
 from .calibrated import estimate_calibrated, estimate_pooled, lowest_inside, pooled_offset, pooled_weight
 from .combination import estimate_combination, simplex_moments
 from .curve import estimate_curve, parabola_moments, segment_losses
@@ -24,16 +25,22 @@ Estimator = Callable[[AdaptedBackbone, Adapter, Adapter, Federation], Estimate]
 
 def on_train(estimate: Callable[..., Estimate], **options) -> Estimator:
     """The estimator on each client's training samples, as the paper has it."""
-    return lambda adapted, federated, local, federation: estimate(
-        adapted, federated, local, federation.train, **options
-    )
+
+    @door()
+    def estimator(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, federation: Federation) -> Estimate:
+        return estimate(adapted, federated, local, federation.train, **options)
+
+    return estimator
 
 
 def on_calibration(estimate: Callable[..., Estimate], **options) -> Estimator:
     """The estimator on each client's calibration samples, which trained neither model."""
-    return lambda adapted, federated, local, federation: estimate(
-        adapted, federated, local, federation.calibration, **options
-    )
+
+    @door()
+    def estimator(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, federation: Federation) -> Estimate:
+        return estimate(adapted, federated, local, federation.calibration, **options)
+
+    return estimator
 
 
 ESTIMATORS: dict[str, Estimator] = {

@@ -8,7 +8,9 @@ from torch import Tensor
 from ..adapters import AdaptedBackbone, Adapter, layer_of
 from ..connectivity import weight_grid
 from ..data import Split
+from ..door import unchecked, whole
 from ..merging import merge_exact
+from ..stacks import door, numbers, shaped_like, sizes_of
 from .curve import client_losses, segment_losses
 from .estimate import Estimate, Grouping, head_and_body
 
@@ -16,6 +18,7 @@ POINTS = 9  # weights of the grid
 PROBE = 0.3  # how far apart head and body are tried
 
 
+@door()
 def estimate_calibrated(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split) -> Estimate:
     """``potara-calibrated``, this library's default: ``estimate_pooled`` with head and body apart.
 
@@ -23,9 +26,10 @@ def estimate_calibrated(adapted: AdaptedBackbone, federated: Adapter, local: Ada
     weight. Why this one: ``docs/mixing_weight.md``. Cost: 12 forward passes per sample, 13 floats up and 3 down.
     """
     by = head_and_body if two_groups(local) else None
-    return estimate_pooled(adapted, federated, local, split, by=by)
+    return unchecked(estimate_pooled)(adapted, federated, local, split, by=by)
 
 
+@door(points=whole(3))
 def estimate_pooled(
     adapted: AdaptedBackbone,
     federated: Adapter,
@@ -76,6 +80,7 @@ def offset_weights(
     return {layer_of(name): (weight + halves[by(name)]).clamp(0, 1) for name in adapter}
 
 
+@door(weights=numbers(1), losses=numbers(3), sizes=sizes_of("losses", 2))
 def pooled_weight(
     weights: Tensor, losses: Tensor, sizes: Tensor, *, spread: float = 0.1, prior_spread: float = 0.25
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -147,6 +152,7 @@ def pooled_mean(values: Tensor, counts: Tensor) -> float:
     return float(values @ counts / counts.sum().clamp_min(1))
 
 
+@door(low=numbers(2), middle=shaped_like("low", 2), high=shaped_like("low", 2), sizes=sizes_of("low", 1))
 def pooled_offset(
     low: Tensor, middle: Tensor, high: Tensor, sizes: Tensor, *, probe: float = 0.3, spread: float = 0.2
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from ..adapters import AdaptedBackbone, Adapter
 from ..data import Split
+from ..door import fraction
 from ..merging import combine_adapters
 from ..moments import combination_weights
+from ..stacks import door, stacks
 from .curve import client_losses
 
 
+@door(models=stacks, own=fraction)
 def estimate_combination(
     adapted: AdaptedBackbone, models: Sequence[Adapter], split: Split, *, own: float = 0.5
 ) -> tuple[Tensor, Tensor]:
@@ -27,8 +30,6 @@ def estimate_combination(
     """
     if len(models) < 2:
         raise ValueError(f"a combination needs at least 2 models, not {len(models)}")
-    if not 0 <= own <= 1:
-        raise ValueError(f"own must be between 0 and 1, not {own}")
 
     def mean_loss(adapter: Adapter) -> Tensor:
         return client_losses(adapted, adapter, split).double().cpu().sum(1) / split.sizes

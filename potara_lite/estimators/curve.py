@@ -8,15 +8,18 @@ from torch import Tensor
 from ..adapters import AdaptedBackbone, Adapter
 from ..connectivity import weight_grid
 from ..data import Split
+from ..door import unchecked
 from ..engine.batching import Execution
 from ..engine.loss import example_losses
-from ..engine.training import batched_logits
+from ..engine.training import batched_logits, check_losses
 from ..merging import merge_exact
 from ..moments import Moments
+from ..stacks import door, numbers
 from .estimate import Estimate
 from .gauss_newton import moments_from_slopes
 
 
+@door()
 def estimate_curve(
     adapted: AdaptedBackbone,
     federated: Adapter,
@@ -41,8 +44,11 @@ def estimate_curve(
     return Estimate(weights.double()[loss.argmin(1)], None, details)
 
 
+@door(weights=numbers(1), loss=numbers(2))
 def parabola_moments(weights: Tensor, loss: Tensor) -> Moments:
     """Moments from the least-squares parabola through the loss ``(C, W)`` at the weights ``(W,)``, W ≥ 3."""
+    if not 3 <= len(weights) == loss.shape[1]:
+        raise ValueError(f"weights must be 3 or more, as many as loss has, not {len(weights)} for {loss.shape[1]}")
     design = torch.stack([weights**0, weights, weights**2], dim=1).double().cpu()
     _, slope, half = torch.linalg.lstsq(design, loss.double().cpu().mT).solution  # three (C,)
     slope = torch.where(half > 0, slope, slope + half)  # one that opens downwards: its lower end, by the chord
@@ -50,23 +56,31 @@ def parabola_moments(weights: Tensor, loss: Tensor) -> Moments:
 
 
 @torch.no_grad()
+@door()
 def client_losses(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
-    """Each example's loss ``(C, N)`` in nats (``engine/loss.py``); zeros for padding."""
+    """Each example's loss ``(C, N)`` in nats (``engine/loss.py``); zeros for padding.
+
+    Raises ``ValueError`` for a client with a loss that is not finite.
+    """
     result = torch.zeros(split.y.shape[:2], dtype=adapted.dtype, device=adapted.device)
     for rows, columns, logits, y in batched_logits(adapted, adapters, split, batch_size=128, execution=Execution()):
         result[rows, columns] = example_losses(logits, y, leading=2)
+    check_losses(result, split)
     return result
 
 
+@door(weights=numbers(1, least=0, most=1))
 def segment_losses(
     adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split, weights: Tensor
 ) -> Tensor:
     """Each example's loss at each mixing weight of the exact merge, ``(C, W, N)``; zeros for padding."""
-    merges = (merge_exact(federated, local, weight) for weight in weights.tolist())
-    return torch.stack([client_losses(adapted, merged, split) for merged in merges], dim=1)
+    merge, measure = unchecked(merge_exact), unchecked(client_losses)
+    merges = (merge(federated, local, weight) for weight in weights.tolist())
+    return torch.stack([measure(adapted, merged, split) for merged in merges], dim=1)
 
 
 @torch.no_grad()
+@door()
 def client_logits(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
     """Every client's logits on its own examples, ``(C, N, ..., classes)``."""
     options, result = dict(batch_size=split.y.shape[1], execution=Execution()), None

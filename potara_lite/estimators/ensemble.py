@@ -8,15 +8,18 @@ import torch
 
 from ..adapters import AdaptedBackbone, Adapter, delta_inner_products, flatten
 from ..data import Split
+from ..door import several
 from ..engine.gradients import directional_derivatives
 from ..merging import combine_adapters
 from ..moments import Moments
+from ..stacks import door, stack
 from .estimate import Estimate
 from .gauss_newton import example_mean
 
 TINY = torch.finfo(torch.float64).tiny
 
 
+@door(runs=several(several(stack, least=2)))
 def estimate_ensemble(
     adapted: AdaptedBackbone, runs: Sequence[tuple[Adapter, Adapter]], optimum: Adapter, split: Split
 ) -> Estimate:

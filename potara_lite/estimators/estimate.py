@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..adapters import AdaptedBackbone, Adapter, delta, factor_names, is_lora, layer_of, lora_layers
 from ..data import Split
+from ..door import check_fields, kind, named, unchecked
 from ..moments import Moments
+from ..stacks import door, numbers
 
 Grouping = Callable[[str], str]
 
@@ -27,13 +29,21 @@ class Estimate:
 
     ``moments``: what the weight comes from, where the estimator has moments. ``details``: diagnostics; with groups,
     ``client``, one number per client for tables and pictures, is among them. ``floats``: how many numbers each client
-    sends up and gets back for it.
+    sends up and gets back for it. Raises ``ValueError`` for weights that are not finite and in [0, 1], and for a
+    dictionary of them without ``client``.
     """
 
     weight: Tensor | dict[str, Tensor]
     moments: Moments | None = None
     details: dict[str, Tensor] = field(default_factory=dict)
     floats: tuple[int, int] = (0, 0)
+
+    def __post_init__(self):
+        one = numbers(1, least=0, most=1)
+        by_group = isinstance(self.weight, dict)
+        check_fields(self, weight=named(one) if by_group else one, moments=kind("Moments"), details=kind("dict"))
+        if by_group and "client" not in self.details:
+            raise ValueError("details must have the weights that stand for the groups' as 'client'")
 
     @property
     def client_weight(self) -> Tensor:
@@ -62,7 +72,7 @@ def group_coordinates(
         if len({by(name) for name in factor_names(layer)}) > 1:
             raise ValueError(f"both factors of a layer must be in one group: {layer!r}")
     if on_delta:
-        adapters = delta(adapters, dict.fromkeys(lora_layers(adapters), 1.0))
+        adapters = unchecked(delta)(adapters, dict.fromkeys(lora_layers(adapters), 1.0))
     parts = [torch.full((tensor[0].numel(),), labels.index(by(name))) for name, tensor in adapters.items()]
     return labels, torch.cat(parts).to(next(iter(adapters.values())).device)
 
@@ -83,6 +93,7 @@ def from_moments(moments: Moments, adapters: Adapter, by: Grouping | None) -> Es
     return Estimate(weight, moments, {"client": moments.weight.mean(1)})
 
 
+@door()
 def estimate_uniform(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split) -> Estimate:
     """Weight ½ for every client: hard to beat when moments are badly estimated. Costs nothing."""
     return Estimate(torch.full((len(split),), 0.5, dtype=torch.float64))

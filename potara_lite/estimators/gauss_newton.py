@@ -7,12 +7,15 @@ from torch import Tensor
 
 from ..adapters import AdaptedBackbone, Adapter, flatten
 from ..data import Split
+from ..door import unchecked
 from ..engine.gradients import directional_derivatives
 from ..merging import merge_exact
 from ..moments import Moments
+from ..stacks import door, numbers, shaped_like
 from .estimate import Estimate, Grouping, from_moments, group_coordinates
 
 
+@door(at_local=numbers(1, 2), curvature=shaped_like("at_local", 1, 2))
 def moments_from_slopes(at_local: Tensor, curvature: Tensor) -> Moments:
     """Moments ``(C,)`` from the loss along the segment: its slope at the local model and its curvature.
 
@@ -29,6 +32,7 @@ def example_mean(values: Tensor, split: Split) -> Tensor:
     return values.double().sum(1) / split.sizes.to(values.device)
 
 
+@door()
 def estimate_gauss_newton(
     adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split, *, by: Grouping | None = None
 ) -> Estimate:
@@ -43,10 +47,11 @@ def estimate_gauss_newton(
     # θ(w) of the exact merge is linear in w through the factors B and the head of the stacked ranks.
     origin, end = merge_exact(federated, local, 0.0), merge_exact(federated, local, 1.0)
     whole = flatten(end) - flatten(origin)
+    directional = unchecked(directional_derivatives)
     if by is None:
-        slope, curvature = directional_derivatives(adapted, origin, whole, split)
+        slope, curvature = directional(adapted, origin, whole, split)
         return from_moments(moments_from_slopes(example_mean(slope, split), example_mean(curvature, split)), local, by)
     owner = group_coordinates(origin, by)[1]
-    columns = [directional_derivatives(adapted, origin, whole * (owner == k), split) for k in range(len(labels))]
+    columns = [directional(adapted, origin, whole * (owner == k), split) for k in range(len(labels))]
     slope, curvature = (torch.stack([example_mean(part, split) for part in parts], dim=1) for parts in zip(*columns))
     return from_moments(moments_from_slopes(slope, curvature), local, by)

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from ..adapters import AdaptedBackbone, Adapter
 from ..data import Split
+from ..door import not_negative, optional, unchecked
 from ..engine.gradients import per_sample_gradients
 from ..moments import Moments
+from ..stacks import door, groups_of, sizes_of
 from .estimate import Estimate, Grouping, from_moments, group_coordinates
 
 
+@door(sizes=sizes_of("g_f", 1), groups=groups_of("g_f"))
 def gradient_moments(
     g_f: Tensor,
     g_l: Tensor,
@@ -37,7 +40,7 @@ def gradient_moments(
     if groups is not None:
         if damping is not None:
             raise ValueError("the metric couples the groups: use damping=None with groups")
-        parts = [gradient_moments(g_f[..., groups == k], g_l[..., groups == k], sizes, unbiased=unbiased)
+        parts = [unchecked(gradient_moments)(g_f[..., groups == k], g_l[..., groups == k], sizes, unbiased=unbiased)
                  for k in range(int(groups.max()) + 1)]  # fmt: skip
         return Moments(*(torch.stack([getattr(part, name) for part in parts], dim=1) for name in "abc"))
     both = torch.cat([g_f, g_l], dim=1).double()
@@ -90,6 +93,7 @@ def _cross_fitted(gram: Tensor, sizes: Tensor, damping: float, coordinates: int)
     return Moments(a.clamp_min(0).cpu(), b.clamp_min(0).cpu(), c.cpu())
 
 
+@door(damping=optional(not_negative))
 def estimate_gradient(
     adapted: AdaptedBackbone,
     federated: Adapter,
@@ -107,7 +111,7 @@ def estimate_gradient(
     optimum for the gradient to be linear in the error. The metric couples the groups, so ``by`` needs
     ``damping=None``. Cost: 2 gradients per sample.
     """
-    g_f, g_l = (per_sample_gradients(adapted, stack, split) for stack in (federated, local))
+    g_f, g_l = (unchecked(per_sample_gradients)(adapted, stack, split) for stack in (federated, local))
     groups = group_coordinates(local, by)[1]
     options = dict(unbiased=unbiased, damping=damping, cross_fit=cross_fit, groups=groups)
     moments = gradient_moments(g_f, g_l, split.sizes, **options)

@@ -6,12 +6,15 @@ from torch import Tensor
 
 from ..adapters import AdaptedBackbone, Adapter
 from ..data import Split
+from ..door import several, unchecked
 from ..engine.gradients import per_sample_gradients
 from ..moments import Moments
+from ..stacks import door, groups_of, interval, sizes_of
 from .estimate import Estimate, Grouping, from_moments, group_coordinates
 from .paper import diagonal_moments, fisher_diagonals
 
 
+@door(sizes=sizes_of("g_f", 1), examples=several(sizes_of("g_f"), least=2), clip=interval, groups=groups_of("g_f"))
 def laplace_moments(
     g_f: Tensor,
     g_l: Tensor,
@@ -29,6 +32,7 @@ def laplace_moments(
     return diagonal_moments(var_f, var_l, rho.clamp(*clip), groups)
 
 
+@door()
 def estimate_laplace(
     adapted: AdaptedBackbone,
     federated: Adapter,
@@ -45,7 +49,7 @@ def estimate_laplace(
     ``laplace_moments``. Assumes what the Fisher estimator does, but lets the prior speak where the data are
     silent. Cost: 2 gradients per sample.
     """
-    g_f, g_l = (per_sample_gradients(adapted, stack, split) for stack in (federated, local))
+    g_f, g_l = (unchecked(per_sample_gradients)(adapted, stack, split) for stack in (federated, local))
     examples = train_sizes.sum().expand(len(train_sizes)), train_sizes
     groups = group_coordinates(local, by)[1]
     moments = laplace_moments(g_f, g_l, split.sizes, examples=examples, prior=prior, groups=groups)

@@ -7,14 +7,17 @@ from torch import Tensor
 
 from ..adapters import AdaptedBackbone, Adapter, select_clients
 from ..data import Split
+from ..door import unchecked
 from ..engine.gradients import delta_gradients, per_sample_gradients
 from ..moments import Moments
+from ..stacks import door, groups_of, interval, sizes_of
 from .curve import client_logits
 from .estimate import Estimate, Grouping, from_moments, group_coordinates, group_sum
 
 TINY = torch.finfo(torch.float64).tiny
 
 
+@door(sizes=sizes_of("g_f", 1), clip=interval, groups=groups_of("g_f"))
 def fisher_moments(
     g_f: Tensor,
     g_l: Tensor,
@@ -38,6 +41,7 @@ def fisher_moments(
     return diagonal_moments(1 / (f_f + delta), 1 / (f_l + delta), rho.clamp(*clip), groups)
 
 
+@door(sizes=sizes_of("g_f", 1))
 def fisher_diagonals(g_f: Tensor, g_l: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Diagonal Fishers of both models and the correlation of their gradients about zero, ``(C, P)`` float64 each."""
     g_f, g_l, n = g_f.double(), g_l.double(), sizes.to(g_f.device).double().unsqueeze(1)
@@ -51,6 +55,7 @@ def diagonal_moments(var_f: Tensor, var_l: Tensor, rho: Tensor, groups: Tensor |
     return Moments(*(group_sum(part, groups).cpu() for part in parts))
 
 
+@door(clip=interval)
 def estimate_paper(
     adapted: AdaptedBackbone,
     federated: Adapter,
@@ -75,12 +80,13 @@ def estimate_paper(
     options = dict(damping=damping, relative=relative, clip=clip, groups=group_coordinates(local, by, on_delta)[1])
     labels = _labels(adapted, (federated, local), split, sample_labels)
     if not on_delta:
-        g_f, g_l = (per_sample_gradients(adapted, m, split, labels=y) for m, y in zip((federated, local), labels))
+        gradients = unchecked(per_sample_gradients)
+        g_f, g_l = (gradients(adapted, m, split, labels=y) for m, y in zip((federated, local), labels))
         return from_moments(fisher_moments(g_f, g_l, split.sizes, **options), local, by)
     clients = []
     for rows in (slice(i, i + 1) for i in range(len(split))):
         part, stacks = split.rows(rows), (select_clients(stack, rows) for stack in (federated, local))
-        g_f, g_l = (delta_gradients(adapted, one, part, labels=y[rows]) for one, y in zip(stacks, labels))
+        g_f, g_l = (unchecked(delta_gradients)(adapted, one, part, labels=y[rows]) for one, y in zip(stacks, labels))
         clients.append(fisher_moments(g_f, g_l, part.sizes, **options))
     moments = Moments(*(torch.cat([getattr(one, name) for one in clients]) for name in "abc"))
     return from_moments(moments, local, by)

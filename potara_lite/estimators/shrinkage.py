@@ -7,13 +7,16 @@ from torch import Tensor
 
 from ..adapters import AdaptedBackbone, Adapter, flatten
 from ..data import Split
+from ..door import unchecked
 from ..engine.gradients import directional_derivatives, per_sample_gradients
 from ..merging import merge_exact
 from ..moments import Moments
+from ..stacks import door, numbers, shaped_like
 from .estimate import Estimate
 from .gauss_newton import example_mean
 
 
+@door(variance=numbers(1, least=0), distance=shaped_like("variance", 1))
 def shrinkage_moments(variance: Tensor, distance: Tensor) -> Moments:
     """Positive-part James–Stein: shrink the local model towards the federated one by ``variance / distance``.
 
@@ -24,6 +27,7 @@ def shrinkage_moments(variance: Tensor, distance: Tensor) -> Moments:
     return Moments((distance - variance).clamp_min(0), variance.clamp_min(0), torch.zeros_like(variance))
 
 
+@door()
 def estimate_shrinkage(
     adapted: AdaptedBackbone,
     federated: Adapter,
@@ -40,13 +44,13 @@ def estimate_shrinkage(
     parameters (MacKay, 1992) on the given samples. Assumes a well-specified, converged local model and small ``c``.
     Cost: 1 gradient and 1 forward-mode product per sample.
     """
-    gradients = per_sample_gradients(adapted, local, split).double()
+    gradients = unchecked(per_sample_gradients)(adapted, local, split).double()
     gram = gradients @ gradients.mT  # (C, N, N)
     values = torch.linalg.eigvalsh(gram).clamp_min(0)
     ridge = (damping * gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) / gradients.shape[2]).clamp_min(1e-30)
     effective = (values / (values + ridge)).sum(1)
     origin, end = merge_exact(federated, local, 0.0), merge_exact(federated, local, 1.0)
-    _, curvature = directional_derivatives(adapted, origin, flatten(end) - flatten(origin), split)
+    _, curvature = unchecked(directional_derivatives)(adapted, origin, flatten(end) - flatten(origin), split)
     variance = (effective - 2).clamp_min(0) / train_sizes.to(effective)
     moments = shrinkage_moments(variance, example_mean(curvature, split))
     return Estimate(moments.weight, moments, {"effective": effective.cpu()})

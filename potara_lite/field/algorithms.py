@@ -25,7 +25,6 @@ from ..adapters import (
     AdaptedBackbone,
     Adapter,
     client_adapter,
-    client_dims,
     factor_names,
     factors,
     is_lora,
@@ -33,8 +32,10 @@ from ..adapters import (
     rank_dim,
     repeat_adapter,
 )
+from ..door import door, fraction, several, unchecked, whole
 from ..engine.federated import weighted_average
 from ..merging import combine_adapters, compress, concat_ranks, limit_rank
+from ..stacks import client_dims
 from .rounds import Algorithm, Phase, add_prefix, first_client, is_head, is_shared, message_bytes, select_prefix
 
 # No sharing, and one shared adapter.
@@ -70,6 +71,7 @@ def keep_anchor(tensors: Adapter, number: int) -> Adapter:
     return tensors | add_prefix("anchor", select_prefix(tensors))
 
 
+@door()
 def fedprox(mu: float = 0.1) -> Algorithm:
     """FedIT whose clients minimise ``f(w) + mu/2 |w - anchor|²``, the anchor being w as received (Li et al., MLSys
     2020, arXiv 1812.06127). ``mu=0`` is FedIT."""
@@ -80,12 +82,14 @@ def fedprox(mu: float = 0.1) -> Algorithm:
     return replace(FEDIT, name="FedProx", phases=(Phase(objective=objective),), on_receive=keep_anchor)
 
 
+@door()
 def finetuned(algorithm: Algorithm, steps: int) -> Algorithm:
     """The same, and then ``steps`` local steps of every client with nothing sent and AdamW begun anew; the
     federation's model is that from before. No steps: the algorithm itself."""
     return replace(algorithm, name=f"{algorithm.name}, fine-tuned", finetune_steps=steps)
 
 
+@door(weight=fraction)
 def wise_ft(algorithm: Algorithm, steps: int, weight: float = 0.5) -> Algorithm:
     """A point on the straight line between the model before and after the fine-tuning, in the deltas (Wortsman et al.,
     CVPR 2022, arXiv 2109.01903). ``weight`` is on the model before: 0 is ``finetuned``, 1 the algorithm itself."""
@@ -171,6 +175,7 @@ FLORA = replace(FEDEX, name="FLoRA", aggregate=stacked, on_receive=fold_and_redr
 (Wang et al., NeurIPS 2024, arXiv 2409.05976). After one round it is the exact mean of the clients' local models."""
 
 
+@door(ranks=several(whole(1)))
 def flexlora(ranks: Sequence[int] | None = None) -> Algorithm:
     """The mean of the products, cut by an SVD to the rank of each client (Bai et al., NeurIPS 2024, arXiv 2402.11505).
 
@@ -223,6 +228,7 @@ FEDPER = Algorithm("FedPer", is_uploaded=lambda name: is_shared(name) and not is
 """The body is uploaded, the head stays (Arivazhagan et al., 2019, arXiv 1912.00818). Without a head: FedIT."""
 
 
+@door()
 def fedrep(head_share: float = 0.5) -> Algorithm:
     """FedPer whose clients train the head first and then the body, each with the other held (Collins et al., ICML
     2021, arXiv 2102.07078). With ``head_share=1`` only the head trains: local linear probing."""
@@ -247,6 +253,7 @@ def own(tensors: Adapter) -> Adapter:
 TWO = replace(FEDIT, init=lambda stack: stack | add_prefix("own", stack))
 
 
+@door()
 def ditto(strength: float = 0.1) -> Algorithm:
     """FedIT, and beside it a personal model that minimises ``f(v) + strength/2 |v - anchor|²``, the anchor being the
     shared one as received (Li et al., ICML 2021, arXiv 2012.04221; strength is its λ). ``strength=0`` is local."""
@@ -258,6 +265,7 @@ def ditto(strength: float = 0.1) -> Algorithm:
     return replace(TWO, name="Ditto", phases=phases, on_receive=keep_anchor, personal_model=own)
 
 
+@door(weight=fraction)
 def apfl(weight: float = 0.5, adaptive: bool = True) -> Algorithm:
     """The personal model is ``λ w + (1 - λ) v`` of the shared and an own model, mixed in the deltas; each step moves w
     down its own loss, and v and (``adaptive``) λ down the mixture's (Deng et al., 2020, arXiv 2003.13461, whose α is
@@ -270,7 +278,7 @@ def apfl(weight: float = 0.5, adaptive: bool = True) -> Algorithm:
         raw = tensors["weight:"]
         cut = (raw + (raw.clamp(0, 1) - raw).detach())[..., 0]  # and yet with the gradient of raw
         shared = {name: tensor.detach() for name, tensor in select_prefix(tensors).items()}
-        return combine_adapters([shared, own(tensors)], [cut, 1 - cut])
+        return unchecked(combine_adapters)([shared, own(tensors)], [cut, 1 - cut])
 
     def init(stack: Adapter) -> Adapter:
         some = next(iter(stack.values()))
@@ -283,6 +291,7 @@ def apfl(weight: float = 0.5, adaptive: bool = True) -> Algorithm:
     return replace(TWO, name="APFL", init=init, phases=(phase,), personal_model=mixed)
 
 
+@door(weight=fraction)
 def feddpa(weight: float = 0.5) -> Algorithm:
     """FedDPA-T: in each round the own adapter trains beside the shared one as received, then the shared one alone; the
     model is ``weight`` times the shared one plus ``1 - weight`` times the own one (Yang et al., NeurIPS 2024, arXiv
@@ -290,12 +299,13 @@ def feddpa(weight: float = 0.5) -> Algorithm:
     training data is not part of this. ``weight=0`` is local."""
 
     def both(tensors: Adapter) -> Adapter:
-        return combine_adapters([select_prefix(tensors), own(tensors)], [weight, 1 - weight])
+        return unchecked(combine_adapters)([select_prefix(tensors), own(tensors)], [weight, 1 - weight])
 
     phases = Phase(is_trained=is_own), Phase(objective=shared_loss)
     return replace(TWO, name="FedDPA-T", phases=phases, personal_model=both)
 
 
+@door()
 def gated(adapted: AdaptedBackbone) -> AdaptedBackbone:
     """The same backbone with LoRA layers that weigh stacked experts token by token; the weights are shared
     with it.

@@ -23,7 +23,6 @@ from ..adapters import (
     AdaptedBackbone,
     Adapter,
     adapter_from_delta,
-    check_same_base,
     client_adapter,
     delta,
     factor_names,
@@ -34,15 +33,20 @@ from ..adapters import (
     unflatten,
 )
 from ..data import Split, take
+from ..door import function as any_function
+from ..door import named, several, unchecked
 from ..merging import combine_adapters
+from ..stacks import door, numbers
 
 
+@door()
 def task_arithmetic(models: Sequence[Adapter], coefficient: float) -> Adapter:
     """``coefficient`` times the sum of the task vectors (Ilharco et al., ICLR 2023, arXiv 2212.04089); ``1 / K`` is the
     mean. Exact, of rank K r."""
     return combine_adapters(models, [coefficient] * len(models))
 
 
+@door(fishers=several(numbers(2)))
 def fisher_merge(models: Sequence[Adapter], fishers: Sequence[Tensor]) -> Adapter:
     """The mean of the models weighted, coordinate by coordinate, by their diagonal Fishers (Matena & Raffel, NeurIPS
     2022, arXiv 2111.09832).
@@ -53,17 +57,19 @@ def fisher_merge(models: Sequence[Adapter], fishers: Sequence[Tensor]) -> Adapte
 
     Raises ``ValueError`` for a negative Fisher or one of another shape.
     """
-    check_same_base(*models)
+    if len(fishers) != len(models):
+        raise ValueError(f"fishers: {len(fishers)} of them for {len(models)} models")
     flat = torch.stack([flatten(model) for model in models])  # (K, C, P)
     for fisher in fishers:
         if fisher.shape != flat.shape[1:] or (fisher < 0).any():
-            raise ValueError(f"a Fisher of shape {tuple(flat.shape[1:])} without negative values is needed")
+            raise ValueError(f"fishers: one of shape {tuple(flat.shape[1:])} without negative values is needed")
     weight = torch.stack(list(fishers)).to(flat)
     weight = torch.where(weight.sum(0) > 0, weight, 1.0)
     return unflatten((weight * flat).sum(0) / weight.sum(0), client_adapter(models[0], 0))
 
 
 @torch.no_grad()
+@door()
 def layer_grams(
     adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, batch_size: int = 128
 ) -> dict[str, Tensor]:
@@ -92,7 +98,7 @@ def layer_grams(
         try:
             for start in range(0, int(split.sizes[client]), batch_size):
                 part = take(x, slice(start, start + batch_size))
-                adapted(client_adapter(adapters, client), part)
+                adapted(unchecked(client_adapter)(adapters, client), part)
         finally:
             for handle in handles:
                 handle.remove()
@@ -100,6 +106,7 @@ def layer_grams(
     return {layer: torch.stack([total[layer] for total in grams]) for layer in layers}
 
 
+@door(grams=several(named(numbers(3))))
 def regmean(models: Sequence[Adapter], grams: Sequence[dict[str, Tensor]], off_diagonal: float = 0.9) -> Adapter:
     """The linear layers whose outputs are, in sum of squares over all the models' inputs, closest to each model's own
     on its inputs: ``W = (Σ_k W_k G_k)(Σ_k G_k)⁻¹`` (Jin et al., ICLR 2023, arXiv 2212.09849).
@@ -109,7 +116,8 @@ def regmean(models: Sequence[Adapter], grams: Sequence[dict[str, Tensor]], off_d
     ``A_k -> A_k G_k (Σ G)⁻¹`` with the ranks stacked is that solution exactly. Where no input ever points, the delta is
     zero (a pseudo-inverse). Weights without a Gram (biases) are averaged. Equal Grams give the mean.
     """
-    check_same_base(*models)
+    if len(grams) != len(models):
+        raise ValueError(f"grams: {len(grams)} of them for {len(models)} models")
     # shrink: the Grams' entries off the diagonal
     shrunk = [{n: off_diagonal * g + (1 - off_diagonal) * _diagonal(g) for n, g in gram.items()} for gram in grams]
     # solve: G_k (Σ G)⁻¹ for every layer that has Grams
@@ -131,6 +139,7 @@ def _diagonal(gram: Tensor) -> Tensor:
     return torch.diag_embed(torch.diagonal(gram, dim1=-2, dim2=-1))
 
 
+@door(function=any_function)
 def merge_deltas(models: Sequence[Adapter], scaling: dict[str, float], function: Callable[[Tensor], Tensor]) -> Adapter:
     """``function`` of the task vectors, ``(K, C, P)`` to ``(C, P)``, as a stack of full-rank adapters, exactly.
 
@@ -139,12 +148,12 @@ def merge_deltas(models: Sequence[Adapter], scaling: dict[str, float], function:
     >>> delta(mean, {"l": 2.0})["l.weight"][0, 0]
     tensor([2., 2.])
     """
-    check_same_base(*models)
     changes = [delta(model, scaling) for model in models]
     merged = function(torch.stack([flatten(change) for change in changes]))
     return adapter_from_delta(unflatten(merged, client_adapter(changes[0], 0)), scaling, models[0])
 
 
+@door(vectors=numbers(2, 3, 4))
 def ties(vectors: Tensor, density: float = 0.2, coefficient: float = 1.0) -> Tensor:
     """TIES: keep each vector's largest entries, elect a sign for each coordinate, average those that agree (Yadav et
     al., NeurIPS 2023, arXiv 2306.01708).
@@ -156,8 +165,6 @@ def ties(vectors: Tensor, density: float = 0.2, coefficient: float = 1.0) -> Ten
     >>> ties(torch.tensor([[3.0, -1.0, 0.1], [1.0, 2.0, 0.0]]), density=0.67)
     tensor([2., 2., 0.])
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], not {density}")
     # trim: the largest entries of each vector
     kept = max(1, round(density * vectors.shape[-1]))
     smallest_kept = vectors.abs().topk(kept, dim=-1).values[..., -1:]
@@ -169,6 +176,7 @@ def ties(vectors: Tensor, density: float = 0.2, coefficient: float = 1.0) -> Ten
     return coefficient * (trimmed * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
+@door(vectors=numbers(2, 3, 4))
 def dare(vectors: Tensor, drop: float = 0.9, seed: int = 0) -> Tensor:
     """DARE: drop each entry of a task vector with probability ``drop`` and divide the rest by ``1 - drop`` (Yu et al.,
     ICML 2024, arXiv 2311.03099); the expectation stays.
@@ -176,8 +184,6 @@ def dare(vectors: Tensor, drop: float = 0.9, seed: int = 0) -> Tensor:
     ``vectors``: ``(K, ..., P)``, and so the result, to be averaged or given to ``ties``. What is dropped is drawn for
     each of the K models and is the same for all clients. ``drop=0`` changes nothing.
     """
-    if not 0 <= drop < 1:
-        raise ValueError(f"drop must be in [0, 1), not {drop}")
     # drop: entries drawn for each model
     draws = [np.random.default_rng([seed, k]).random(vectors.shape[-1]) for k in range(len(vectors))]
     kept = torch.from_numpy(np.stack(draws) >= drop).view(len(vectors), *[1] * (vectors.dim() - 2), -1)

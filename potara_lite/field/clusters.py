@@ -11,12 +11,15 @@ from torch import Tensor
 
 from ..adapters import AdaptedBackbone, Adapter, adapter_bytes, delta_inner_products, repeat_adapter, select_clients
 from ..data import Split
+from ..door import fraction, whole
 from ..engine.federated import Ledger, fedit
 from ..estimators.combination import estimate_combination
 from ..experiment import Method, Result, Trial, training_options
 from ..merging import combine_adapters
+from ..stacks import door, numbers
 
 
+@door()
 def similarity(stack: Adapter, scaling: dict[str, float]) -> Tensor:
     """The cosine similarity of every two clients' deltas, ``(C, C)`` float64."""
     clients = len(next(iter(stack.values())))
@@ -26,13 +29,16 @@ def similarity(stack: Adapter, scaling: dict[str, float]) -> Tensor:
     return products / (length.unsqueeze(1) * length)
 
 
+@door(similar=numbers(2), clusters=whole(1))
 def cluster_clients(similar: Tensor, clusters: int) -> Tensor:
     """A label from 0 to ``clusters - 1`` for every client, ``(C,)``, by average linkage of their similarities.
 
     Clustered federated learning (Sattler et al., 2019) groups clients by the cosine similarity of their updates.
-    Raises ``ValueError`` unless there are at least as many clients as clusters.
+    Raises ``ValueError`` for a matrix that is not square and for more clusters than clients.
     """
-    if not 1 <= clusters <= len(similar):
+    if similar.shape != (len(similar), len(similar)):
+        raise ValueError(f"similar must have a row and a column per client, not shape {tuple(similar.shape)}")
+    if clusters > len(similar):
         raise ValueError(f"{clusters} clusters of {len(similar)} clients")
     distance = (1 - similar).clamp_min(0).fill_diagonal_(0)
     tree = linkage(squareform(distance.numpy(), checks=False), method="average")
@@ -56,6 +62,7 @@ def train_clusters(adapted: AdaptedBackbone, split: Split, labels: Tensor, **opt
     return stack, ledger
 
 
+@door(clusters=whole(1), own=fraction, share=fraction)
 def three_models(clusters: int = 2, own: float = 0.5, share: float = 0.5) -> Method:
     """Federated, cluster and local model merged with weights from held-out losses (``estimate_combination``).
 

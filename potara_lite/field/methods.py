@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, adapter_from_delta, delta, repeat_adapter, select_clients
+from ..door import door, fraction, refuse
+from ..door import function as any_function
 from ..engine.federated import Ledger
 from ..engine.gradients import diagonal_fisher, per_sample_gradients
 from ..engine.training import train
@@ -43,11 +45,15 @@ from . import algorithms, baselines
 from .rounds import Algorithm, run_algorithm
 
 
+@door(algorithm=lambda name, value, given: value)
 def from_algorithm(algorithm: Algorithm | Callable[[Setting], Algorithm], lr_scale: float = 1.0) -> Method:
     """An algorithm, for as many rounds as the trial's steps allow.
 
-    Raises ``ValueError`` where whole rounds do not add up to the budget.
+    Raises ``ValueError`` for what is neither an algorithm nor a function, and where whole rounds do not add up to the
+    budget.
     """
+    if not isinstance(algorithm, Algorithm) and not callable(algorithm):
+        refuse("algorithm", "an Algorithm or a function of a setting", algorithm)
 
     def method(trial: Trial) -> Result:
         setting = trial.setting
@@ -69,6 +75,7 @@ def remaining_steps(setting: Setting, rounds_scale: float) -> int:
     return setting.local_steps + (setting.rounds - round(rounds_scale * setting.rounds)) * setting.round_steps
 
 
+@door()
 def finetuned_after(algorithm: Algorithm, lr_scale: float = 1.0, rounds_scale: float = 1.0) -> Method:
     """The algorithm with local steps after its rounds; both are Potara's, or ``rounds_scale`` times as many rounds and
     what is left of the steps."""
@@ -77,6 +84,7 @@ def finetuned_after(algorithm: Algorithm, lr_scale: float = 1.0, rounds_scale: f
     )
 
 
+@door(weight=fraction)
 def wise_ft(weight: float, lr_scale: float, rounds_scale: float) -> Method:
     """The straight line between FedIT and what the fine-tuning makes of it; ``weight`` is on FedIT's model."""
     return from_algorithm(
@@ -84,6 +92,7 @@ def wise_ft(weight: float, lr_scale: float, rounds_scale: float) -> Method:
     )
 
 
+@door()
 def local_training(lr_scale: float = 1.0) -> Method:
     """Every client alone, for all of the steps."""
 
@@ -117,6 +126,7 @@ def regmean_of_pair(trial: Trial, pair: Pair) -> Adapter:
     return baselines.regmean(models, grams)
 
 
+@door(function=any_function)
 def merging_entries(function: Callable[[Tensor], Tensor]) -> Method:
     """A merge of the task vectors entry by entry."""
     return merging(lambda trial, pair: baselines.merge_deltas(pair.models, trial.adapted.scaling, function))

@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, factors, flatten, is_lora, layer_of, lora_layers, unflatten
+from ..door import check_fields, function, kind, positive_or_infinite, real, unchecked, whole
 from ..moments import Moments
+from ..stacks import any_adapter, door, numbers, stack
+
+probability = real("in (0, 1)", lambda x: 0 < x < 1)
 
 
 @dataclass(frozen=True)
@@ -34,16 +38,15 @@ class Privacy:
     seed: int
 
     def __post_init__(self):
-        if not self.clip > 0:
-            raise ValueError(f"clip must be positive, not {self.clip}")
-        if not self.noise_multiplier >= 0:
-            raise ValueError(f"noise_multiplier must not be negative, not {self.noise_multiplier}")
+        check_fields(self)
 
+    @door()
     def noise_std(self, clients: int) -> float:
         """The standard deviation of the noise on each number of the mean over so many clients."""
         return self.noise_multiplier * self.clip / clients
 
 
+@door(uploads=stack, sent=any_adapter)
 def private_average(uploads: Adapter, sent: Adapter, privacy: Privacy, number: int) -> Adapter:
     """The next shared tensors from the clients' ``uploads``, a stack, and what was ``sent`` to them all.
 
@@ -58,6 +61,7 @@ def private_average(uploads: Adapter, sent: Adapter, privacy: Privacy, number: i
     return {name: tensor[0] for name, tensor in unflatten(base + mean, sent).items()}
 
 
+@door(rounds=whole(1), delta=probability)
 def epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
     """The ε of (ε, δ)-differential privacy after ``rounds`` rounds in which all clients take part.
 
@@ -74,19 +78,22 @@ def epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
+@door(target=positive_or_infinite, rounds=whole(1), delta=probability)
 def noise_multiplier_for(target: float, rounds: int, delta: float) -> float:
     """The smallest noise multiplier (to 1 %) whose ``epsilon`` is at most ``target``; 0 for an infinite target."""
     if math.isinf(target):
         return 0.0
     low, high = 0.0, math.sqrt(rounds)
-    while epsilon(high, rounds, delta) > target:
+    spent = unchecked(epsilon)
+    while spent(high, rounds, delta) > target:
         low, high = high, 2 * high
     while high - low > 0.01 * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if epsilon(middle, rounds, delta) <= target else (middle, high)
+        low, high = (low, middle) if spent(middle, rounds, delta) <= target else (middle, high)
     return high
 
 
+@door(noisy=function)
 def noise_moment(adapter: Adapter, scaling: dict[str, float], std: float, noisy=lambda name: True) -> float:
     """``v = E|delta(adapter + noise) - delta(adapter)|²`` for independent Gaussian noise on the tensors that are
     ``noisy``, exactly.
@@ -106,6 +113,7 @@ def noise_moment(adapter: Adapter, scaling: dict[str, float], std: float, noisy=
     return total + sum(variance * t.numel() for n, t in adapter.items() if not is_lora(n) and noisy(n))
 
 
+@door(moments=kind("Moments"), variance=numbers(0, 1, 2, least=0))
 def with_noise(moments: Moments, variance: Tensor | float) -> Moments:
     """The moments once independent noise with second moment ``variance`` was added to the federated model.
 

@@ -34,9 +34,11 @@ from ..adapters import (
     select_clients,
 )
 from ..data import Split
+from ..door import check_fields, function, kind, options_of, several, unchecked, whole
 from ..engine.federated import Ledger, participants, weighted_average
 from ..engine.training import Objective, OptimizerState, train
 from ..merging import merge_exact
+from ..stacks import door
 from .privacy import Privacy, private_average
 
 NameFilter = Callable[[str], bool]
@@ -93,6 +95,9 @@ class Phase:
     steps: Callable[[int], int] = lambda steps: steps
     models: int = 1
 
+    def __post_init__(self):
+        check_fields(self, is_trained=function, steps=function, models=whole(1))
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -130,6 +135,9 @@ class Algorithm:
     privacy: Privacy | None = None
 
     def __post_init__(self):
+        functions = "init is_uploaded aggregate on_receive personal_model federated_model backbone frozen message_bytes"
+        check_fields(self, phases=several(kind("Phase")), **dict.fromkeys(functions.split(), function))
+        object.__setattr__(self, "phases", tuple(self.phases))
         if self.privacy is not None and self.aggregate is not fedavg:
             raise ValueError(f"{self.name}: noise is for the mean of FedAvg, this method has another aggregate")
 
@@ -193,8 +201,9 @@ def client_step(
     optimizers = list(optimizers)
     for i, phase in enumerate(algorithm.phases):
         moving = algorithm.trained(i, tensors)
-        with delta_added(adapted, delta(client_adapter(algorithm.frozen(tensors), 0), adapted.scaling)):
-            trained = train(
+        frozen = unchecked(client_adapter)(algorithm.frozen(tensors), 0)
+        with delta_added(adapted, unchecked(delta)(frozen, adapted.scaling)):
+            trained = unchecked(train)(
                 adapted,
                 moving,
                 split,
@@ -229,7 +238,7 @@ def _same_for_all(message: Adapter, clients: int, name: str) -> Adapter:
     """A message to some clients, which must be the same for each, as one to all."""
     if any((tensor != tensor[:1]).any() for tensor in message.values()):
         raise ValueError(f"{name}: its messages differ from client to client, so all of them must take part")
-    return repeat_adapter(client_adapter(message, 0), clients)
+    return unchecked(repeat_adapter)(unchecked(client_adapter)(message, 0), clients)
 
 
 def _replace_clients(tensors: Adapter, rows: Tensor, new: Adapter) -> Adapter:
@@ -244,6 +253,7 @@ def _replace_clients(tensors: Adapter, rows: Tensor, new: Adapter) -> Adapter:
     return result
 
 
+@door(training=options_of(train))
 def run_algorithm(
     algorithm: Algorithm,
     adapted: AdaptedBackbone,
@@ -312,4 +322,4 @@ def finetune_step(
     optimizers, steps = algorithm.new_optimizers(tensors), algorithm.finetune_steps
     tensors, _ = client_step(algorithm, model, split, tensors, optimizers, steps=steps, **options)
     after, weight = algorithm.personal_model(tensors), algorithm.wise_ft_weight
-    return tensors, merge_exact(before, after, weight) if weight else after
+    return tensors, unchecked(merge_exact)(before, after, weight) if weight else after

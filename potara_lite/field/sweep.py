@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..adapters import AdaptedBackbone
 from ..data import Federation, Split, map_inputs
+from ..door import door, function, kind, named, several, whole
 from ..experiment import Method, Trial, prepare
 from ..files import FileError, reading, write_atomically
 from ..results import result_rows
@@ -35,13 +36,12 @@ COLUMNS = ["federation", "method", "seed", "client", "accuracy", "loss", "union_
            "bytes_up", "bytes_down", "steps", "seconds"]  # fmt: skip
 
 
+@door(split=kind("Split"))
 def union(split: Split, per_client: int) -> Split:
     """The first examples of every client, given to all of them: what a personalised model costs elsewhere.
 
     Raises ``ValueError`` for ``per_client`` below 1.
     """
-    if per_client < 1:
-        raise ValueError(f"the union needs at least 1 example of every client, not {per_client}")
     sizes = split.sizes.clamp_max(per_client)
 
     def all_together(tensor: Tensor) -> Tensor:
@@ -52,6 +52,7 @@ def union(split: Split, per_client: int) -> Split:
     return Split(x, y, torch.full_like(split.sizes, y.shape[1]), split.ids)
 
 
+@door(methods=named(function), settings=named(kind("Setting")), shard=several(whole(0), least=2))
 def sweep(
     methods: Mapping[str, Method],
     settings: Mapping[str, Setting],
@@ -92,8 +93,6 @@ def sweep(
     _check_names(methods, settings)
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard {shard}: the first number must be at least 0 and below the second")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"every seed counts once, unlike in {list(seeds)}")
     folder, cells = Path(folder), [(name, seed) for name in settings for seed in seeds][shard[0] :: shard[1]]
     for name, setting in settings.items():
         _remember_setting(folder / _slug(name), setting, union_size)
@@ -114,6 +113,7 @@ def sweep(
     return read_results(folder)
 
 
+@door()
 def read_results(folder: str | Path) -> pd.DataFrame:
     """All rows that a sweep's folder holds, by federation, seed and method.
 

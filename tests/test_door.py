@@ -1,0 +1,1128 @@
+"""The door: every public function against bad input, argument by argument; what is taken; memory; order of clients."""
+
+import importlib
+from functools import cache
+from inspect import isfunction, signature
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_federation, tiny_vit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_project import FILES, module_name
+
+import potara_lite
+from potara_lite import estimators, fedit, next_tokens
+from potara_lite.adapters import attach, client_adapter, repeat_adapter
+from potara_lite.data import Split
+from potara_lite.door import door, options_of, shown, unchecked
+from potara_lite.engine.training import OptimizerState
+from potara_lite.experiment import initial_adapter
+from potara_lite.setting import Setting
+from potara_lite.text_data import Question
+
+NAN, INF = float("nan"), float("inf")
+TINY = Setting(clients=3, train_size=8, calibration_size=4, test_size=8, rounds=1, round_steps=1, local_steps=1)
+
+
+# What the calls are made of.
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, **_):
+        return {"input_ids": [1 + ord(letter) % 30 for letter in text]}
+
+    def decode(self, tokens):
+        return "".join(chr(97 + token) for token in tokens)
+
+
+LETTERS = Letters()
+
+
+class Speaker(torch.nn.Module):
+    """A language model of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.out = torch.nn.Embedding(40, 8), torch.nn.Linear(8, 40)
+
+    def forward(self, input_ids, attention_mask):
+        return self.out(self.embedding(input_ids))
+
+
+def random_like(adapter, clients, seed, scale=0.2):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (clients,) if clients else ()
+    return {name: scale * torch.randn(*shape, *t.shape, generator=generator) for name, t in adapter.items()}
+
+
+@cache
+def things():
+    """A tiny backbone, three clients and everything that public functions ask for besides."""
+    from potara_lite.experiment import Pair, Result, Trial
+    from potara_lite.field.algorithms import FEDIT
+    from potara_lite.field.privacy import Privacy
+    from potara_lite.moments import Moments
+
+    t = SimpleNamespace(backbone=tiny_vit(), federation=tiny_federation(torch.float32))
+    t.adapted, t.split = attach(t.backbone, rank=2, alpha=3), t.federation.calibration
+    t.one, t.federated, t.local = (random_like(t.adapted.initial, n, seed) for n, seed in ((0, 0), (3, 1), (3, 2)))
+    t.small = client_adapter({name: tensor.clone() for name, tensor in t.local.items()}, 0)
+    t.gradients = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))
+    t.sizes, t.grid = torch.tensor([3, 6, 4]), torch.linspace(0, 1, 3)
+    t.losses = torch.rand(3, 3, 6, generator=torch.Generator().manual_seed(1))
+    t.flat = torch.cat([tensor.flatten(1) for tensor in t.local.values()], 1)
+    t.pool = torch.rand(60, 1, 28, 28), torch.arange(60) % 4
+    numbers = Split.of([(torch.arange(3), torch.arange(3))] * 2)
+    t.numbers = potara_lite.Federation(numbers, numbers, numbers, 4)
+    t.ledger = potara_lite.Ledger.zeros(3)
+    t.pair = Pair(t.federated, t.local, (t.ledger, t.ledger), (0.0, 0.0))
+    t.trial, t.result = Trial(t.adapted, t.federation, TINY, 0), Result(t.adapted, t.local, t.ledger, 0.0)
+    t.moments, t.privacy, t.fedit = Moments([1.0, 2.0], [2.0, 1.0], [0.0, 0.5]), Privacy(1.0, 1.0, 0), FEDIT
+    t.speaker = attach(Speaker(), targets=["out"], head=None, rank=2)
+    t.voices = repeat_adapter(t.speaker.initial, 2)
+    t.questions = [[Question("is it", "yes", ("yes", "no"))]] * 2
+    t.rows = pd.DataFrame(
+        [(f, m, s, c, 0.5 + 0.1 * c + 0.05 * s, 1.0 + c, 0.5, 1, 1, 1, 1.0, 0.4, 2.0)
+         for f in ("one",) for m in ("local", "other") for s in (0, 1) for c in (0, 1)],
+        columns="federation method seed client accuracy loss weight bytes_up bytes_down steps seconds union_accuracy "
+                "union_loss".split(),
+    )  # fmt: skip
+    return t
+
+
+def merged_pair(t):
+    return dict(federated=t.federated, local=t.local)
+
+
+def estimated(t):
+    return dict(adapted=t.adapted, federated=t.federated, local=t.local, split=t.split)
+
+
+def gradients(t):
+    return dict(g_f=t.gradients, g_l=t.gradients.flip(1), sizes=t.sizes)
+
+
+def run(t):
+    return dict(adapted=t.adapted, adapters=t.local, split=t.split)
+
+
+def spoken(t):
+    return dict(adapted=t.speaker, adapters=t.voices)
+
+
+# A call of every public function that is right: a function of ``things()`` to its arguments.
+
+CALLS = {
+    "data.batch_indices": lambda t: dict(size=5, start=0, steps=2, batch_size=2, seed=0),
+    "data.dirichlet_proportions": lambda t: dict(clients=2, classes=3, alpha=1.0, rng=np.random.default_rng(0)),
+    "data.shift_images": lambda t: dict(x=t.pool[0], client=1, clients=2),
+    "data.partition": lambda t: dict(
+        pool=t.pool, test_pool=t.pool, classes=4, proportions=np.full((2, 4), 0.25), clients=2,
+        train_size=3, calibration_size=2, test_size=2, alpha=INF,
+        shift=False, seed=0, name="x",
+    ),
+    "data.fashion_mnist": lambda t: dict(clients=2, train_size=2, calibration_size=2, test_size=2, alpha=1.0, seed=0),
+    "data.from_torchvision": lambda t: dict(dataset="CIFAR10", root="nowhere", download=False, clients=2, alpha=1.0),
+    "data.from_tensors": lambda t: dict(
+        train=[t.split.client(i) for i in range(3)], test=[t.split.client(i) for i in range(3)], calibration_size=1,
+        classes=4, seed=0, name="x",
+    ),
+    "backbones.lab_vit": lambda t: dict(classes=4, checkpoint=None),
+    "backbones.torchvision_vit": lambda t: dict(name="vit_b_32", classes=4, weights=None),
+    "language.text_encoder": lambda t: dict(name_or_path="nowhere", classes=4),
+    "language.causal_lm": lambda t: dict(name_or_path="nowhere"),
+    "language.text_tokenizer": lambda t: dict(name_or_path="nowhere"),
+    "language.pad_tokens": lambda t: dict(rows=[[1, 2], [3]]),
+    "language.encode_texts": lambda t: dict(tokenizer=Letters(), texts=["a b", "c"], max_length=8),
+    "language.encode_answers": lambda t: dict(tokenizer=Letters(), prompts=["a"], answers=[" b"], max_length=8),
+    "text_data.with_tokens": lambda t: dict(federation=t.numbers, texts=["a", "b", "c"], tokenizer=LETTERS, longest=4),
+    "text_data.domain_proportions": lambda t: dict(names=["animal", "act", "shape"], clients=2),
+    "text_data.wordnet_glosses": lambda t: dict(tokenizer=Letters(), longest=4, domains=False, clients=2, test_size=4),
+        "prefix.linear_layers": lambda t: dict(network=t.backbone, last=1),
+    "adapters.attach": lambda t: dict(
+        backbone=t.backbone, rank=2, alpha=3.0, targets=["fc1"], head="head", seed=0, config=None
+    ),
+    "adapters.delta": lambda t: dict(adapter=t.one, scaling=t.adapted.scaling),
+    "adapters.delta_inner_products": lambda t: dict(adapters=[t.local, t.federated], scaling=t.adapted.scaling),
+    "adapters.stack_adapters": lambda t: dict(adapters=[t.one, t.small]),
+    "adapters.repeat_adapter": lambda t: dict(adapter=t.one, clients=2),
+    "adapters.client_adapter": lambda t: dict(stack=t.local, client=1),
+    "adapters.adapter_bytes": lambda t: dict(adapter=t.one),
+    "merging.combine_adapters": lambda t: dict(adapters=[t.local, t.federated], weights=[0.5, -1.0]),
+    "merging.merge_exact": lambda t: merged_pair(t) | dict(weight=0.5),
+    "merging.merge_factors": lambda t: merged_pair(t) | dict(weight=torch.tensor([0.1, 0.5, 1.0])),
+    "merging.change_basis": lambda t: dict(adapter=t.one, matrix=torch.tensor([[0.0, 1.0], [1.0, 0.0]])),
+    "merging.compress": lambda t: dict(adapter=t.one, rank=1),
+    "moments.combination_weights": lambda t: dict(moments=torch.tensor([[2.0, 0.0], [0.0, 1.0]]), nonnegative=True),
+    "engine.federated.weighted_average": lambda t: dict(stack=t.local, weights=t.sizes),
+    "engine.federated.participants": lambda t: dict(ids=[0, 1, 2], participation=0.5, seed=0, number=0),
+    "engine.federated.fedit": lambda t: dict(
+        adapted=t.adapted, split=t.split, rounds=1, local_steps=1, participation=1.0, keep_optimizer=True,
+        adapter=t.one, start=0, state=short_state(3, 452), seed=0, progress=False, lr=0.01, batch_size=2,
+    ),
+    "engine.training.train": lambda t: run(t) | dict(
+        steps=1, batch_size=2, lr=0.01, weight_decay=0.0, clip=1.0, seed=0, start=0, state=None, loss=plain,
+        execution=potara_lite.Execution(), progress=False,
+    ),
+    "engine.training.evaluate": lambda t: run(t) | dict(batch_size=4, execution=potara_lite.Execution()),
+    "engine.gradients.per_sample_gradients": lambda t: run(t) | dict(
+        labels=t.split.y, execution=potara_lite.Execution()
+    ),
+    "engine.gradients.delta_gradients": lambda t: run(t) | dict(labels=t.split.y),
+    "engine.gradients.diagonal_fisher": lambda t: dict(gradients=t.gradients, sizes=t.sizes),
+    "engine.gradients.directional_derivatives": lambda t: run(t) | dict(
+        direction=t.flat, execution=potara_lite.Execution()
+    ),
+    "scoring.log_likelihoods": lambda t: run(t) | dict(batch_size=4, execution=potara_lite.Execution()),
+    "scoring.multiple_choice": lambda t: spoken(t) | dict(questions=t.questions, tokenizer=Letters(), max_length=16),
+    "scoring.greedy_tokens": lambda t: spoken(t) | dict(
+        prompts=[{"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 1]])}] * 2, steps=1, end=0,
+        batch_size=2, execution=potara_lite.Execution(),
+    ),
+    "scoring.write_answers": lambda t: spoken(t) | dict(
+        prompts=[["ab"], ["b"]], tokenizer=Letters(), steps=1, until="!", max_length=8
+    ),
+    "scoring.exact_match": lambda t: dict(found=["a"], expected=[["a", "b"]]),
+    "connectivity.weight_grid": lambda t: dict(points=3),
+    "connectivity.along_segment": lambda t: estimated(t) | dict(
+        weights=t.grid, merge=potara_lite.merge_exact, batch_size=4
+    ),
+    "connectivity.barrier": lambda t: dict(loss=t.losses[..., 0], weights=t.grid),
+    "connectivity.along_plane": lambda t: estimated(t) | dict(x=[0.0, 1.0], y=[0.5], batch_size=4),
+    "estimators.calibrated.estimate_calibrated": estimated,
+    "estimators.calibrated.estimate_pooled": lambda t: estimated(t) | dict(
+        points=3, probe=0.3, by=estimators.head_and_body
+    ),
+    "estimators.calibrated.pooled_weight": lambda t: dict(
+        weights=t.grid, losses=t.losses, sizes=t.sizes, spread=0.1, prior_spread=0.3
+    ),
+    "estimators.calibrated.pooled_offset": lambda t: dict(
+        low=t.losses[0], middle=t.losses[1], high=t.losses[2], sizes=t.sizes, probe=0.3, spread=0.2
+    ),
+    "estimators.estimate.estimate_uniform": estimated,
+    "estimators.gauss_newton.moments_from_slopes": lambda t: dict(
+        at_local=torch.tensor([-1.0, 0.0]), curvature=torch.tensor([1.0, 2.0])
+    ),
+    "estimators.gauss_newton.estimate_gauss_newton": lambda t: estimated(t) | dict(by=None),
+    "estimators.combination.estimate_combination": lambda t: dict(
+        adapted=t.adapted, models=[t.local, t.federated], split=t.split, own=0.5
+    ),
+    "estimators.curve.estimate_curve": lambda t: estimated(t) | dict(points=3, parabola=True),
+    "estimators.curve.parabola_moments": lambda t: dict(weights=t.grid, loss=t.losses[..., 0]),
+    "estimators.curve.client_losses": run,
+    "estimators.curve.segment_losses": lambda t: estimated(t) | dict(weights=t.grid),
+    "estimators.curve.client_logits": run,
+    "estimators.ensemble.estimate_ensemble": lambda t: dict(
+        adapted=t.adapted, runs=[(t.federated, t.local)], optimum=t.federated, split=t.split
+    ),
+    "estimators.gradient.gradient_moments": lambda t: gradients(t) | dict(
+        unbiased=True, damping=0.1, cross_fit=False, groups=None
+    ),
+    "estimators.gradient.estimate_gradient": lambda t: estimated(t) | dict(
+        unbiased=True, damping=0.1, cross_fit=False, by=None
+    ),
+    "estimators.laplace.laplace_moments": lambda t: gradients(t) | dict(
+        examples=(t.sizes, t.sizes), prior=1.0, clip=(0.0, 1.0), groups=torch.tensor([0, 0, 1, 1, 0])
+    ),
+    "estimators.laplace.estimate_laplace": lambda t: estimated(t) | dict(
+        train_sizes=torch.tensor([5, 13, 9]), prior=1.0, by=None
+    ),
+    "estimators.paper.fisher_moments": lambda t: gradients(t) | dict(
+        damping=0.1, relative=True, clip=(0.0, 1.0), groups=None
+    ),
+    "estimators.paper.fisher_diagonals": gradients,
+    "estimators.paper.estimate_paper": lambda t: estimated(t) | dict(
+        damping=0.1, relative=True, clip=(0.0, 1.0), sample_labels=0, on_delta=False, by=None
+    ),
+    "estimators.shrinkage.shrinkage_moments": lambda t: dict(
+        variance=torch.tensor([1.0, 2.0]), distance=torch.tensor([2.0, 1.0])
+    ),
+    "estimators.shrinkage.estimate_shrinkage": lambda t: estimated(t) | dict(
+        train_sizes=torch.tensor([5, 13, 9]), damping=0.1
+    ),
+    "experiment.prepare": lambda t: dict(setting=TINY, seed=0),
+    "experiment.prepare_images": lambda t: dict(setting=TINY, seed=0),
+    "experiment.prepare_text": lambda t: dict(setting=TINY, seed=0),
+    "experiment.training_options": lambda t: dict(setting=TINY, lr_scale=2.0),
+    "experiment.train_pair": lambda t: dict(
+        adapted=t.adapted, federation=t.federation, setting=TINY, seed=0, progress=False
+    ),
+    "experiment.train_local": lambda t: dict(
+        adapted=t.adapted, start=t.local, federation=t.federation, setting=TINY, seed=0, progress=False
+    ),
+    "experiment.one_of_pair": lambda t: dict(which=0),
+    "experiment.local_from_federated": lambda t: dict(lr_scale=1.0),
+    "experiment.merging": lambda t: dict(merge=len, pair_of=len),
+    "experiment.with_estimator": lambda t: dict(estimator=len, merge=len, pair_of=len),
+    "experiment.oracle_weight": lambda t: dict(weights=t.grid, loss=t.losses[..., 0]),
+    "experiment.run_methods": lambda t: dict(setting=TINY, seeds=[0], methods={"x": len}, prepare=len, progress=False),
+    "results.result_rows": lambda t: dict(method="x", trial=t.trial, result=t.result, split=t.split),
+    "results.compare": lambda t: dict(setting=TINY, seeds=[0], methods={"x": initial_adapter}),
+    "results.summary": lambda t: dict(rows=t.rows),
+    "results.leaderboard": lambda t: dict(rows=t.rows, local="local"),
+    "results.pareto_front": lambda t: dict(board=potara_lite.leaderboard(t.rows), references=()),
+    "results.paired_differences": lambda t: dict(rows=t.rows, method="local", score="loss"),
+    "field.privacy.private_average": lambda t: dict(uploads=t.local, sent=t.one, privacy=t.privacy, number=0),
+    "field.privacy.epsilon": lambda t: dict(noise_multiplier=1.0, rounds=2, delta=1e-5),
+    "field.privacy.noise_multiplier_for": lambda t: dict(target=8.0, rounds=2, delta=1e-5),
+    "field.privacy.noise_moment": lambda t: dict(adapter=t.one, scaling=t.adapted.scaling, std=0.1, noisy=bool),
+    "field.privacy.with_noise": lambda t: dict(moments=t.moments, variance=1.0),
+    "field.rounds.run_algorithm": lambda t: dict(
+        algorithm=t.fedit, adapted=t.adapted, split=t.split, rounds=1, local_steps=1, participation=1.0, seed=0,
+        progress=False, lr=0.01, batch_size=2,
+    ),
+    "field.algorithms.fedprox": lambda t: dict(mu=0.1),
+    "field.algorithms.finetuned": lambda t: dict(algorithm=t.fedit, steps=1),
+    "field.algorithms.wise_ft": lambda t: dict(algorithm=t.fedit, steps=1, weight=0.5),
+    "field.algorithms.flexlora": lambda t: dict(ranks=[1, 2]),
+    "field.algorithms.fedrep": lambda t: dict(head_share=0.5),
+    "field.algorithms.ditto": lambda t: dict(strength=0.1),
+    "field.algorithms.apfl": lambda t: dict(weight=0.5, adaptive=True),
+    "field.algorithms.feddpa": lambda t: dict(weight=0.5),
+    "field.algorithms.gated": lambda t: dict(adapted=t.adapted),
+    "field.baselines.task_arithmetic": lambda t: dict(models=[t.federated, t.local], coefficient=0.5),
+    "field.baselines.fisher_merge": lambda t: dict(
+        models=[t.federated, t.local], fishers=[t.flat.square(), t.flat.square()]
+    ),
+    "field.baselines.layer_grams": lambda t: run(t) | dict(batch_size=4),
+    "field.baselines.regmean": lambda t: dict(
+        models=[t.federated, t.local], grams=[{"x": torch.eye(2).repeat(3, 1, 1)}] * 2, off_diagonal=0.9
+    ),
+    "field.baselines.merge_deltas": lambda t: dict(
+        models=[t.federated, t.local], scaling=t.adapted.scaling, function=lambda vectors: vectors.mean(0)
+    ),
+    "field.baselines.ties": lambda t: dict(vectors=t.gradients, density=0.5, coefficient=1.0),
+    "field.baselines.dare": lambda t: dict(vectors=t.gradients, drop=0.5, seed=0),
+    "field.methods.finetuned_after": lambda t: dict(algorithm=t.fedit, lr_scale=1.0, rounds_scale=1.0),
+    "field.methods.from_algorithm": lambda t: dict(algorithm=t.fedit, lr_scale=1.0),
+    "field.methods.wise_ft": lambda t: dict(weight=0.5, lr_scale=1.0, rounds_scale=1.0),
+    "field.methods.local_training": lambda t: dict(lr_scale=1.0),
+    "field.methods.merging_entries": lambda t: dict(function=len),
+    "field.clusters.similarity": lambda t: dict(stack=t.local, scaling=t.adapted.scaling),
+    "field.clusters.cluster_clients": lambda t: dict(similar=torch.eye(3).double(), clusters=2),
+    "field.clusters.three_models": lambda t: dict(clusters=2, own=0.5, share=0.5),
+    "field.sweep.union": lambda t: dict(split=t.split, per_client=2),
+    "field.sweep.sweep": lambda t: dict(
+        methods={"x": len}, settings={"x": TINY}, seeds=[0], folder="nowhere", eval_split=len, union_size=2,
+        prepare=len, shard=(0, 1), progress=False,
+    ),
+    "field.sweep.read_results": lambda t: dict(folder="nowhere"),
+}  # fmt: skip
+NOT_RUN = {  # right, but slow, in need of a download or of more than a tiny stub
+    "data.from_torchvision", "language.text_encoder", "language.causal_lm", "language.text_tokenizer",
+    "experiment.prepare_text", "experiment.run_methods",
+    "backbones.torchvision_vit", "scoring.log_likelihoods", "field.privacy.epsilon",
+    "field.privacy.noise_multiplier_for", "field.sweep.sweep", "field.baselines.regmean",
+}  # fmt: skip
+
+
+def plain(logits, y):
+    return torch.nn.functional.cross_entropy(logits, y)
+
+
+# What is wrong for an argument of each name: values, or (function of the right value, what the message says of it).
+
+WHOLE = [-1, 1.5, "2", True, NAN, 1j]
+SIZE = [0, *WHOLE]
+NUMBER = [NAN, "x", True, 1j, [1.0]]
+FLAG = [1, 0, "yes", NAN, None, (lambda v: torch.tensor(True), "tensor(True)")]
+TEXT, PATH, FUNCTION = [5, 1.5, None, b"x"], [5, 1.5, True, None], [5, "x", None]
+
+
+def entry(change, of=-1):
+    """A change of one tensor of an adapter."""
+
+    def make(adapter):
+        name = list(adapter)[of]
+        return {**adapter, name: change(adapter[name])}
+
+    return make
+
+
+ADAPTER = [
+    (lambda v: 5, "int"),
+    (lambda v: "x", "str"),
+    (lambda v: {}, "an empty one"),
+    (lambda v: list(v), "list"),
+    (entry(lambda t: t.tolist()), "dict"),
+    (entry(lambda t: t * NAN, 1), "lora_B"),
+    (entry(lambda t: t + INF), "head.bias"),
+    (entry(lambda t: t.to(torch.int32)), "torch.int32"),
+    (entry(lambda t: t > 0), "torch.bool"),
+    (entry(lambda t: t.to(torch.complex64)), "torch.complex64"),
+    (entry(lambda t: t.to(torch.float8_e4m3fn)), "torch.float8_e4m3fn"),
+]  # fmt: skip
+STACK = [
+    *ADAPTER,
+    (lambda v: client_adapter(v, 0), "not one adapter"),
+    (lambda v: {n: t[:2] for n, t in v.items()}, "2 adapters for 3 clients"),
+    (entry(lambda t: t[:2]), "[2, 3]"),
+    (entry(lambda t: t[0], 0), "dim 0 of all its tensors"),
+    (lambda v: {n: t for n, t in v.items() if "bias" not in n}, "head.bias"),
+    (lambda v: v | {"other": torch.zeros(3, 2)}, "'other'"),
+    (entry(lambda t: t[..., :-1], 0), "expected ('C', "),
+    (entry(lambda t: t[:, :-1], 0), "1 in A, 2 in B"),
+]
+MODEL = [  # of a merge
+    *ADAPTER,
+    (lambda v: {n: t[:2] for n, t in v.items()}, "(2, "),
+    (lambda v: {n: t for n, t in v.items() if "bias" not in n}, "head.bias"),
+    (lambda v: client_adapter(v, 0), "shapes"),
+]
+LAMBDA = [
+    NAN, INF, 7, -0.5, 1j, "x", True, None,
+    (lambda v: [0.5, 0.5], "2 weights for a stack of 3"),
+    (lambda v: torch.full((3, 1), 0.5), "(3, 1)"),
+    (lambda v: torch.tensor([0.5, 0.5, 1.5]), "1.5"),
+    (lambda v: [0.1, NAN, 0.2], "finite"),
+    (lambda v: np.array(["a", "b", "c"]), "ndarray"),
+    (lambda v: dict.fromkeys([*layers(), "other"], 0.5), "no layer 'other'"),
+    (lambda v: dict.fromkeys(layers()[1:], 0.5), f"'{'base_model'}"),
+    (lambda v: dict.fromkeys(layers(), 2.0), "2.0"),
+]  # fmt: skip
+
+
+def layers():
+    return sorted({name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for name in things().one})
+
+
+def tensor(*more):
+    return [
+        "x", None, 1j,
+        (lambda v: torch.as_tensor(v) * NAN, "finite"),
+        (lambda v: torch.as_tensor(v) > 0, "bool"),
+        (lambda v: torch.as_tensor(v).to(torch.complex64), "complex64"),
+        (lambda v: torch.as_tensor(v)[:0], "0"),
+        (lambda v: torch.as_tensor(v).expand(1, 1, 1, 1, *torch.as_tensor(v).shape), "(1, 1, 1, 1, "),
+        *more,
+    ]  # fmt: skip
+
+
+COUNTED = [
+    (lambda v: v[:2], "2 of them for 3 clients"),
+    (lambda v: v * 0, "at least 1, not 0"),
+    (lambda v: v * 1.0, "float32"),
+]
+ROWS = [
+    5, None,
+    (lambda v: v.iloc[:0], "(0, "),
+    (lambda v: v.drop(columns="seed"), "'seed'"),
+    (lambda v: v.drop(columns="accuracy"), "'accuracy'"),
+    (lambda v: v.assign(loss=NAN), "missing"),
+    (lambda v: pd.concat([v, v.iloc[:1]]), "once"),
+]  # fmt: skip
+
+BAD = {
+    "steps rounds local_steps start number client end which": WHOLE,
+    "clients rank batch_size classes max_length longest size calibration_size test_size union_size per_client": SIZE,
+    "last": [0, 99, 1.5, "x"],
+    "points": [1, -1, 2.5, "9", NAN, None],
+    "train_size": [*SIZE, (lambda v: [3, 0], "train_size[1] must be at least 1, not 0"), (lambda v: [3], "1 clients")],
+    "seed sample_labels": [-1, 0.5, "0", True, 2**64],
+    "lr lr_scale spread probe": [-0.1, 0, INF, *NUMBER],
+    "alpha prior_spread target": [-1, 0, *NUMBER],
+    "weight_decay damping prior mu strength rounds_scale noise_multiplier std": [-0.1, INF, *NUMBER],
+    "head_share off_diagonal share_of": [-0.1, 1.5, *NUMBER],
+    "participation density": [0, -0.5, 1.5, *NUMBER],
+    "drop": [1, -0.1, *NUMBER],
+    "delta": [0, 1, -1, *NUMBER],
+    "coefficient": [INF, *NUMBER],
+    "variance": [-0.1, INF, NAN, "x", True, 1j],
+    "shift domains keep_optimizer progress unbiased cross_fit relative on_delta parabola download nonnegative "
+    "adaptive": FLAG,
+    "name method score dataset until": [5, 1.5, None, b"x"],
+    "head": [5, "haed"],
+    "targets": [5, (lambda v: "nope", "targets nope"), (lambda v: [], "list"), (lambda v: ["fc1", "nope"], "nope"),
+                (lambda v: [3], "3")],
+    "folder root name_or_path checkpoint": PATH,
+    "merge prepare eval_split by tokenizer estimator pair_of loss_of noisy function": FUNCTION,
+    "weights_name": [5, True],
+    "adapted": [None, 3, "net", (lambda v: v.model, "PeftModel")],
+    "split": [None, 3, (lambda v: things().federation, "Federation"), (lambda v: v.x, "Tensor")],
+    "federation": [None, 3, (lambda v: v.train, "Split")],
+    "setting": [None, 3, (lambda v: {}, "dict")],
+    "execution": [None, 4, (lambda v: {}, "dict")],
+    "backbone network": [None, "net", (lambda v: torch.nn.Linear, "type")],
+    "config": [5, (lambda v: {"r": 4}, "dict")],
+    "rng": [0, None],
+    "trial result algorithm privacy moments_of": [None, 3, (lambda v: {}, "dict")],
+    "algorithm_of": [None, 3, (lambda v: {}, "{}")],
+    "board": [None, 3],
+    "references": [5, "abc"],
+    "local_name": [5, None],
+    "state": [5, (lambda v: short_state(2, 100), "2 clients for 3"), (lambda v: short_state(3, 7), "(3, 7)")],
+    "adapters": STACK,
+    "federated local optimum": STACK,
+    "adapter": ADAPTER,
+    "uploads stack": [*ADAPTER, (lambda v: client_adapter(v, 0), "not one adapter")],
+    "sent": ADAPTER,
+    "several": [
+        5, "x", None,
+        (lambda v: [], "list"),
+        *((lambda v, change=change: [v[0], change(v[1])], said) for change, said in ADAPTER[2:]),
+        (lambda v: [v[0], entry(lambda t: t[..., :-1], 0)(v[1])], "shape"),
+    ],
+    "runs": [5, None, (lambda v: [], "list"), (lambda v: [v[0][:1]], "at least 2"), (lambda v: [(1, 2)], "int")],
+    "lambda": LAMBDA,
+    "mixing": [5, None, "ab", (lambda v: v[:1], "2 adapters, 1 weights"), (lambda v: [NAN, 1.0], "weights[0]"),
+               (lambda v: [1j, 1.0], "1j"), (lambda v: [1.0, [0.5, 0.5]], "2 weights for a stack of 3")],
+    "scaling": [5, None, (lambda v: {}, "dict"), (lambda v: dict.fromkeys(v, NAN), "nan"),
+                (lambda v: dict.fromkeys(v, 0), "0"), (lambda v: dict(list(v.items())[1:]), "missing")],
+    "labels": tensor((lambda v: v[:, :-1], "(3, 5)"), (lambda v: v.float(), "float32"),
+                     (lambda v: v - 500, "at least -100, not -600")),
+    "direction": tensor((lambda v: v[:2], "2 adapters for 3 clients"), (lambda v: v[:, :-1], "(3, ")),
+    "g_f gradients vectors": tensor(),
+    "g_l": tensor((lambda v: v[:, :-1], "(3, 5, 5)"), (lambda v: v[:2], "(2, 6, 5)")),
+    "sizes": tensor(*COUNTED, (lambda v: v + 40, "at most 6, the examples of")),
+    "train_sizes": tensor(*COUNTED, (lambda v: v[:1], "1 of them for 3")),
+    "examples": [5, None, (lambda v: v[:1], "at least 2"), (lambda v: (v[0], v[1] * 0), "0")],
+    "groups": tensor((lambda v: v[:2], "2 of them for 5"), (lambda v: v - 1, "-1")),
+    "clip_pair": [0.5, NAN, "ab", (lambda v: (1.0, 0.0), "(1.0, 0.0)"), (lambda v: (NAN, 1.0), "nan"),
+                  (lambda v: (0, 1, 2), "(0, 1, 2)")],
+    "grid weights_grid": tensor((lambda v: v + 1, "in [0, 1], not")),
+    "weights_of": tensor((lambda v: v[:2], "[3, 6]"), (lambda v: v - 9, "-6"), (lambda v: v * 0, "0")),
+    "losses low": tensor(),
+    "loss_curve": tensor((lambda v: v[:, :-1], "2")),
+    "middle high distance curvature": tensor((lambda v: v[:-1], "(")),
+    "at_local variance_of": tensor(),
+    "matrix": tensor((lambda v: v[:1], "shape"), (lambda v: v * 0, "inverse"), (lambda v: torch.eye(3), "2")),
+    "moments": tensor((lambda v: v[:1], "(1, 2)"), (lambda v: torch.tensor([[1.0, 0.3], [0.0, 1.0]]), "symmetric")),
+    "x y": tensor((lambda v: [[0.0]], "[[0.0]]")),
+    "images": [5, None, (lambda v: v[0], "(1, 28, 28)"), (lambda v: v.long(), "int64")],
+    "fishers": [5, (lambda v: v[:1], "1 of them for 2 models"), (lambda v: [v[0], v[1] * NAN], "fishers[1]"),
+                (lambda v: [v[0], -v[1] - 1], "negative"), (lambda v: [v[0], v[1][:2]], "(3, ")],
+    "grams": [5, (lambda v: v[:1], "1 of them for 2 models"), (lambda v: [v[0], {"x": v[1]["x"] * NAN}], "grams[1]"),
+              (lambda v: [v[0], v[1]["x"]], "dictionary")],
+    "rows": ROWS,
+    "token_rows": [5, "ab", (lambda v: [[1], []], "text 1"), (lambda v: [[1.5]], "1.5"), (lambda v: [[-1]], "-1"),
+                   (lambda v: [], "list")],
+    "texts prompts answers": [5, "ab", (lambda v: [3], "3"), (lambda v: ["  ", *v][:len(v)], "empty")],
+    "names found": [5, "ab", (lambda v: [3], "3"), (lambda v: [["a"]], "list")],
+    "voices": [*ADAPTER[:4], ADAPTER[5], *ADAPTER[7:], (lambda v: {n: t[:1] for n, t in v.items()}, "2 clients for 1"),
+               (lambda v: client_adapter(v, 0), "not one adapter"), (entry(lambda t: t[:1]), "[1, 2]"),
+               (lambda v: v | {"other": torch.zeros(2, 2)}, "'other'")],
+    "prompts_of": [5, "ab", (lambda v: v[:1], "1 clients for 2"), (lambda v: ["ab", "b"], "'ab'")],
+    "inputs_of": [5, "ab", (lambda v: v[:1], "1 clients for 2"), (lambda v: [1, 2], "1")],
+    "expected": [5, (lambda v: [1], "1"), (lambda v: v * 2, "2 expected")],
+    "questions": [5, (lambda v: v[:1], "1 clients for 2"), (lambda v: [["a"], ["b"]], "Question"),
+                  (lambda v: [[Question("a", "b", ("b",))]] * 2, "two options")],
+    "ids": [5, None, (lambda v: [], "list"), (lambda v: [0, -1], "-1"), (lambda v: [0.5], "0.5")],
+    "ranks": [5, "12", (lambda v: [0], "0"), (lambda v: [1.5], "1.5")],
+    "seeds": [3, None, (lambda v: [], "list"), (lambda v: [3, 3], "[3, 3]"), (lambda v: [-1], "-1")],
+    "methods": [5, None, (lambda v: {}, "dict"), (lambda v: {"x": 3}, "3"), (lambda v: {1: len}, "dict")],
+    "settings": [5, None, (lambda v: {}, "dict"), (lambda v: {"x": {}}, "dict")],
+    "shard": [5, (lambda v: (2, 2), "[2, 2]"), (lambda v: (0,), "0"), (lambda v: (-1, 2), "-1")],
+    "pool test_pool": [
+        5, None,
+        (lambda v: v[:1], "a pair of inputs and labels"),
+        (lambda v: (v[0] * NAN, v[1]), "input 0 is not finite"),
+        (lambda v: ((v[0] * 255).to(torch.uint8), v[1]), "torch.uint8"),
+        (lambda v: (v[0], v[1].float()), "torch.float32"),
+        (lambda v: (v[0], v[1].unsqueeze(1)), "(60, 1)"),
+        (lambda v: (v[0], torch.nn.functional.one_hot(v[1])), "(60, 4)"),
+        (lambda v: (v[0], v[1] + 7), "label 10"),
+        (lambda v: (v[0], v[1] - 1), "label -1"),
+        (lambda v: (v[0][:5], v[1]), "5 inputs and 60 labels"),
+    ],
+    "train test": [
+        5, None,
+        (lambda v: [], "[]"),
+        (lambda v: v[:2], "(0, 1)"),
+        (lambda v: [v[0], v[1][0], v[2]], "[1]"),
+        (lambda v: [v[0], (v[1][0] + INF, v[1][1]), v[2]], "client 1"),
+        (lambda v: [v[0], (v[1][0].long(), v[1][1]), v[2]], "client 1"),
+        (lambda v: [(x.double(), y) for x, y in v], "float64"),
+        (lambda v: [(x[..., :-1], y) for x, y in v], "(1, 28, 27)"),
+        (lambda v: [(x, y.float()) for x, y in v], "torch.float32"),
+        (lambda v: [(x, y.unsqueeze(1)) for x, y in v], "1)"),
+        (lambda v: [(x, y.float().expand(2, -1).T) for x, y in v], "float32"),
+        (lambda v: [(x, y + 9) for x, y in v], "outside 0"),
+        (lambda v: [(x, y - 9) for x, y in v], "below 0"),
+        (lambda v: [(x, y.bool()) for x, y in v], "torch.bool"),
+        (lambda v: [(x.numpy(), y) for x, y in v], "ndarray"),
+    ],
+    "proportions": [(lambda v: 5, "()"), (lambda v: [[1.0, 0, 0, 0]], "(1, 4)"),
+                    (lambda v: [[NAN] * 4] * 2, "proportions"), (lambda v: [[-1.0, 2, 0, 0]] * 2, "proportions"),
+                    (lambda v: [[0.0] * 4] * 2, "proportions")],
+}  # fmt: skip
+# Where a name means something else than elsewhere, the list above that says what is wrong for it.
+
+MEANT = {
+    ("results.leaderboard", "local"): "local_name",
+    ("experiment.train_local", "start"): "adapters",
+    ("field.methods.from_algorithm", "algorithm"): "algorithm_of",
+    ("engine.training.train", "loss"): "loss_of",
+    ("engine.training.train", "clip"): "lr",
+    ("backbones.torchvision_vit", "weights"): "weights_name",
+    ("language.pad_tokens", "rows"): "token_rows",
+    ("data.shift_images", "x"): "images",
+    ("merging.combine_adapters", "adapters"): "several",
+    ("adapters.stack_adapters", "adapters"): "several",
+    ("adapters.delta_inner_products", "adapters"): "several",
+    ("merging.combine_adapters", "weights"): "mixing",
+    ("engine.federated.weighted_average", "weights"): "weights_of",
+    ("field.privacy.with_noise", "moments"): "moments_of",
+    ("estimators.shrinkage.shrinkage_moments", "variance"): "variance_of",
+    ("scoring.write_answers", "prompts"): "prompts_of",
+    **{(f"scoring.{name}", "adapters"): "voices" for name in ("multiple_choice", "greedy_tokens", "write_answers")},
+    ("scoring.greedy_tokens", "prompts"): "inputs_of",
+    **{(f"merging.merge_{kind}", name): name_ for kind in ("exact", "factors")
+       for name, name_ in (("federated", "merged_model"), ("local", "merged_model"), ("weight", "lambda"))},
+    **{(f"field.algorithms.{name}", "weight"): "head_share" for name in ("wise_ft", "apfl", "feddpa")},
+    ("field.methods.wise_ft", "weight"): "head_share",
+    **{(f"field.baselines.{name}", "models"): "several"
+       for name in ("task_arithmetic", "fisher_merge", "regmean", "merge_deltas")},
+    ("estimators.combination.estimate_combination", "models"): "several",
+    ("estimators.combination.estimate_combination", "own"): "head_share",
+    ("field.clusters.three_models", "own"): "head_share",
+    ("field.clusters.three_models", "share"): "head_share",
+    ("field.clusters.cluster_clients", "clusters"): "clients",
+    ("field.clusters.three_models", "clusters"): "clients",
+    ("field.clusters.cluster_clients", "similar"): "g_f",
+    **{(name, "loss"): "loss_curve"
+       for name in ("connectivity.barrier", "estimators.curve.parabola_moments", "experiment.oracle_weight")},
+    **{(name, "weights"): "weights_grid"
+       for name in ("connectivity.barrier", "connectivity.along_segment", "experiment.oracle_weight",
+                    "estimators.curve.segment_losses")},
+    **{(f"estimators.{name}", "weights"): "g_f" for name in ("curve.parabola_moments", "calibrated.pooled_weight")},
+    **{(f"estimators.{name}", "clip"): "clip_pair"
+       for name in ("laplace.laplace_moments", "paper.fisher_moments", "paper.estimate_paper")},
+}  # fmt: skip
+BAD["merged_model"] = MODEL
+LISTS = {name: values for names, values in BAD.items() for name in names.split()}
+
+
+def short_state(clients, numbers):
+    return OptimizerState.zeros(torch.zeros(clients, numbers))
+
+
+def wrong_for(function, argument):
+    return LISTS.get(MEANT.get((function, argument), argument))
+
+
+def find(function):
+    module, _, name = function.rpartition(".")
+    return getattr(importlib.import_module(f"potara_lite.{module}"), name)
+
+
+def arguments(function):
+    """The arguments of the call above, without those that cannot be wrong by themselves."""
+    return [argument for argument in CALLS[function](things()) if argument not in ("config", "calibration")]
+
+
+CASES = [(function, argument) for function in CALLS for argument in arguments(function)]
+BY_CLIENT = {
+    "train",
+    "test",
+    "pool",
+    "test_pool",
+    "head",
+    "texts",
+    "prompts",
+    "answers",
+    "token_rows",
+    "rows",
+    "last",
+    "questions",
+    "name",
+    "score",
+}  # their messages name a client, a text or a layer where there is one
+
+
+@pytest.mark.parametrize("function, argument", CASES, ids=[f"{function}-{argument}" for function, argument in CASES])
+def test_bad_input_is_refused_in_one_line_that_names_it(function, argument):
+    call, meaning = CALLS[function](things()), signature(find(function)).parameters
+    optional = argument in meaning and meaning[argument].default is None
+    for bad in wrong_for(function, argument):
+        make, said = bad if isinstance(bad, tuple) else (None, None)
+        if (bad is None and optional) or (make and call[argument] is None):
+            continue
+        value = make(call[argument]) if make else bad
+        with pytest.raises(ValueError) as caught:
+            find(function)(**call | {argument: value})
+        message = str(caught.value)
+        assert "\n" not in message and len(message) < 400
+        assert argument in message or argument in BY_CLIENT, message
+        assert (said or repr(value)) in message, (said or repr(value), message)
+
+
+@pytest.mark.parametrize("function", CALLS.keys() - NOT_RUN)
+def test_what_is_right_is_taken(function):
+    """Else the test above would see refusals of something else."""
+    find(function)(**CALLS[function](things()))
+
+
+# Functions without a door, and why.
+
+BARE = {
+    "what a name or a shape says": """
+        adapters.is_dense_factor estimators.estimate.by_layer estimators.estimate.head_and_body
+        estimators.calibrated.two_groups field.rounds.is_head field.rounds.is_shared field.algorithms.is_own
+        data.kind_of data.any_tensor data.data_path results.rows_with language.installed_minilm
+        text_data.read_glosses field.algorithms.fedalt""",
+    "checks themselves, tested in the rows below and where they are used": """
+        data.check_alike data.check_examples data.check_pairs data.pool_of_examples engine.training.check_clients
+        engine.training.check_losses scoring.check_count language.check_source language.next_tokens
+        engine.loss.checked_logits""",
+    "files, tested with their loaders": """
+        adapters.load_adapter adapters.save_adapter data.check_file text_data.read_task results.write_atomically""",
+    "dictionaries of tensors and batches taken apart and put together, in every step": """
+        adapters.adapter_from_delta adapters.delta_added adapters.flatten adapters.unflatten adapters.select_clients
+        data.draw data.map_inputs data.pad_stack data.take merging.concat_ranks merging.limit_rank
+        prefix.blocks_below prefix.call_network prefix.hidden_below prefix.replaced_forwards language.additive_mask
+        estimators.estimate.from_moments estimators.estimate.group_coordinates estimators.estimate.group_sum
+        estimators.gauss_newton.example_mean estimators.paper.diagonal_moments""",
+    "the engine room: every step and every example goes through it": """
+        engine.batching.map_clients engine.batching.plan engine.batching.with_autocast engine.one_batch.as_one_batch
+        engine.loss.example_accuracies engine.loss.example_losses engine.loss.mean_loss engine.loss.token_mean
+        engine.training.adamw_step engine.training.batched_logits engine.training.losses
+        engine.training.plain_loss""",
+    "what the clients' numbers are made of and weighed by; they come over the network, too": """
+        estimators.calibrated.lowest_inside estimators.calibrated.offset_weights estimators.calibrated.parabolas
+        estimators.calibrated.pooled_mean estimators.calibrated.weigh estimators.calibrated.weigh_offset
+        estimators.combination.simplex_moments""",
+    "parts of methods, which `run_algorithm`, `run_methods` and `sweep` call": """
+        experiment.best_on_test experiment.independent_pair experiment.initial_adapter field.algorithms.fold
+        field.algorithms.fold_and_redraw field.algorithms.folded field.algorithms.keep_anchor
+        field.algorithms.mean_and_residual field.algorithms.mean_product field.algorithms.others
+        field.algorithms.own field.algorithms.shared_loss field.algorithms.shares
+        field.algorithms.squared_distance field.algorithms.stacked field.algorithms.with_folded
+        field.methods.fisher_merge_of_pair field.methods.merged_from_federated field.methods.regmean_of_pair
+        field.methods.remaining_steps field.clusters.train_clusters
+        field.rounds.add_prefix field.rounds.client_step field.rounds.fedavg
+        field.rounds.finetune_step field.rounds.first_client field.rounds.message_bytes field.rounds.select_prefix
+        field.rounds.server_step field.sweep.fingerprint""",
+}
+APART = ("flower/", "teaching/", "__main__.py", "potara.py", "door.py", "stacks.py")  # tested for themselves
+CLASSES = (
+    "Setting Federation Split Moments Estimate Execution Ledger Pair Result Trial Algorithm Phase Question".split()
+)
+
+
+def test_every_public_function_has_a_door_and_rows_or_a_reason():
+    bare = {name for names in BARE.values() for name in names.split()}
+    found = {}
+    for file in FILES:
+        if not file.startswith(APART):
+            module = importlib.import_module(module_name(file))
+            for name, one in vars(module).items():
+                if isfunction(one) and one.__module__ == module.__name__ and not name.startswith("_"):
+                    found[f"{module_name(file).removeprefix('potara_lite.')}.{name}"] = one
+    assert bare <= found.keys() and not bare & CALLS.keys()
+    assert found.keys() - bare == CALLS.keys()
+    for name in bare:
+        assert not hasattr(found[name], "checks"), name
+    for name in CALLS:
+        free = set(signature(find(name)).parameters) - find(name).checks.keys()
+        assert free <= {"train", "test", "calibration", "proportions", "x", "options"}, (name, free)
+        for argument in find(name).checks:
+            if argument not in CALLS[name](things()):
+                assert argument in ("options", "training", "fixed", "objective"), (name, argument)
+
+
+def test_every_public_name_is_in_the_tables():
+    functions = {name.rpartition(".")[2] for name in CALLS}
+    for name in potara_lite.__all__:
+        one = getattr(potara_lite, name)
+        assert name in functions or name in CLASSES or not isfunction(one) or name in str(BARE), name
+
+
+# What has no row above: constructors, and arguments that are wrong together.
+
+
+def split_of(t, **changes):
+    s = t.split
+    return Split(**dict(x=s.x, y=s.y, sizes=s.sizes, ids=s.ids) | changes)
+
+
+def federation_of(t, **changes):
+    f = t.federation
+    parts = dict(train=f.train, calibration=f.calibration, test=f.test, classes=4, name="x")
+    return potara_lite.Federation(**parts | changes)
+
+
+def moments(a=1.0, b=1.0, c=0.0):
+    return potara_lite.Moments(a, b, c)
+
+
+def examples(t, x=None, y=None, n=4):
+    x = torch.rand(n, 1, 28, 28) if x is None else x
+    return Split.of([t.split.client(0), (x, torch.zeros(n).long() if y is None else y)])
+
+
+def mapping(**changes):
+    x = {"input_ids": torch.tensor([[1, 2], [3, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
+    return Split.of([(x | changes.pop("x", {}), changes.pop("y", torch.tensor([0, 1])))])
+
+
+ALL = {n: t for n, t in vars(Setting()).items()}
+OF_SETTING = {
+    **dict.fromkeys("clients train_size calibration_size test_size rank batch_size chunk_size".split(), SIZE),
+    **dict.fromkeys("rounds round_steps local_steps".split(), WHOLE),
+    **dict.fromkeys("lr federated_lr_scale local_lr_scale".split(), [-0.1, 0, INF, *NUMBER]),
+    "alpha": [-0.1, 0, *NUMBER],
+    "shift": FLAG[:-1],
+    "local_from_federated": FLAG[:-1],
+    "device": [5, None],
+    "data": [5, None, "mnist"],
+    "backbone": [5],
+}
+E, S, A = potara_lite.Estimate, Split.of, potara_lite.Algorithm
+HALF = torch.tensor([0.5, 0.5, 0.5])
+WRONG = [
+    *((f"Setting {name} {value!r}", lambda t, n=name, v=value: Setting(**{n: v}), (name, repr(value)))
+      for name, values in OF_SETTING.items() for value in values if value is not None or name in ("device", "data")),
+    *((f"Execution {name} {value!r}", lambda t, n=name, v=value: potara_lite.Execution(**{n: v}), (name, repr(value)))
+      for name, values in (("chunk_size", SIZE), ("memory_bytes", [-1, 0, *NUMBER]), ("vectorize", [1, "yes"]),
+                           ("compile", [1, None]), ("autocast", ["bf16"])) for value in values),
+    *((f"Privacy {name} {value!r}",
+       lambda t, n=name, v=value: type(t.privacy)(**dict(clip=1.0, noise_multiplier=1.0, seed=0) | {n: v}),
+       (name, repr(value)))
+      for name, values in (("clip", [-1, 0, INF, *NUMBER]), ("noise_multiplier", [-1, INF, *NUMBER]), ("seed", WHOLE))
+      for value in values),
+    # Splits
+    ("fewer ids", lambda t: Split.of([t.split.client(0)] * 3, [0, 1]), ("ids", "2 of them for 3")),
+    ("ids twice", lambda t: Split.of([t.split.client(0)] * 2, [1, 1]), ("ids", "(1, 1)")),
+    ("ids below 0", lambda t: Split.of([t.split.client(0)] * 2, [0, -1]), ("ids[1]", "-1")),
+    ("ids of fractions", lambda t: Split.of([t.split.client(0)] * 2, [0, 0.5]), ("ids[1]", "0.5")),
+    ("no examples", lambda t: Split.of([]), ("examples", "[]")),
+    ("no pairs", lambda t: Split.of([t.split.client(0)[0]]), ("examples[0]",)),
+    ("uint8 beside float", lambda t: examples(t, torch.zeros(4, 1, 28, 28, dtype=torch.uint8)), ("1", "torch.uint8")),
+    ("whole images", lambda t: examples(t, torch.zeros(4, 1, 28, 28, dtype=torch.int64)), ("client 1", "torch.int64")),
+    ("complex", lambda t: examples(t, torch.zeros(4, 1, 28, 28) * 1j), ("client 1", "torch.complex64")),
+    ("double beside float", lambda t: examples(t, torch.zeros(4, 1, 28, 28).double()), ("client 1", "float64")),
+    ("another size", lambda t: examples(t, torch.zeros(4, 1, 32, 32)), ("client 1", "(1, 32, 32)")),
+    ("NaN", lambda t: examples(t, torch.full((4, 1, 28, 28), NAN)), ("client 1", "input 0 is not finite")),
+    ("inf", lambda t: examples(t, torch.full((4, 1, 28, 28), INF)), ("client 1", "input 0 is not finite")),
+    ("float labels", lambda t: examples(t, y=torch.tensor([0.5, 1, 1, 0])), ("client 1", "torch.float32")),
+    ("bool labels", lambda t: examples(t, y=torch.ones(4) > 0), ("client 1", "torch.bool")),
+    ("labels of a column", lambda t: examples(t, y=torch.zeros(4, 1).long()), ("client 1", "(4, 1)")),
+    ("one-hot", lambda t: examples(t, y=torch.eye(4).long()), ("client 1", "(4, 4)")),
+    ("label below 0", lambda t: examples(t, y=torch.tensor([0, 1, -1, 0])), ("client 1", "label -1")),
+    ("label ignored", lambda t: examples(t, y=torch.tensor([0, 1, -100, 0])), ("client 1", "label -100")),
+    ("array", lambda t: examples(t, np.zeros((4, 1, 28, 28), "f")), ("client 1", "ndarray")),
+    ("list of labels", lambda t: examples(t, y=[0, 1, 2, 3]), ("client 1", "[0, 1, 2, 3]")),
+    ("no tensors", lambda t: Split.of([({}, torch.tensor([0]))]), ("client 0", "{}")),
+    ("target below 0", lambda t: mapping(y=torch.tensor([[1, -2], [1, -100]])), ("client 0", "label -2")),
+    ("targets of another length", lambda t: mapping(y=torch.tensor([[1, 2, 3], [1, 2, 3]])), ("client 0", "(2, 3)")),
+    ("float mask", lambda t: mapping(x={"attention_mask": torch.tensor([[1.0, NAN], [1, 0]])}), ("client 0", "input")),
+    ("y of one dimension", lambda t: split_of(t, y=t.split.y[0]), ("y", "(6,)")),
+    ("float y", lambda t: split_of(t, y=t.split.y.float()), ("y", "float32")),
+    ("x of fewer", lambda t: split_of(t, x=t.split.x[:, :2]), ("x", "(3, 2, ")),
+    ("x of nothing", lambda t: split_of(t, x={}), ("x", "{}")),
+    ("sizes of fewer", lambda t: split_of(t, sizes=t.sizes[:2]), ("sizes", "(2,)")),
+    ("sizes of 0", lambda t: split_of(t, sizes=t.sizes * 0), ("sizes", "[0, 0, 0]")),
+    ("sizes beyond", lambda t: split_of(t, sizes=t.sizes + 9), ("sizes", "[12, 15, 13]")),
+    ("ids of fewer", lambda t: split_of(t, ids=(0, 1)), ("ids", "(0, 1)")),
+    ("map by no function", lambda t: t.split.map(3), ("function", "3")),
+    ("map of no batch", lambda t: t.split.map(lambda x: x, batch_size=0), ("batch_size", "0")),
+    # Federations
+    ("no split", lambda t: federation_of(t, test=None), ("test", "None")),
+    ("no classes", lambda t: federation_of(t, classes=0), ("classes", "0")),
+    ("classes of a float", lambda t: federation_of(t, classes=4.0), ("classes", "4.0")),
+    ("a name that is none", lambda t: federation_of(t, name=3), ("name", "3")),
+    ("fewer clients", lambda t: federation_of(t, test=t.federation.test.rows([0, 1])), ("test", "(0, 1)")),
+    ("other inputs", lambda t: federation_of(t, test=t.federation.test.map(torch.Tensor.double)), ("test", "float64")),
+    ("other sizes", lambda t: federation_of(t, test=t.federation.test.map(lambda x: x[..., :9])), ("test", "28, 9)")),
+    ("label outside", lambda t: federation_of(t, classes=2), ("client 0", "outside 0 … 1")),
+    # Moments
+    *((f"moments {n} {v!r}", lambda t, n=n, v=v: moments(**{n: v}), (f"moment {n}", said))
+      for n in "abc" for v, said in ((NAN, "NaN"), ("x", "'x'"), (True, "True"), (1j, "1j"), (None, "None"),
+                                    ([[[1.0]]], "(1, 1, 1)"), ([], "(0,)"), ([1.0, NAN], "client 1"))),
+    ("moments a below 0", lambda t: moments(a=-1.0), ("moment a", "negative")),
+    ("moments b below 0", lambda t: moments(b=[1.0, -1.0]), ("moment b", "client 1")),
+    ("moments c of -inf", lambda t: moments(c=-INF), ("moment c", "infinite")),
+    ("moments c of inf", lambda t: moments(c=INF), ("moment c", "infinite")),
+    ("moments of other shapes", lambda t: moments([1.0, 2.0], [1.0, 2.0, 3.0]), ("a, b and c", "(3,)")),
+    ("bound of NaN", lambda t: t.moments.bound(NAN), ("weight", "nan")),
+    ("bound of text", lambda t: t.moments.bound("x"), ("weight", "'x'")),
+    # Estimates, ledgers, results
+    *((f"estimate of {v!r}", lambda t, v=v: E(v), ("weight", said))
+      for v, said in (("x", "'x'"), (0.5, "0.5"), (HALF * NAN, "finite"), (HALF * 3, "1.5"), (HALF > 0, "bool"),
+                      ({"a": HALF * 3}, "1.5"), ({}, "dictionary"))),
+    ("estimate of groups alone", lambda t: E({"a": HALF}), ("client",)),
+    ("estimate of no moments", lambda t: E(HALF, 3), ("moments", "3")),
+    ("ledger of other shapes", lambda t: type(t.ledger)(t.ledger.up, t.ledger.up[:2], t.ledger.up), ("(2,)",)),
+    ("ledger of no clients", lambda t: t.ledger.zeros(0), ("clients", "0")),
+    ("ledger adds a fraction", lambda t: t.ledger.add(torch.arange(3), up=0.5), ("up", "0.5")),
+    ("ledger takes off", lambda t: t.ledger.add(torch.arange(3), steps=-1), ("steps", "-1")),
+    ("ledger of no rows", lambda t: t.ledger.add(torch.tensor([0.5])), ("clients", "float32")),
+    ("pair of NaN", lambda t: type(t.pair)(entry(lambda x: x * NAN)(t.federated), t.local, (), ()), ("federated",)),
+    ("pair of one", lambda t: type(t.pair)(t.federated, t.one, (), ()), ("local", "not one adapter")),
+    ("result of NaN", lambda t: type(t.result)(t.adapted, entry(lambda x: x * NAN)(t.local), t.ledger, 0.0), ("fin",)),
+    ("result of 7", lambda t: type(t.result)(t.adapted, t.local, t.ledger, 0.0, HALF * 14), ("weight", "7.0")),
+    ("trial of a split", lambda t: type(t.trial)(t.adapted, t.split, TINY, 0), ("federation", "Split")),
+    ("trial of seed -1", lambda t: type(t.trial)(t.adapted, t.federation, TINY, -1), ("seed", "-1")),
+    # Algorithms
+    *((f"algorithm {n}", lambda t, n=n, v=v: A("x", **{n: v}), (n, said))
+      for n, v, said in (("init", 3, "3"), ("phases", (), "()"), ("phases", (3,), "3"), ("is_uploaded", "A", "'A'"),
+                         ("finetune_steps", -1, "-1"), ("wise_ft_weight", 2.0, "2.0"), ("keep_optimizer", 1, "1"),
+                         ("privacy", 3, "3"), ("aggregate", None, "None"))),
+    ("algorithm of no name", lambda t: A(3), ("name", "3")),
+    *((f"phase {n}", lambda t, n=n, v=v: potara_lite.Phase(**{n: v}), (n, repr(v)))
+      for n, v in (("is_trained", 3), ("objective", 3), ("steps", 3), ("models", 0), ("models", 1.5))),
+    # Questions
+    ("a prompt of 3", lambda t: Question(3, "a"), ("prompt", "3")),
+    ("an answer of 3", lambda t: Question("a", 3), ("answer", "3")),
+    ("options in one text", lambda t: Question("a", "a", "ab"), ("options", "'ab'")),
+    ("an option of 3", lambda t: Question("a", "a", ("a", 3)), ("options[1]", "3")),
+    ("targets of one dimension", lambda t: next_tokens(torch.tensor([1]), torch.tensor([1])), ("ids", "(1,)")),
+    ("targets of another shape", lambda t: next_tokens(torch.ones(1, 2).long(), torch.ones(1)), ("is_target",)),
+    # Together
+    ("a head that is none", lambda t: attach(t.backbone, head="haed"), ("haed",)),
+    ("three weights for one", lambda t: potara_lite.merge_exact(t.one, t.small, HALF), ("weight", "one adapter")),
+    ("two weights for one of rank 2", lambda t: potara_lite.merge_factors(t.one, t.small, HALF[:2]), ("one adapter",)),
+    ("a size of 30 digits", lambda t: Setting(clients=10**30), ("clients", "at most")),
+    ("a rate of 400 digits", lambda t: Setting(lr=10**400), ("lr", "finite")),
+    ("a state of two clients", lambda t: potara_lite.train(
+        t.adapted, t.local, t.split, steps=1, state=short_state(2, 452)), ("state", "2 clients for 3")),
+    ("a state of another rank", lambda t: potara_lite.train(
+        t.adapted, t.local, t.split, steps=1, state=short_state(3, 7)), ("state", "452", "(3, 7)")),
+    ("no config", lambda t: attach(t.backbone, config={"r": 4}), ("config", "LoraConfig", "dict")),
+    ("alpha inf", lambda t: attach(t.backbone, alpha=INF), ("alpha", "inf")),
+    ("alpha by a config", lambda t: attach(t.backbone, config=config(lora_alpha=NAN)), ("scaling", "nan")),
+    ("alpha 0 by a config", lambda t: attach(t.backbone, config=config(lora_alpha=0)), ("scaling", "0")),
+    ("an unknown option", lambda t: fedit(t.adapted, t.split, rounds=0, local_steps=1, lrr=1), ("lrr", "lr")),
+    ("an option of another", lambda t: potara_lite.fashion_mnist(client=3), ("client", "clients")),
+    ("a method that is none", lambda t: potara_lite.paired_differences(t.rows, "mine"), ("method", "'mine'")),
+    ("a score that is none", lambda t: potara_lite.paired_differences(t.rows, "local", "f1"), ("score", "'f1'")),
+    ("calibrating on all but one", lambda t: potara_lite.from_tensors(
+        [t.pool], [t.pool], calibration_size=-1), ("calibration_size", "-1")),
+    ("a grid that starts late", lambda t: potara_lite.barrier(torch.ones(2, 2), [0.5, 1.0]), ("weights", "[0.5, 1.0]")),
+    ("two answers, one prompt", lambda t: potara_lite.encode_answers(Letters(), ["a"], [" b", " c"]), ("answers", "2")),
+    ("a backbone's part", lambda t: t.adapted({}, t.split.x[0]), ("adapter", "tensors")),
+    ("images of 32", lambda t: t.backbone(torch.zeros(2, 1, 32, 32)), ("images", "(2, 1, 32, 32)")),
+    ("tokens of 3", lambda t: t.backbone(torch.zeros(2, 4, 3)), ("tokens", "(2, 4, 3)")),
+    ("NaN losses", lambda t: potara_lite.evaluate(t.adapted, t.local, broken(t)), ("loss", "client 1")),
+    ("NaN losses on the curve", lambda t: potara_lite.estimate_curve(
+        t.adapted, t.federated, t.local, broken(t)), ("loss", "client 1")),
+    ("half sums", lambda t: potara_lite.combine_adapters([halves(t)] * 2, [1.0, 1.0]), ("weights", "torch.float16")),
+    ("estimators of a split", lambda t: potara_lite.ESTIMATORS["uniform"](
+        t.adapted, t.federated, t.local, t.split), ("federation", "Split")),
+    ("estimators of two clients", lambda t: potara_lite.ESTIMATORS["potara-paper"](
+        t.adapted, t.federated, t.local, t.federation.rows([0, 1])), ("federated", "3 adapters for 2")),
+    ("samples of two clients", lambda t: potara_lite.per_sample_gradients(
+        t.adapted, t.local, t.split.rows([0, 1])), ("adapters", "3 adapters for 2")),
+]  # fmt: skip
+
+
+def config(**options):
+    from peft import LoraConfig
+
+    return LoraConfig(r=2, target_modules=["fc1"], **options)
+
+
+def broken(t):
+    x = t.split.x.clone()
+    x[1] = NAN
+    return split_of(t, x=x)
+
+
+def halves(t):
+    return entry(lambda tensor: tensor.half() + 40_000)({n: tensor.half() for n, tensor in t.local.items()})
+
+
+@pytest.mark.parametrize("make, said", [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_what_is_wrong_in_other_ways_is_refused_in_one_line(make, said):
+    with pytest.raises(ValueError) as caught:
+        make(things())
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    assert all(part in message for part in said), (said, message)
+
+
+def test_the_table_is_as_large_as_it_says():
+    rows = sum(len(wrong_for(function, argument)) for function, argument in CASES)
+    assert len(CALLS) > 100 and rows > 3000 and len(WRONG) > 250
+
+
+# What is right, in other forms.
+
+
+def test_a_weight_may_be_a_list_an_array_or_a_column():
+    t = things()
+    expected = potara_lite.merge_exact(t.federated, t.local, torch.tensor([0.0, 0.5, 1.0]))
+    for form in (list, tuple, np.array, pd.Series, lambda w: torch.tensor(w), lambda w: torch.tensor(w).double()):
+        merged = potara_lite.merge_exact(t.federated, t.local, form([0.0, 0.5, 1.0]))
+        assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    half = potara_lite.merge_exact(t.federated, t.local, 0.5)
+    for form in (np.float32(0.5), np.array(0.5), torch.tensor(0.5), dict.fromkeys(layers(), 0.5)):
+        merged = potara_lite.merge_exact(t.federated, t.local, form)
+        assert all(torch.equal(merged[name], half[name]) for name in half)
+
+
+def test_numpys_numbers_are_taken_and_become_pythons():
+    setting = Setting(clients=np.int64(3), lr=np.float32(0.5), rounds=np.uint8(2), shift=np.bool_(True))
+    assert setting == Setting(clients=3, lr=0.5, rounds=2, shift=True)
+    assert {type(value) for value in (setting.clients, setting.rounds)} == {int} and type(setting.lr) is float
+    t, options = things(), dict(steps=np.int64(1), batch_size=np.int32(2), lr=np.float64(0.01))
+    one = potara_lite.train(t.adapted, t.local, t.split, seed=np.int64(3), **options)
+    two = potara_lite.train(t.adapted, t.local, t.split, seed=3, steps=1, batch_size=2, lr=0.01)
+    assert torch.equal(one.losses, two.losses)
+    assert repeat_adapter(t.one, np.int8(2)).keys() == t.one.keys()
+
+
+def test_stacks_are_read_by_name_whatever_their_order():
+    t = things()
+    turned = dict(reversed(t.local.items()))
+    for name in ("potara-paper", "potara-calibrated"):
+        one, two = (
+            potara_lite.ESTIMATORS[name](t.adapted, t.federated, stack, t.federation) for stack in (t.local, turned)
+        )
+        assert torch.equal(one.client_weight, two.client_weight)
+
+
+def test_a_checksum_in_capitals_is_one(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"x")
+    digest = "2D711642B726B04401627CA9FBAC32F5C8530FB1903CC4DB02258717921A4881"
+    (tmp_path / "a.sha256").write_text(f"{digest}  a.bin\n")
+    assert potara_lite.data.check_file(tmp_path / "a.bin") == tmp_path / "a.bin"
+
+
+def test_a_check_cannot_look_inside_a_transform():
+    """An objective of one's own may merge: there, values are those of all clients at once."""
+    t = things()
+    objective = lambda f, tensors: f(potara_lite.merge_exact(tensors, tensors, 0.5))  # noqa: E731
+    trained = potara_lite.train(t.adapted, t.local, t.split, steps=1, objective=objective)
+    assert trained.losses.isfinite().all()
+    with pytest.raises(ValueError, match=r"weight must be in \[0, 1\], not 7"):
+        potara_lite.train(t.adapted, t.local, t.split, steps=1,
+                          objective=lambda f, tensors: f(potara_lite.merge_exact(tensors, tensors, 7)))  # fmt: skip
+
+
+def test_a_door_keeps_what_a_function_says_of_itself():
+    @door()
+    def step(lr: float, seed: int = 0, **options):
+        """One step."""
+        return lr, seed, options
+
+    assert step.__doc__ == "One step." and str(signature(step)) == "(lr: float, seed: int = 0, **options)"
+    assert step(0.5, np.int64(3), anything=-1) == (0.5, 3, {"anything": -1})
+    assert unchecked(step)(-1) == (-1, 0, {}) and unchecked(len) is len
+    with pytest.raises(ValueError, match="lr must be positive, not -0.1"):
+        step(lr=-0.1)
+    with pytest.raises(TypeError, match="missing a required argument: 'lr'"):
+        step()
+    with pytest.raises(ValueError, match="sead is no option here: there are lr, seed"):
+        options_of(lambda lr, seed: None)("options", {"sead": 3}, {})
+
+
+def test_what_was_given_is_shown_in_one_short_line():
+    assert shown(torch.zeros(2, 3)) == "Tensor of shape (2, 3) and float32"
+    assert shown(np.zeros(4)) == "ndarray of shape (4,) and float64"
+    assert shown(-0.1) == "-0.1" and shown("x\ny") == r"'x\ny'" and len(shown([[1] * 99] * 99)) <= 80
+
+
+# Whatever comes: refused in one line, or finite and right.
+
+
+def outcome(make):
+    """What the call gives, or ``None`` where it is refused at the door, and with nothing else."""
+    try:
+        return make()
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return None
+
+
+ODD = st.one_of(
+    st.floats(width=32), st.floats(-2, 3), st.integers(-2, 3), st.booleans(), st.text(max_size=2), st.none(),
+    st.complex_numbers(max_magnitude=2),
+    st.lists(st.floats(-1, 2), max_size=4),
+)  # fmt: skip
+EXPLORED = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def real_numbers(value):
+    return not isinstance(value, bool | str | complex) and value is not None
+
+
+@EXPLORED
+@given(weight=ODD)
+def test_no_weight_is_taken_that_is_not_one_in_0_to_1_for_every_client(weight):
+    t = things()
+    merged = outcome(lambda: potara_lite.merge_exact(t.federated, t.local, weight))
+    listed = np.atleast_1d(weight) if real_numbers(weight) else np.array([NAN])
+    right = listed.shape in ((1,), (3,)) and ((listed >= 0) & (listed <= 1)).all()
+    right = right and not (isinstance(weight, list) and len(weight) != 3)
+    assert (merged is not None) == right
+    if right:
+        head = "base_model.model.head.bias"
+        w = torch.as_tensor(np.broadcast_to(listed, 3).copy()).float().unsqueeze(1)
+        torch.testing.assert_close(merged[head], w * t.federated[head] + (1 - w) * t.local[head])
+
+
+@EXPLORED
+@given(a=ODD, b=ODD, c=ODD)
+def test_no_moments_are_taken_without_a_weight_in_0_to_1(a, b, c):
+    found = outcome(lambda: moments(a, b, c))
+    if not all(map(real_numbers, (a, b, c))):
+        assert found is None
+    if found is not None:
+        assert all(np.size(one) > 0 for one in (a, b, c)) and min(np.min(a), np.min(b)) >= 0
+        assert ((found.weight >= 0) & (found.weight <= 1)).all() and not found.optimum.isnan().any()
+
+
+@EXPLORED
+@given(options=st.fixed_dictionaries({}, optional=dict(points=ODD, parabola=ODD)), clients=st.integers(1, 4))
+def test_no_estimate_is_made_of_other_clients_or_with_odd_options(options, clients):
+    t = things()
+    stack = {name: tensor[[0, 1, 2, 0][:clients]] for name, tensor in t.local.items()}
+    found = outcome(lambda: potara_lite.estimate_curve(t.adapted, t.federated, stack, t.split, **options))
+    if clients != 3 or not isinstance(options.get("parabola", True), bool):
+        assert found is None
+    if found is not None:
+        assert type(options.get("points", 2)) is int and options.get("points", 2) >= 2
+        assert found.weight.shape == (3,) and ((found.weight >= 0) & (found.weight <= 1)).all()
+
+
+@EXPLORED
+@given(name=st.sampled_from(["damping", "prior", "clip", "probe", "points", "spread", "prior_spread"]), value=ODD)
+def test_no_odd_number_reaches_the_moments(name, value):
+    t = things()
+    calls = {
+        "damping": lambda: estimators.fisher_moments(**gradients(t), damping=value).weight,
+        "prior": lambda: estimators.laplace_moments(**gradients(t), examples=(t.sizes, t.sizes), prior=value).weight,
+        "clip": lambda: estimators.fisher_moments(**gradients(t), clip=value).weight,
+        "probe": lambda: estimators.pooled_offset(*t.losses, t.sizes, probe=value)[0],
+        "points": lambda: potara_lite.weight_grid(value),
+        "spread": lambda: estimators.pooled_weight(t.grid, t.losses, t.sizes, spread=value)[0],
+        "prior_spread": lambda: estimators.pooled_weight(t.grid, t.losses, t.sizes, prior_spread=value)[0],
+    }
+    found = outcome(calls[name])
+    if found is not None:
+        numbers = value if name == "clip" else [value]
+        assert all(type(one) in (int, float) and not np.isnan(one) for one in numbers)
+        assert name == "clip" or value > 0 or (value == 0 and name in ("damping", "prior"))
+        assert found.isfinite().all()
+
+
+DTYPES = [torch.float32, torch.float64, torch.uint8, torch.int64, torch.bool, torch.complex64]
+
+
+@EXPLORED
+@given(
+    x_dtype=st.sampled_from(DTYPES), y_dtype=st.sampled_from(DTYPES), low=st.sampled_from([-101, -100, -1, 0, 3]),
+    shape=st.sampled_from([(4,), (4, 1), (4, 4), (3,), ()]), spoilt=st.sampled_from([0.0, NAN, INF]),
+)  # fmt: skip
+def test_no_examples_are_taken_that_are_not_finite_floats_with_labels(x_dtype, y_dtype, low, shape, spoilt):
+    t = things()
+    x = torch.rand(4, 1, 28, 28).to(x_dtype)
+    x[1, 0, 2, 3] = spoilt if x_dtype.is_floating_point else 1
+    y = torch.full(shape, low).to(y_dtype)
+    found = outcome(lambda: Split.of([(x, y), (x, y)], ids=[4, 7]))
+    right = y_dtype in (torch.uint8, torch.int64) and (low >= 0 or y_dtype == torch.uint8)
+    right = right and x_dtype.is_floating_point and spoilt == 0 and shape == (4,)
+    assert (found is not None) == right
+    if right:
+        assert torch.equal(found.x[0], x) and found.y.dtype == torch.int64 and (found.y == y.long()).all()
+        outside = outcome(lambda: potara_lite.Federation(found, found, found, int(y.max()) or 1))
+        assert (outside is None) == (int(y.max()) > 0) and t is not None
