@@ -666,14 +666,14 @@ BARE = {
     "what a name or a shape says": """
         adapters.is_dense_factor estimators.estimate.by_layer estimators.estimate.head_and_body
         estimators.calibrated.two_groups field.rounds.is_head field.rounds.is_shared field.algorithms.is_own
-        data.kind_of data.any_tensor data.data_path results.rows_with language.installed_minilm
+        data.kind_of data.any_tensor results.rows_with language.installed_minilm
         text_data.read_glosses field.algorithms.fedalt""",
     "checks themselves, tested in the rows below and where they are used": """
         data.check_alike data.check_examples data.check_pairs data.pool_of_examples engine.training.check_clients
         engine.training.check_losses scoring.check_count language.check_source language.next_tokens
         engine.loss.checked_logits""",
     "files, tested with their loaders": """
-        adapters.load_adapter adapters.save_adapter data.check_file text_data.read_task results.write_atomically""",
+        adapters.load_adapter adapters.save_adapter text_data.read_task""",
     "dictionaries of tensors and batches taken apart and put together, in every step": """
         adapters.adapter_from_delta adapters.delta_added adapters.flatten adapters.unflatten adapters.select_clients
         data.draw data.map_inputs data.pad_stack data.take merging.concat_ranks merging.limit_rank
@@ -690,7 +690,7 @@ BARE = {
         estimators.calibrated.pooled_mean estimators.calibrated.weigh estimators.calibrated.weigh_offset
         estimators.combination.simplex_moments""",
     "parts of methods, which `run_algorithm`, `run_methods` and `sweep` call": """
-        experiment.best_on_test experiment.independent_pair experiment.initial_adapter field.algorithms.fold
+        results.holm experiment.best_on_test experiment.independent_pair experiment.initial_adapter field.algorithms.fold
         field.algorithms.fold_and_redraw field.algorithms.folded field.algorithms.keep_anchor
         field.algorithms.mean_and_residual field.algorithms.mean_product field.algorithms.others
         field.algorithms.own field.algorithms.shared_loss field.algorithms.shares
@@ -701,7 +701,16 @@ BARE = {
         field.rounds.finetune_step field.rounds.first_client field.rounds.message_bytes field.rounds.select_prefix
         field.rounds.server_step field.sweep.fingerprint""",
 }
-APART = ("flower/", "teaching/", "__main__.py", "potara.py", "door.py", "stacks.py")  # tested for themselves
+APART = (
+    "flower/",
+    "teaching/",
+    "__main__.py",
+    "potara.py",
+    "door.py",
+    "stacks.py",
+    "files.py",
+    "run_folder.py",
+)  # tested for themselves
 CLASSES = (
     "Setting Federation Split Moments Estimate Execution Ledger Pair Result Trial Algorithm Phase Question".split()
 )
