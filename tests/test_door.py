@@ -690,7 +690,8 @@ BARE = {
         estimators.calibrated.pooled_mean estimators.calibrated.weigh estimators.calibrated.weigh_offset
         estimators.combination.simplex_moments""",
     "parts of methods, which `run_algorithm`, `run_methods` and `sweep` call": """
-        results.holm experiment.best_on_test experiment.independent_pair experiment.initial_adapter field.algorithms.fold
+        results.holm experiment.best_on_test experiment.independent_pair experiment.initial_adapter
+        field.algorithms.fold
         field.algorithms.fold_and_redraw field.algorithms.folded field.algorithms.keep_anchor
         field.algorithms.mean_and_residual field.algorithms.mean_product field.algorithms.others
         field.algorithms.own field.algorithms.shared_loss field.algorithms.shares
@@ -731,7 +732,7 @@ def test_every_public_function_has_a_door_and_rows_or_a_reason():
         assert not hasattr(found[name], "checks"), name
     for name in CALLS:
         free = set(signature(find(name)).parameters) - find(name).checks.keys()
-        assert free <= {"train", "test", "calibration", "proportions", "x", "options"}, (name, free)
+        assert free <= {"train", "test", "calibration", "proportions", "x", "options", "finished"}, (name, free)
         for argument in find(name).checks:
             if argument not in CALLS[name](things()):
                 assert argument in ("options", "training", "fixed", "objective"), (name, argument)
