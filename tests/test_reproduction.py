@@ -94,3 +94,15 @@ def test_the_page_says_what_the_rows_say(tmp_path, monkeypatch):
     verdicts.main()
     assert page.read_text() == committed
     assert not re.search(r"-->\n<!-- /", committed), "a table is missing"
+
+
+def test_the_readme_says_what_the_budgets_say():
+    readme = " ".join((verdicts.HERE.parent / "README.md").read_text().split())
+    means, best = verdicts.by_seed(verdicts.read("budgets"), "accuracy"), "potara-calibrated, local from federated"
+    above = verdicts.differences(verdicts.over_federations(means), best, ["potara-calibrated"])
+    assert f"and by {verdicts.shown(above.difference.item(), above['±'].item())} at the paper's budgets" in readme
+    found = verdicts.differences(means, best, list(verdicts.BASELINES))
+    assert len(found) == 2 * 7 and (found["p (Holm)"] < verdicts.LEVEL).all() and (found.difference > 0).all()
+    bytes_of = verdicts.summary(verdicts.read("budgets"))["bytes"]
+    for federation in bytes_of.index.unique("federation"):
+        assert bytes_of[federation, best] == bytes_of[federation, "potara-calibrated"]
