@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "reproduction.md"
 LEVEL = 0.05
 BARRIER = 0.02  # nats: a rise above the straight line that would be seen
+PARTS = "budgets", "conditions", "inits", "samples", "late", "three", "other-budgets", "other-conditions"
 BASELINES = "local", "FedIT", "FFA-LoRA", "FedSA-LoRA", "FedDPA-T", "FedALT", "Ditto"
 
 
@@ -361,6 +362,7 @@ def main() -> None:
     columns = {"experiment": "experiment", "measured": "measured", "verdict": "verdict"}
     table = pd.DataFrame({c.says: {name: getattr(c, name) for name in columns} for c in claims}).T.rename_axis("claim")
     fill(PAGE, "claims", markdown(table))
+    fill(PAGE, "seeds", f"Seeds: {', '.join(f'{part} {read(part).seed.nunique()}' for part in PARTS)}.")
     for claim in claims:
         for name, each in claim.tables.items():
             fill(PAGE, name, markdown(each))
