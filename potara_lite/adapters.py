@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .data import Inputs
-from .door import kind, one_or_several, optional, positive, several, text
+from .door import kind, named, one_or_several, optional, positive, several, text
 from .files import reading, write_atomically
 from .prefix import blocks_below, call_network, hidden_below
 from .stacks import (
@@ -41,6 +41,7 @@ from .stacks import (
     lora_layers,
     one_adapter,
     rank_dim,
+    rows_of_clients,
     stacks,
 )
 
@@ -357,7 +358,7 @@ def repeat_adapter(adapter: Adapter, clients: int) -> Adapter:
     return {name: tensor.expand(clients, *tensor.shape).clone() for name, tensor in adapter.items()}
 
 
-@door(client=client_row)
+@door(stack=rows_of_clients, client=client_row)
 def client_adapter(stack: Adapter, client: int) -> Adapter:
     """One client's adapter out of a stack, by its row."""
     return {name: tensor[client] for name, tensor in stack.items()}
@@ -381,7 +382,7 @@ def unflatten(flat: Tensor, like: Adapter) -> Adapter:
     return {name: part.reshape(-1, *like[name].shape) for name, part in zip(like, parts)}
 
 
-@door(adapter=any_adapter)
+@door(adapter=named(kind("Tensor"), least=0))
 def adapter_bytes(adapter: Adapter) -> int:
     """What an adapter weighs when it travels: the bytes of its tensors, in the dtype they have."""
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())

@@ -158,12 +158,18 @@ def one_adapter(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
 
 def stack(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     """A stack, with the tensors of the backbone where there is one."""
-    found = any_adapter(name, value, given)
+    found = rows_of_clients(name, any_adapter(name, value, given), given)
+    return fitting(name, found, given["adapted"]) if "adapted" in given else found
+
+
+def rows_of_clients(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
+    """A stack, whatever its values are: that of a client whose training failed can be taken apart."""
+    found = plain.named(plain.kind("Tensor"))(name, value, given)
     if is_stack(found) is False:
         raise ValueError(f"{name} must be a stack, with the clients on dim 0, not one adapter (see repeat_adapter)")
     if len(counts := sorted({len(tensor) for tensor in found.values()})) > 1:
         raise ValueError(f"{name} must have as many clients in every tensor, not {counts}")
-    return fitting(name, found, given["adapted"]) if "adapted" in given else found
+    return found
 
 
 def trained_stack(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:

@@ -463,6 +463,9 @@ BAD = {
     "adapters": STACK,
     "federated local optimum": STACK,
     "adapter": ADAPTER,
+    "weighed": [5, "x", (lambda v: list(v), "dictionary"), (entry(lambda t: t.tolist()), "list")],
+    "taken_apart": [5, "x", (lambda v: {}, "dictionary"), (entry(lambda t: t.tolist()), "list"),
+                    (lambda v: client_adapter(v, 0), "not one adapter"), (entry(lambda t: t[:2]), "[2, 3]")],
     "uploads stack": [*ADAPTER, (lambda v: client_adapter(v, 0), "not one adapter")],
     "sent": ADAPTER,
     "several": [
@@ -562,6 +565,8 @@ MEANT = {
     ("field.methods.from_algorithm", "algorithm"): "algorithm_of",
     ("engine.training.train", "loss"): "loss_of",
     ("engine.training.train", "clip"): "lr",
+    ("adapters.adapter_bytes", "adapter"): "weighed",
+    ("adapters.client_adapter", "stack"): "taken_apart",
     ("backbones.torchvision_vit", "weights"): "weights_name",
     ("language.pad_tokens", "rows"): "token_rows",
     ("data.shift_images", "x"): "images",
