@@ -431,6 +431,8 @@ def fashion_mnist(**options) -> Federation:
             images, labels = file[f"{part}_images"], file[f"{part}_labels"]
             if images.shape != (len(labels), 28, 28) or {images.dtype, labels.dtype} != {np.dtype(np.uint8)}:
                 raise ValueError(f"{part}: {images.dtype} {images.shape} are no images of {len(labels)} labels")
+            if labels.max(initial=0) > 9:
+                raise ValueError(f"{part} has label {labels.max()}, which is outside 0 … 9")
             pools.append((torch.from_numpy(images).unsqueeze(1) / 255, torch.from_numpy(labels).long()))
     return partition(*pools, classes=10, **{"name": "Fashion-MNIST", **options})
 

@@ -57,7 +57,7 @@ def test_a_part_of_the_script_runs_and_is_resumed(tmp_path):
     assert best in paper.triples(None)
 
 
-def test_budgets_give_the_baselines_600_steps_and_the_merges_700(monkeypatch):
+def test_budgets_give_the_baselines_600_steps_and_the_merges_700(adapted, federation):
     steps = {}
 
     def remember(name):
@@ -67,7 +67,7 @@ def test_budgets_give_the_baselines_600_steps_and_the_merges_700(monkeypatch):
 
         return method
 
-    trial = paper.Trial(None, None, paper.PAPER, 0)
+    trial = paper.Trial(adapted, federation, paper.PAPER, 0)
     assert paper.with_600_steps(remember("baseline"))(trial) == 600
     assert paper.PAPER.total_steps == 700
     assert paper.PAPER.rounds * paper.PAPER.round_steps == 400

