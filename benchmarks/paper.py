@@ -3,7 +3,7 @@
     python benchmarks/paper.py --processes 2      # all parts; what is finished is kept (paper/) and never recomputed
     python benchmarks/paper.py --part budgets     # one of them
     python benchmarks/paper.py --scale quick      # seconds; its figures mean nothing
-    python benchmarks/paper.py --report           # the tables and the page from what is finished
+    python benchmarks/paper.py --report           # the rows of what is finished; then verdicts.py writes the page
 
 Fashion-MNIST and the lab ViT with LoRA in the last of its four blocks: what is below is computed once, so that
 the reported numbers of steps fit on two cores. All is a sweep of methods over settings, as in ``field.py``:
