@@ -36,10 +36,11 @@ import pandas as pd
 import torch
 from pages import facts
 from peft import LoraConfig
+from suite import few
 
 from potara_lite import Setting, attach, fashion_mnist, lab_vit, merge_factors, partition
 from potara_lite.adapters import adapter_bytes, stack_adapters
-from potara_lite.data import Federation, Split, take
+from potara_lite.data import Federation
 from potara_lite.engine.federated import Ledger, fedit
 from potara_lite.estimators import Estimate, estimate_calibrated, estimate_curve, estimate_paper, estimate_uniform
 from potara_lite.experiment import (
@@ -81,12 +82,6 @@ def grey_cifar10(setting: Setting, seed: int, place: str) -> Federation:
     """A federation of one half of CIFAR-10's test split, tested on the other."""
     pools = other_data.cifar10(place)
     return partition(*pools, 10, **setting.partition, seed=seed, name="grey CIFAR-10")
-
-
-def few(split: Split, samples: int) -> Split:
-    """The first ``samples`` examples of every client."""
-    first = slice(None), slice(samples)
-    return replace(split, x=take(split.x, first), y=split.y[first], sizes=split.sizes.clamp_max(samples))
 
 
 def on(part: str, samples: int, estimate: Callable[..., Estimate], **options) -> Callable[..., Estimate]:
@@ -244,7 +239,7 @@ def federated_without(late: bool, trial: Trial) -> Pair:
                 ledger = Ledger.zeros(clients).add(torch.arange(clients), **cost)
             federated = stack_adapters([one.adapter for one in chosen])
             costs = (ledger, trial.pair.ledgers[1]), trial.pair.seconds
-            trial.pairs["without a quarter", is_late] = Pair(federated, trial.pair.local, *costs)
+            trial.pairs[key[0], is_late] = Pair(federated, trial.pair.local, *costs)
     return trial.pairs[key]
 
 

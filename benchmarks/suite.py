@@ -43,7 +43,7 @@ from torch import Tensor
 from potara_lite import Setting, estimators, evaluate, fedit, merge_exact, prepare, repeat_adapter, train, train_pair
 from potara_lite.adapters import Adapter
 from potara_lite.connectivity import along_segment, weight_grid
-from potara_lite.data import take
+from potara_lite.data import Split, take
 from potara_lite.estimators import (
     Estimate,
     by_layer,
@@ -163,11 +163,16 @@ def seeds_of(estimator: str) -> list[int]:
     return list(SEEDS)[:1] if estimator in DEAR else list(SEEDS)
 
 
+def few(split: Split, samples: int) -> Split:
+    """The first ``samples`` examples of every client."""
+    first = slice(None), slice(samples)
+    return replace(split, x=take(split.x, first), y=split.y[first], sizes=split.sizes.clamp_max(samples))
+
+
 def samples(federation) -> SimpleNamespace:
     """What an estimator may see: the calibration samples and as many, 30, of each client's training samples."""
     split = federation.train
-    few = replace(split, x=take(split.x, (slice(None), slice(30))), y=split.y[:, :30], sizes=split.sizes.clamp_max(30))
-    return SimpleNamespace(calibration=federation.calibration, few=few, train_sizes=split.sizes)
+    return SimpleNamespace(calibration=federation.calibration, few=few(split, 30), train_sizes=split.sizes)
 
 
 @contextmanager
