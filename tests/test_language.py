@@ -568,7 +568,7 @@ def test_what_is_said_of_the_engine_on_text_was_measured():
     assert f"they spread {' and '.join(spread)}" in page
     peak = {name: f"{size / 1e9:.1f} GB" for name, size in all_blocks["peak bytes"].items()}
     assert f"then reach {peak['engine']} (engine) and {peak['sequential']} (loop) with all blocks" in page
-    assert found["machine"]["threads"] == 2 and found["options"]["repeats"] == 5 and not found["options"]["cpu_time"]
+    assert found["machine"]["threads"] == 2 and found["options"]["repeats"] == 7 and not found["options"]["cpu_time"]
 
 
 def test_an_empty_folder_says_what_it_lacks(tmp_path):
