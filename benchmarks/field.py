@@ -2,11 +2,14 @@
 
     python benchmarks/field.py --processes 2      # lab: Fashion-MNIST, the lab ViT, two CPU cores
     python benchmarks/field.py --scale quick      # seconds; its figures mean nothing
+    python benchmarks/field.py --scale grey-cifar10 --data PLACE    # the same on grey CIFAR-10, two seeds
     python benchmarks/field.py --scale paper --device cuda --data datasets   # CIFAR-100 and ViT-B/16, downloaded
     python benchmarks/field.py --tune             # the methods' options, by calibration examples of seed 100
     python benchmarks/field.py --report           # tables and figure from what is finished
 
 Interrupted, it goes on where it stopped (``field/``). Processes share the federations and seeds, and the cores.
+Grey CIFAR-10 is dealt from its test split, which the backbone has not seen: by torchvision from the folder PLACE, or
+from a file of JPEGs. All options are those that were chosen on Fashion-MNIST.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from other_data import grey_cifar10
 from pages import facts, fill, markdown
 
-from potara_lite import Setting, attach, from_torchvision, prepare, torchvision_vit
+from potara_lite import Setting, attach, from_torchvision, lab_vit, prepare, torchvision_vit
 from potara_lite.experiment import Method, Result, Trial
 from potara_lite.field.methods import FAMILIES, METHODS, REFERENCES
 from potara_lite.field.sweep import read_results, sweep
@@ -50,9 +54,14 @@ SCALES = {
     },
     "paper": {"8 clients": PAPER, "20 clients": replace(PAPER, clients=20)},
 }
+SCALES["grey-cifar10"] = SCALES["lab"]
+FOLLOWED = [  # from one data set to the other
+    "potara-calibrated, local from federated", "potara-calibrated", "uniform", "potara-paper", "WiSE-FT", "FedPer",
+    "FedSA-LoRA", "FedIT, fine-tuned", "local", "FedIT",
+]  # fmt: skip
 PAIR = "the two models of the merges"
 FROM_FEDERATED = "the two, local from federated"
-SEEDS = {"quick": range(1), "lab": range(5), "paper": range(5)}
+SEEDS = {"quick": range(1), "lab": range(5), "grey-cifar10": range(2), "paper": range(5)}
 
 
 def prepare_paper(root: str, setting: Setting, seed: int, *, weights: str | None = "DEFAULT", download: bool = True):
@@ -61,6 +70,12 @@ def prepare_paper(root: str, setting: Setting, seed: int, *, weights: str | None
     backbone = torchvision_vit(classes=federation.classes, weights=weights)
     adapted = attach(backbone, rank=setting.rank, targets=("mlp.0", "mlp.3"), head="heads.head", seed=seed)
     return adapted.to(setting.device), federation.to(setting.device)
+
+
+def prepare_grey(place: str, setting: Setting, seed: int):
+    """Grey CIFAR-10 and the lab ViT with LoRA in all its blocks."""
+    adapted = attach(lab_vit(10), rank=setting.rank, seed=seed).to(setting.device)
+    return adapted, grey_cifar10(setting, seed, place).to(setting.device).map(adapted.embed)
 
 
 RATES = 1, 0.5, 2
@@ -171,6 +186,20 @@ def overview(board: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def survives(lab: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """A line per federation: how alike two data sets rank the methods (Spearman), and places of methods on both, the
+    first being the most accurate of those that are no reference."""
+    boards, lines = [leaderboard(rows).accuracy.drop(REFERENCES, level="method") for rows in (lab, other)], {}
+    for federation in boards[1].index.unique("federation"):
+        one, two = (board.loc[federation] for board in boards)
+        one = one[one.index.isin(two.index)]
+        ranks = [scores.rank(ascending=False, method="min") for scores in (one, two)]
+        lines[federation] = {"rank correlation": one.corr(two, method="spearman")} | {
+            name: f"{ranks[0][name]:.0f} → {ranks[1][name]:.0f}" for name in FOLLOWED
+        }
+    return pd.DataFrame(lines).T.rename_axis("federation")
+
+
 def keep(rows: pd.DataFrame, path: Path) -> None:
     """Write the rows; the same rows are the same bytes."""
     rows.to_csv(path, index=False, compression={"method": "gzip", "mtime": 0})
@@ -200,7 +229,9 @@ def work(number: int, args: argparse.Namespace) -> None:
     if args.tune:  # calibration examples train nobody, and more of them cost next to nothing
         methods, seeds, options = candidates(), [100], {"eval_split": lambda federation: federation.calibration}
         settings = {name: replace(setting, calibration_size=150) for name, setting in settings.items()}
-    load, shard = partial(prepare_paper, args.data) if args.scale == "paper" else prepare, (number, args.processes)
+    elsewhere = {"paper": prepare_paper, "grey-cifar10": prepare_grey}
+    load = partial(elsewhere[args.scale], args.data) if args.scale in elsewhere else prepare
+    shard = number, args.processes
     sweep(methods, settings, seeds, args.out / args.name, prepare=load, shard=shard, progress=True, **options)
 
 
@@ -211,7 +242,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--data", default="datasets", help="where torchvision keeps what it downloads")
+    parser.add_argument("--data", default="datasets", help="where torchvision keeps what it downloads, or CIFAR-10 is")
     parser.add_argument("--out", type=Path, default=HERE / "field", help="for what is finished; tables go beside it")
     args = parser.parse_args()
     args.name = f"{args.scale}-tune" if args.tune else args.scale
@@ -227,8 +258,11 @@ def main() -> None:
         print(*(f"{method}: {options}" for method, options in best(rows).items()), sep="\n")
     else:
         report(rows, args.name, folder)
-    if args.name == "lab" and folder == HERE:
-        fill(HERE.parent / "docs" / "field.md", "field", markdown(overview(leaderboard(rows))))
+    if args.name in ("lab", "grey-cifar10") and folder == HERE:
+        page, lab = HERE.parent / "docs" / "field.md", pd.read_csv(HERE / "field-lab.csv.gz")
+        fill(page, args.name, markdown(overview(leaderboard(rows))))
+        if (other := HERE / "field-grey-cifar10.csv.gz").exists():
+            fill(page, "survives", markdown(survives(lab, pd.read_csv(other))))
 
 
 if __name__ == "__main__":

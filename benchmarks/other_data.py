@@ -85,6 +85,11 @@ def cifar10(place: str) -> list[Examples]:
     return halves(x[:, :, 2:30, 2:30], y, 5000)
 
 
+def grey_cifar10(setting: Setting, seed: int, place: str) -> Federation:
+    """A federation of one half of CIFAR-10's test split, tested on the other."""
+    return partition(*cifar10(place), 10, **setting.partition, seed=seed, name="grey CIFAR-10")
+
+
 def digits() -> list[Examples]:
     """Two pools of scikit-learn's digits, enlarged to 28×28."""
     from sklearn.datasets import load_digits

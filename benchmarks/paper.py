@@ -31,14 +31,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import other_data
 import pandas as pd
 import torch
+from other_data import grey_cifar10
 from pages import facts
 from peft import LoraConfig
 from suite import few
 
-from potara_lite import Setting, attach, fashion_mnist, lab_vit, merge_factors, partition
+from potara_lite import Setting, attach, fashion_mnist, lab_vit, merge_factors
 from potara_lite.adapters import adapter_bytes, stack_adapters
 from potara_lite.data import Federation
 from potara_lite.engine.federated import Ledger, fedit
@@ -76,12 +76,6 @@ def prepare_vit(setting: Setting, seed: int, *, init: bool | str = True, cifar10
     )
     adapted = attach(backbone, config=config, seed=seed).to(setting.device)
     return adapted, federation.to(setting.device).map(adapted.embed)
-
-
-def grey_cifar10(setting: Setting, seed: int, place: str) -> Federation:
-    """A federation of one half of CIFAR-10's test split, tested on the other."""
-    pools = other_data.cifar10(place)
-    return partition(*pools, 10, **setting.partition, seed=seed, name="grey CIFAR-10")
 
 
 def on(part: str, samples: int, estimate: Callable[..., Estimate], **options) -> Callable[..., Estimate]:

@@ -3,7 +3,8 @@
     python benchmarks/quick.py
 
 Runs ``python -m potara_lite --seeds 0 1 2 3 4`` and keeps its ``results.csv`` and ``config.json`` as ``quick.csv`` and
-``quick.json``; writes the summary and a figure into the README and, with the paired differences, into ``quick.md``.
+``quick.json``; writes the summary and a figure into the README and, with the paired differences, into ``quick.md``. What
+``--local-from-federated`` changes are further rows of the same table.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ from potara_lite.results import paired_differences, summary
 from potara_lite.teaching.plots import along_weight
 
 HERE = Path(__file__).parent
+MERGES = "uniform", "potara-paper", "potara-calibrated"
+
+
+def command(folder: str, *options: str) -> pd.DataFrame:
+    """The rows of a run of the command."""
+    call = [sys.executable, "-m", "potara_lite", "--seeds", *"01234", "--out", folder, "--quiet", *options]
+    subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
+    return pd.read_csv(Path(folder) / "results.csv")
 
 
 def paired(rows: pd.DataFrame) -> pd.DataFrame:
@@ -57,12 +66,13 @@ def figure() -> Figure:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "potara_lite", "--seeds", *"01234", "--out", folder, "--quiet"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        shutil.copy(Path(folder) / "results.csv", HERE / "quick.csv")
-        shutil.copy(Path(folder) / "config.json", HERE / "quick.json")
-    table, differences = tables(pd.read_csv(HERE / "quick.csv"))
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        rows, more = command(one), command(other, "--local-from-federated")
+        shutil.copy(Path(one) / "config.json", HERE / "quick.json")
+    more = more[more.method.isin(MERGES)]
+    rows = pd.concat([rows, more.assign(method=more.method + ", local from federated")])
+    rows.to_csv(HERE / "quick.csv", index=False)
+    table, differences = tables(rows)
     (HERE / "quick.md").write_text(
         f"# The command's table\n\n{table}\n\n"
         f"Paired over the seeds (mean difference, standard error):\n\n{differences}\n"

@@ -396,6 +396,31 @@ def test_the_overview_by_hand():
     assert found.loc["local", "g"] == "**0.900 ± 0.000**" and found.loc[ORACLE, "f"] == "0.950 ± 0.000"
 
 
+def test_what_survives_on_other_data_by_hand(monkeypatch):
+    field = script("field")
+    monkeypatch.setattr(field, "FOLLOWED", ["a", "c"])
+
+    def rows(federation, **accuracies):
+        lines = [table([[accuracy] * 2] * 2, name, federation) for name, accuracy in accuracies.items()]
+        return pd.concat([*lines, table([[0.99] * 2] * 2, ORACLE, federation)])
+
+    lab = pd.concat([rows("f", a=0.9, b=0.8, c=0.7, d=0.6), rows("g", a=0.9, b=0.8, c=0.7)])
+    other = pd.concat([rows("f", a=0.5, b=0.8, c=0.7), rows("g", a=0.3, b=0.2, c=0.1)])
+    found = field.survives(lab, other)  # d is on one of them only; the reference has no place
+    assert found.loc["f"].tolist() == [pytest.approx(-0.5), "1 → 3", "3 → 2"]
+    assert found.loc["g"].tolist() == [pytest.approx(1.0), "1 → 1", "3 → 3"]
+
+
+def test_the_field_on_grey_images_has_the_federations_of_the_lab(monkeypatch):
+    field, pool = script("field"), (torch.rand(400, 1, 28, 28), torch.arange(400) % 10)
+    monkeypatch.setattr("other_data.cifar10", lambda place: [pool, pool] if place == "there" else 1 / 0)
+    assert field.SCALES["grey-cifar10"] == field.SCALES["lab"]
+    setting = replace(field.LAB, clients=2, train_size=8, calibration_size=4, test_size=8)
+    adapted, federation = field.prepare_grey("there", setting, 0)
+    assert federation.name == "grey CIFAR-10" and federation.train.y.shape == (2, 8)
+    assert adapted.initial.keys() == field.prepare(setting, 0)[0].initial.keys()
+
+
 def test_paired_differences_are_a_paired_t_test_over_seeds_with_holms_correction():
     rng = np.random.default_rng(0)
     own, *others = (rng.normal(mean, 0.02, (5, 4)) for mean in (0.8, 0.7, 0.79, 0.8))
