@@ -46,10 +46,13 @@ def test_the_table_by_hand(other_data):
     names = list(other_data.NAMES)
     rows = [some(name, 0.1, seed) for name in names for seed in (5, 6)]
     default = next(name for name, short in other_data.NAMES.items() if short == "default")
+    rows += [some("local alone", 0.0, seed, local="over-fitted") for seed in (5, 6)]
+    rows += [some("federated alone", 0.0, 6, local="over-fitted"), some("federated alone", 0.1, 5, local="over-fitted")]
     rows += [some(default, 0.3, 5, beats=False, local="over-fitted"), some(default, 0.5, 6, local="over-fitted")]
     line = other_data.table(pd.DataFrame(rows)).loc["a"]
     assert line["λ = ½"] == pytest.approx(0.1) and line["default"] == pytest.approx(0.25)
     assert line["default, worst"] == pytest.approx(0.4) and line["beats both"] == pytest.approx(0.75)
+    assert line["gain > 0.005"] == 1  # over-fitted, one model is as good as the oracle
     assert line["default ±"] == pytest.approx(np.std([0.2, 0.3], ddof=1) / 2**0.5)
 
 
@@ -71,9 +74,28 @@ def test_the_page_has_the_tables_of_the_committed_rows(other_data, committed, pa
     assert (cells == len(other_data.NAMES)).all()
 
 
-def test_the_default_is_below_what_the_page_says_on_every_source(other_data, committed, page):
+def test_what_the_page_says_of_the_default_is_in_the_rows(other_data, committed, page):
     fresh = committed[committed.seed.isin(other_data.FRESH)]
-    assert fresh.seed.unique().tolist() == [5] and "(seed 5 so far" in page
-    table = other_data.table(fresh)
+    assert sorted(fresh.seed.unique()) == [5, 6, 7, 8, 9] and "on seeds 5 to 9" in page
+    table, text = other_data.table(fresh), " ".join(page.split())
     for other in ("λ = ½", "paper's", "own curve"):
         assert (table["default"] < table[other]).all()
+    means = [f"{table.default[name]:.4f}" for name in ("Fashion-MNIST", "digits", "grey CIFAR-10", "small backbone")]
+    said = f"The mean is {', '.join(means[:3])} and {means[3]} from source to source, {table.default.mean():.4f} over"
+    assert said in text and f"the worst federation has {table['default, worst'].max():.4f}" in text
+    above = table["default"] - table["best single λ (test data)"]
+    assert (above < 0.002).sum() == 3 and above.idxmax() == "digits"
+    short = fresh.assign(estimator=fresh.estimator.map(other_data.NAMES))
+    federation = ["source", "alpha", "shift", "local"]
+    regret = short.groupby([*federation, "estimator"]).regret.mean().unstack()
+    worse = (regret.default - regret["λ = ½"]).sort_values()
+    assert f"Of {len(worse)} federations it is below λ = ½ in {(worse < 0).sum()}" in text
+    assert f"at most {worse.iloc[-1]:.4f} (α = 2, default length" in text
+    assert worse.index[-1] == ("grey CIFAR-10", 2.0, False, "default") and worse.index[-2][0] == "grey CIFAR-10"
+    own, client = short[short.estimator == "default"], [*federation, "seed", "client"]
+    alone = short[short.estimator.isin(["local", "federated"])].groupby(client).regret.min().rename("gain")
+    own = own.join(alone, on=client)
+    shares = own[own.oracle_beats_both].beats_both.mean(), own[own.gain > other_data.WORTHWHILE].beats_both.mean()
+    assert f"merge does for {100 * shares[0]:.0f} %; of those who can gain more than 0.005 nats" in text
+    assert f"nats for {100 * shares[1]:.1f} %" in text and other_data.WORTHWHILE == 0.005
+    assert f"alone regrets {table.federated['digits']:.3f}" in text
