@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 
 import pandas as pd
+import transformers
 from field import equal_merge, keep, overview
 from other_data import NAMES
 from pages import facts, fill, markdown
@@ -197,14 +198,24 @@ def reading(rows: pd.DataFrame, estimates: pd.DataFrame) -> str:
     )
 
 
+def made() -> str:
+    """What the rows were made with, in words; nothing before the first run."""
+    if not (path := HERE / "language.json").is_file():
+        return ""
+    found = json.loads(path.read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"Made with {versions} on {found['machine']['threads']} threads ({found['machine']['processor']})."
+
+
 def blocks(rows: pd.DataFrame, estimates: pd.DataFrame) -> dict[str, str]:
-    """What stands in the page: the tables, and what they say."""
+    """What stands in the page: the tables, what they say, and what they were made with."""
     differences = paired_differences(rows, score="loss").loc["label skew"].sort_values("difference")
     return {
         "reading": reading(rows, estimates),
         "language": markdown(overview(leaderboard(rows)).sort_values("loss")),
         "regrets": markdown(regrets(estimates), digits=4),
         "differences": markdown(differences, digits=4),
+        "made": made(),
     }
 
 
@@ -220,6 +231,11 @@ def report(rows: pd.DataFrame, estimates: pd.DataFrame) -> None:
     frontiers(board, pareto_front(board), references=REFERENCES).savefig(HERE / "language.png", dpi=100)
     for name, text in blocks(rows, estimates).items():
         fill(page, name, text)
+
+
+def remember(run: dict) -> None:
+    """Write what a run was made with, which every report reads."""
+    (HERE / "language.json").write_text(json.dumps(run, indent=1) + "\n")
 
 
 def main() -> None:
@@ -241,12 +257,12 @@ def main() -> None:
         for path in old:
             path.unlink()
     if not args.report:
-        before = len(list(DONE.glob("*/**/*.csv")))
+        run = {"files before": len(list(DONE.glob("*/**/*.csv")))} | facts(transformers=transformers.__version__)
+        remember(run)  # an interrupted run is one, too
         for seed in SEEDS:  # one after another, so that what is finished is whole seeds
             cells(seed)
             sweep(methods(), {"label skew": LAB}, [seed], DONE / "table", union_size=5, progress=True)
-        minutes = (time.perf_counter() - began) / 60
-        (HERE / "language.json").write_text(json.dumps({"files before": before, "minutes": minutes} | facts()) + "\n")
+        remember(run | {"minutes": (time.perf_counter() - began) / 60})
     report(read_results(DONE / "table"), finished_cells())
 
 

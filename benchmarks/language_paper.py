@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,13 +26,14 @@ import transformers
 from pages import facts
 
 from potara_lite import Setting, attach, causal_lm, client_adapter, save_adapter
+from potara_lite.__main__ import check_device
 from potara_lite.adapters import AdaptedBackbone, select_clients
 from potara_lite.data import Federation, from_tensors
 from potara_lite.experiment import PAIR_METHODS, Method, Result, Trial
 from potara_lite.field import algorithms
 from potara_lite.field.methods import from_algorithm, local_training
-from potara_lite.files import write_atomically
-from potara_lite.language import check_source, encode_answers
+from potara_lite.files import one_line, write_atomically
+from potara_lite.language import check_source, encode_answers, text_tokenizer
 from potara_lite.prefix import linear_layers
 from potara_lite.results import result_rows
 from potara_lite.scoring import exact_match, multiple_choice, write_answers
@@ -46,17 +48,25 @@ def parts_of(examples: Sequence[Question]) -> list[Sequence[Question]]:
     total = min(len(examples), sum(REPORTED.values()))
     held, tested = (max(1, round(total * SHARES[name])) for name in ("calibration_size", "test_size"))
     trained = total - held - tested
-    if trained < 1:
-        raise ValueError(f"a task with {len(examples)} examples cannot be split in three")
     return [examples[:trained], examples[trained : trained + held], examples[trained + held : total]]
 
 
-def prepare(args: argparse.Namespace, seed: int) -> tuple[AdaptedBackbone, Federation, list[Sequence[Question]]]:
+def read_tasks(paths: Sequence[Path], seed: int) -> list[list[Sequence[Question]]]:
+    """Every task's three parts. Raises ``ValueError`` naming a file that cannot be read or has too few examples."""
+    tasks = []
+    for path in paths:
+        examples = read_task(path, seed)
+        if len(examples) < 3:
+            raise ValueError(f"{path} has {len(examples)} examples, at least 3 are needed: to train, calibrate and test")
+        tasks.append(parts_of(examples))
+    return tasks
+
+
+def prepare(args: argparse.Namespace, seed: int, tokenizer) -> tuple[AdaptedBackbone, Federation, list[Sequence[Question]]]:
     """The model with empty adapters, the federation of the tasks, and every client's test examples."""
+    tasks = read_tasks(args.tasks, seed)
     network = causal_lm(args.model, dtype=torch.bfloat16)
     adapted = attach(network, rank=args.rank, targets=linear_layers(network, args.last), head=None, seed=seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    tasks = [parts_of(read_task(path, seed)) for path in args.tasks]
 
     def encoded(part: Sequence[Question]):
         prompts = [example.prompt for example in part]
@@ -106,7 +116,8 @@ def answers_scored(result: Result, tests: Sequence[Sequence[Question]], tokenize
     if free:
         stack = select_clients(result.adapters, torch.tensor(free))
         prompts = [[example.prompt for example in tests[i]] for i in free]
-        texts = write_answers(result.adapted, stack, prompts, tokenizer, steps=args.new_tokens, **options)
+        lengths = dict(steps=args.new_tokens, max_length=args.max_length)
+        texts = write_answers(result.adapted, stack, prompts, tokenizer, **lengths, **options)
         matches = [exact_match(text, [e.answer for e in tests[i]]) for text, i in zip(texts, free)]
         scores.loc[free, "exact_match"] = matches
     return scores
@@ -134,9 +145,20 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
+def check_steps(args: argparse.Namespace) -> None:
+    """Raise ``ValueError`` for steps that are no whole number of rounds."""
+    for name in ("federated_steps", "baseline_steps"):
+        if (steps := getattr(args, name)) % args.round_steps:
+            raise ValueError(f"--{name.replace('_', '-')} {steps} are no whole number of rounds of {args.round_steps}")
+
+
 def main(argv: list[str] | None = None) -> None:
     args, frames = options().parse_args(argv), []
     args.model = check_source(args.model)
+    check_steps(args)
+    check_device(args.device)
+    read_tasks(args.tasks, args.seeds[0])  # before anything large is loaded
+    tokenizer = text_tokenizer(args.model)
     setting = Setting(
         clients=len(args.tasks), **REPORTED, rank=args.rank, batch_size=args.batch_size, lr=args.lr,
         rounds=args.federated_steps // args.round_steps, round_steps=args.round_steps, local_steps=args.local_steps,
@@ -146,9 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     given = {name: str(value) for name, value in vars(args).items()}
     made = {"options": given, "setting": asdict(setting), **facts(transformers=transformers.__version__)}
     write_atomically(args.out / "config.json", json.dumps(made, indent=1) + "\n")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     for seed in args.seeds:
-        adapted, federation, tests = prepare(args, seed)
+        adapted, federation, tests = prepare(args, seed, tokenizer)
         trial = Trial(adapted, federation, setting, seed)
         for name, method in methods(args).items():
             result = method(trial)
@@ -164,4 +185,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"language_paper: {one_line(error)}")

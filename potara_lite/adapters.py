@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 from .data import Inputs
 from .door import kind, named, one_or_several, optional, positive, several, text
@@ -37,6 +39,7 @@ from .stacks import (
     factor_names,
     factors,
     is_lora,
+    is_traced,
     layer_of,
     lora_layers,
     one_adapter,
@@ -50,6 +53,21 @@ NOT_A_SUM = (  # the options of PEFT's LoRA with which an adapted layer is not W
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config",
     "monteclora_config", "layer_replication", "target_parameters", "trainable_token_indices",
 )  # fmt: skip
+
+
+def _unseen(make_mask: Callable) -> Callable:
+    """A maker of masks of ``transformers`` that under ``vmap``, which cannot branch on values, does not look at what
+    it is given to see whether it masks anything; anywhere else nothing changes."""
+
+    def make(*args, attention_mask: Tensor | None = None, **options):
+        if attention_mask is not None and is_traced(attention_mask):
+            options |= dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        return make_mask(*args, attention_mask=attention_mask, **options)
+
+    return make
+
+
+ALL_MASK_ATTENTION_FUNCTIONS.update(eager=_unseen(eager_mask), sdpa=_unseen(sdpa_mask))
 
 
 @dataclass(frozen=True, repr=False)
@@ -191,7 +209,8 @@ def attach(
     if config.use_dora:
         raise ValueError("use_dora=True: a DoRA layer is not W + scaling * B A, so deltas cannot be merged")
     _check_untied(backbone, config)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT says so and sets it right (GPT-2's layers)
         torch.manual_seed(seed)
         try:
             model = get_peft_model(_copy_of(backbone).cpu(), copy.deepcopy(config))
@@ -334,15 +353,16 @@ def is_dense_factor(name: str, adapter: Adapter) -> bool:
 @contextmanager
 def delta_added(adapted: AdaptedBackbone, change: Adapter) -> Iterator[None]:
     """The backbone with ``change``, the ``delta`` of one adapter, in the frozen weights of its adapted layers."""
-    weights = {name: adapted.model.get_submodule(name.removesuffix(".weight")).base_layer.weight for name in change}
-    before = {name: weight.data for name, weight in weights.items()}
+    layers = {name: adapted.model.get_submodule(name.removesuffix(".weight")) for name in change}
+    before = {name: layer.base_layer.weight.data for name, layer in layers.items()}
     try:
-        for name, weight in weights.items():
-            weight.data = before[name] + change[name].detach().view_as(weight)
+        for name, layer in layers.items():
+            moved = change[name].detach().mT if getattr(layer, "fan_in_fan_out", False) else change[name].detach()
+            layer.base_layer.weight.data = before[name] + moved.reshape(before[name].shape)
         yield
     finally:
-        for name, weight in weights.items():
-            weight.data = before[name]
+        for name, layer in layers.items():
+            layer.base_layer.weight.data = before[name]
 
 
 @door(adapters=several(one_adapter))

@@ -38,8 +38,7 @@ class TextClassifier(nn.Module):
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The mean ``(B, dim)`` over the real tokens, which the head reads."""
-        seen = attention_mask if _is_local(self.encoder.config) else additive_mask(attention_mask, self.encoder.dtype)
-        hidden = self.encoder(input_ids=input_ids, attention_mask=seen).last_hidden_state  # (B, T, dim)
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, dim)
         real = attention_mask.unsqueeze(-1).to(hidden)
         return (hidden * real).sum(1) / real.sum(1).clamp_min(1)
 
@@ -47,31 +46,18 @@ class TextClassifier(nn.Module):
         return self.head(self.features(input_ids, attention_mask).to(self.head.weight.dtype))
 
 
-def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What attention scores ``(B, heads, T, T)`` get added, ``(B, 1, T, T)``: 0 where a token is real.
-
-    Made here because ``transformers`` looks at a mask ``(B, T)`` of an encoder to see whether it masks anything, and
-    ``vmap`` cannot branch on values; a mask with four dimensions it takes as it is.
-    """
-    lowest = torch.finfo(dtype).min
-    return ((1 - mask.to(dtype)) * lowest)[:, None, None, :].expand(-1, -1, mask.shape[1], -1)
-
-
-def _is_local(config) -> bool:
-    """Whether some layers see only a window, for which ``transformers`` has to make a mask of their own."""
-    return any(getattr(config, name, None) for name in ("sliding_window", "local_attention"))
-
-
 @door()
 def text_encoder(name_or_path: str | Path, classes: int, **options) -> TextClassifier:
-    """An encoder like BERT or MiniLM with a new zero head on the mean of its tokens, in eval mode.
+    """An encoder like BERT or MiniLM with a new zero head on the mean of its tokens, in eval mode; of an encoder with a
+    decoder (T5) the encoder.
 
     ``options`` go to ``AutoModel.from_pretrained`` (``revision``, …); ``dtype`` is float32 unless they say otherwise.
     LoRA on its last blocks: ``attach(backbone, targets=linear_layers(backbone, last=2))``.
 
     Raises ``ValueError`` for a folder that is not there and for what cannot be loaded.
     """
-    return TextClassifier(_load("AutoModel", name_or_path, options), classes).eval()
+    network = _load("AutoModel", name_or_path, options)
+    return TextClassifier(network.get_encoder() if network.config.is_encoder_decoder else network, classes).eval()
 
 
 @door()
@@ -84,9 +70,7 @@ def causal_lm(name_or_path: str | Path, **options) -> nn.Module:
 
     Raises ``ValueError`` for a folder that is not there and for what cannot be loaded.
     """
-    model = _load("AutoModelForCausalLM", name_or_path, options).eval()
-    model.config.use_cache = False
-    return model
+    return _load("AutoModelForCausalLM", name_or_path, options).eval()
 
 
 def check_source(name_or_path: str | Path) -> str:
@@ -142,6 +126,7 @@ def _load(kind: str, name_or_path: str | Path, options: dict) -> nn.Module:
         missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)  # which nothing here reads
         if missing:
             raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]!r}, which would be random")
+        model.config.use_cache = False
         return model
 
 

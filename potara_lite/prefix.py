@@ -13,11 +13,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .data import Inputs
 from .door import door, whole
 
 ALONE = "(input)"  # the name of an only tensor, where it goes together with HIDDEN
+LINEAR = nn.Linear, Conv1D  # the second is GPT-2's, of ``transformers``: its weight is (in, out)
 HIDDEN = "(hidden)"  # the name of what the blocks below make of an example
 
 
@@ -43,13 +45,13 @@ def blocks_below(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
 def linear_layers(network: nn.Module, last: int | None = None) -> list[str]:
     """The names of the linear layers in the blocks of a network, of the ``last`` so many or of all: targets of LoRA.
 
-    Its blocks are the list of modules that has the most parameters. Raises ``ValueError`` where there are not as many.
+    GPT-2's ``Conv1D``, a linear layer with its weight the other way round, is one of them. Its blocks are the list of modules that has the most parameters. Raises ``ValueError`` where there are not as many.
     """
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     blocks = list(max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=[]))
     if not 1 <= (last := len(blocks) if last is None else last) <= len(blocks):
         raise ValueError(f"the last {last} blocks of a network that has {len(blocks)}")
-    chosen = {id(module) for block in blocks[-last:] for module in block.modules() if type(module) is nn.Linear}
+    chosen = {id(module) for block in blocks[-last:] for module in block.modules() if type(module) in LINEAR}
     return [name for name, module in network.named_modules() if id(module) in chosen]
 
 

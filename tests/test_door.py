@@ -683,7 +683,7 @@ BARE = {
     "dictionaries of tensors and batches taken apart and put together, in every step": """
         adapters.adapter_from_delta adapters.delta_added adapters.flatten adapters.unflatten adapters.select_clients
         data.draw data.map_inputs data.pad_stack data.take merging.concat_ranks merging.limit_rank
-        prefix.blocks_below prefix.call_network prefix.hidden_below prefix.replaced_forwards language.additive_mask
+        prefix.blocks_below prefix.call_network prefix.hidden_below prefix.replaced_forwards
         estimators.estimate.from_moments estimators.estimate.group_coordinates estimators.estimate.group_sum
         estimators.gauss_newton.example_mean estimators.paper.diagonal_moments""",
     "the engine room: every step and every example goes through it": """

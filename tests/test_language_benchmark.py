@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+import transformers
 from conftest import tiny_text_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +66,7 @@ def test_it_runs_on_a_tiny_encoder_and_goes_on_where_it_stopped(language, tmp_pa
     here, done = tmp_path / "benchmarks", tmp_path / "benchmarks" / "language"
     done.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "language.md").write_text("<!-- language -->\n<!-- /language -->")
+    (tmp_path / "docs" / "language.md").write_text("<!-- language -->\n<!-- /language -->\n<!-- made -->\n<!-- /made -->")
     (here / "language-tune.csv.gz").write_bytes((ROOT / "benchmarks" / "language-tune.csv.gz").read_bytes())
     kept = ["FedIT", "FedIT, fine-tuned", "uniform, local from federated"]
     for name, value in {
@@ -78,9 +80,26 @@ def test_it_runs_on_a_tiny_encoder_and_goes_on_where_it_stopped(language, tmp_pa
     language.main()
     first, page = pd.read_csv(here / "language.csv.gz"), (tmp_path / "docs" / "language.md").read_text()
     assert set(first.seed) == {0, 1} and "| potara-calibrated |" in page and (here / "language.png").is_file()
-    assert json.loads((here / "language.json").read_text())["minutes"] > 0
+    run = json.loads((here / "language.json").read_text())
+    assert run["minutes"] > 0 and run["versions"]["transformers"] == transformers.__version__
+    assert f"transformers {transformers.__version__}" in page and f"on {run['machine']['threads']} threads" in page
     monkeypatch.setattr(language, "train_pair", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(sys, "argv", ["language.py", "--again", "potara-calibrated"])
     language.main()
     again = pd.read_csv(here / "language.csv.gz")
     pd.testing.assert_frame_equal(first.drop(columns="seconds"), again.drop(columns="seconds"))
+    kept = (here / "language.json").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["language.py", "--report"])
+    language.main()
+    assert (here / "language.json").read_bytes() == kept
+
+
+def test_a_run_that_is_interrupted_leaves_what_it_was_made_with(language, tmp_path, monkeypatch):
+    monkeypatch.setattr(language, "HERE", tmp_path)
+    monkeypatch.setattr(language, "DONE", tmp_path / "language")
+    monkeypatch.setattr(language, "cells", lambda seed: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(sys, "argv", ["language.py"])
+    assert language.made() == ""
+    with pytest.raises(KeyboardInterrupt):
+        language.main()
+    assert f"torch {torch.__version__}, " in language.made()

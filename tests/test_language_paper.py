@@ -1,6 +1,9 @@
 """The paper's configuration from end to end, on a tiny random language model and task files of a few lines."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -83,3 +86,39 @@ def test_what_was_trained_answers_and_what_was_not_does_not(model, tmp_path, mon
         assert before < 1 == after
     with pytest.raises(ValueError, match="nowhere is no folder"):
         language_paper.main(["--model", str(tmp_path / "nowhere"), "--tasks", str(files[0])])
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--model", "./nowhere"], "./nowhere is no folder"),
+        (["--tasks", "{}/none.json"], "none.json is missing"),
+        (["--tasks", "{}/two.json"], "two.json has 2 examples, at least 3 are needed"),
+        (["--tasks", "{}/odd.json"], "odd.json, record 1: "),
+        (["--round-steps", "7"], "--federated-steps 50 are no whole number of rounds of 7"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["--rank", "0"], "rank must be at least 1, not 0"),
+        (["--last", "9"], "the last 9 blocks of a network that has 2"),
+        (["--max-length", "2"], "1 … 1 are possible"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_anything_is_trained(options, said, model, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import language_paper
+
+    record = {"instruction": "say the cat ?", "output": "cat", "task": "a"}
+    for name, records in (("good", [record] * 9), ("two", [record] * 2), ("odd", [{"text": "cat"}] * 9)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    monkeypatch.setattr(language_paper, "methods", lambda args: pytest.fail("it began"))
+    usual = ["--model", str(model), "--tasks", str(tmp_path / "good.json"), "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        language_paper.main([*usual, *(option.format(tmp_path) for option in options)])
+    assert "\n" not in str(error.value)
+
+
+def test_from_a_shell_an_error_is_one_line(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "language_paper.py"
+    command = [sys.executable, str(script), "--model", "./nowhere", "--tasks", "none.json", "--out", str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 1 and found.stdout == ""
+    assert found.stderr.startswith("language_paper: ./nowhere is no folder") and found.stderr.count("\n") == 1

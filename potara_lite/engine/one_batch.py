@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..adapters import AdaptedBackbone, Adapter, factor_names, is_lora
 from ..data import Inputs, any_tensor, map_inputs, take
-from ..prefix import call_network, replaced_forwards
+from ..prefix import LINEAR, call_network, replaced_forwards
 from .loss import example_losses
 
 OnBackward = Callable[[str, Tensor, Tensor, Tensor | None], None]  # (layer, input, gradient of output, that times B)
@@ -40,7 +40,7 @@ COMPARED: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was c
 def as_one_batch(adapted: AdaptedBackbone) -> AdaptedBackbone | OneBatch:
     """What ``vmap`` should map over the clients: the backbone in one batch if that can be, else the backbone itself.
 
-    It can be in eval mode, with LoRA on ``nn.Linear`` layers only and every other trained tensor in one.
+    It can be in eval mode, with LoRA on linear layers only and every other trained tensor in one.
     """
     model = adapted.model
     owners = {model.get_submodule(parameter.rpartition(".")[0]) for parameter in adapted.parameter_names.values()}
@@ -50,7 +50,7 @@ def as_one_batch(adapted: AdaptedBackbone) -> AdaptedBackbone | OneBatch:
         and all(type(module) is nn.Linear for module in owners)
         and all(
             type(layer) is LoraLinear
-            and type(layer.base_layer) is nn.Linear
+            and type(layer.base_layer) in LINEAR
             and layer.active_adapters == ["default"]
             and not (layer.merged or layer.disable_adapters or layer.lora_variant)
             and not _hooked(layer, layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
@@ -103,8 +103,9 @@ class OneBatch:
 
         def lora(name: str, layer: LoraLinear) -> Callable[[Tensor], Tensor]:
             (a, b), base = (stack[factor] for factor in factor_names(name)), layer.base_layer
+            weight = base.weight.mT if layer.fan_in_fan_out else base.weight
             callback = on_backward and partial(on_backward, name)
-            return lambda x: _LoRA.apply(*_autocast(x, base.weight, base.bias, a, b), callback)
+            return lambda x: _LoRA.apply(*_autocast(x, weight, base.bias, a, b), callback)
 
         def linear(name: str) -> Callable[[Tensor], Tensor]:
             weight, bias = stack[f"{name}.weight"], stack.get(f"{name}.bias")
