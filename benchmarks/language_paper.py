@@ -57,12 +57,16 @@ def read_tasks(paths: Sequence[Path], seed: int) -> list[list[Sequence[Question]
     for path in paths:
         examples = read_task(path, seed)
         if len(examples) < 3:
-            raise ValueError(f"{path} has {len(examples)} examples, at least 3 are needed: to train, calibrate and test")
+            raise ValueError(
+                f"{path} has {len(examples)} examples, at least 3 are needed: to train, calibrate and test"
+            )
         tasks.append(parts_of(examples))
     return tasks
 
 
-def prepare(args: argparse.Namespace, seed: int, tokenizer) -> tuple[AdaptedBackbone, Federation, list[Sequence[Question]]]:
+def prepare(
+    args: argparse.Namespace, seed: int, tokenizer
+) -> tuple[AdaptedBackbone, Federation, list[Sequence[Question]]]:
     """The model with empty adapters, the federation of the tasks, and every client's test examples."""
     tasks = read_tasks(args.tasks, seed)
     network = causal_lm(args.model, dtype=torch.bfloat16)

@@ -45,7 +45,8 @@ def blocks_below(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
 def linear_layers(network: nn.Module, last: int | None = None) -> list[str]:
     """The names of the linear layers in the blocks of a network, of the ``last`` so many or of all: targets of LoRA.
 
-    GPT-2's ``Conv1D``, a linear layer with its weight the other way round, is one of them. Its blocks are the list of modules that has the most parameters. Raises ``ValueError`` where there are not as many.
+    GPT-2's ``Conv1D``, a linear layer with its weight the other way round, is one of them. The network's blocks are the
+    list of modules that has the most parameters. Raises ``ValueError`` where there are not as many.
     """
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     blocks = list(max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=[]))

@@ -18,9 +18,9 @@ from potara_lite.engine.loss import example_losses, mean_loss
 from potara_lite.engine.one_batch import OneBatch
 from potara_lite.engine.training import evaluate, train
 from potara_lite.field.baselines import layer_grams
-from potara_lite.language import causal_lm, next_tokens, pad_tokens, text_encoder
+from potara_lite.language import TextClassifier, causal_lm, next_tokens, pad_tokens, text_encoder
 from potara_lite.merging import merge_exact
-from potara_lite.prefix import HIDDEN, linear_layers
+from potara_lite.prefix import HIDDEN, linear_layers, replaced_forwards
 
 VOCABULARY, BLOCKS = 40, 3
 SIZES = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=BLOCKS, num_attention_heads=2,
@@ -35,7 +35,6 @@ CAUSAL = {
     "gemma": GROUPED | dict(head_dim=8),
     "gemma2": GROUPED | dict(head_dim=8, sliding_window=4),
     "mistral": GROUPED | dict(sliding_window=4),
-    "bloom": {},
     "phi": {},
 }
 ENCODERS = {
@@ -46,10 +45,11 @@ ENCODERS = {
     "electra": dict(embedding_size=12),
     "deberta-v2": dict(relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8),
     "mpnet": dict(pad_token_id=1),
-    "modernbert": dict(local_attention=4, global_attn_every_n_layers=2),
+    "modernbert": dict(local_attention=4, global_attn_every_n_layers=2)
+    | dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"], 0),
     "t5": dict(d_ff=24, d_kv=8),
 }
-HANDS_ON_MORE = ["albert", "bloom", "deberta-v2", "t5"]  # one shared block, and blocks that return more than a tensor
+HANDS_ON_MORE = ["albert", "deberta-v2", "mpnet", "t5"]  # one shared block; blocks that return more than a tensor
 
 
 @pytest.fixture(autouse=True)
@@ -102,22 +102,24 @@ def logits_of(output):
 
 
 def test_all_clients_at_once_train_as_one_after_another_with_peft(case):
-    adapted, split = case.adapted, examples((5, 9), case.is_causal, seed=1)
+    adapted, split, steps = case.adapted, examples((5, 9), case.is_causal, seed=1), 50 if case.name == "gpt2" else 10
     start = repeat_adapter(adapted.initial, 2)
     chosen = plan(adapted, start, split.x, batch_size=4, backward=True, execution=Execution())
-    assert isinstance(chosen.forward, OneBatch) and chosen.forward.matches_vmap(start, split.x)
-    trained = train(adapted, start, split, steps=50, batch_size=4, lr=1e-3)
+    assert chosen.vectorize and isinstance(chosen.forward, OneBatch)
+    # DeBERTa's projections also read the table of relative positions, which has no client: there it is vmap that runs
+    assert chosen.forward.matches_vmap(start, split.x) == (case.name != "deberta-v2")
+    trained = train(adapted, start, split, steps=steps, batch_size=4, lr=1e-3)
     for client in range(2):
         model, (x, y) = peft_model(adapted), split.client(client)
         optimizer = torch.optim.AdamW(potara.trained(model).values(), lr=1e-3, weight_decay=0)
-        for batch in batch_indices(len(y), 0, 50, 4, (0, client)):
+        for batch in batch_indices(len(y), 0, steps, 4, (0, client)):
             optimizer.zero_grad()
             mean_loss(logits_of(model(**{name: tensor[batch] for name, tensor in x.items()})), y[batch]).backward()
             optimizer.step()
         weights = potara.get_weights(model)
         for name, tensor in trained.adapters.items():
             torch.testing.assert_close(tensor[client], weights[adapted.parameter_names[name]], rtol=0, atol=1e-5)
-    assert (trained.losses[:, -10:].mean(1) < trained.losses[:, :10].mean(1)).all()
+    assert (flatten(trained.adapters) - flatten(start)).abs().amax(1).min() > 1e-3 * steps / 2
 
 
 def test_an_examples_gradient_and_slope_are_those_of_the_example_alone(case, random_stack):
@@ -144,24 +146,20 @@ def test_an_examples_gradient_and_slope_are_those_of_the_example_alone(case, ran
 def test_what_is_below_the_adapted_block_is_computed_once(case, random_stack):
     adapted, split = case.adapted, examples((4, 3), case.is_causal, seed=3)
     stack, embedded = random_stack(adapted, 2, seed=2), split.map(adapted.embed)
-    plain = evaluate(adapted, stack, split), train(adapted, stack, split, steps=3, batch_size=2).losses
+    plain = evaluate(adapted, stack, split)
     assert (HIDDEN in embedded.x) == (case.name not in HANDS_ON_MORE)
     if HIDDEN in embedded.x:
         assert len(adapted.blocks_below) == BLOCKS - 1
-        forwards = {block: vars(block).pop("forward", None) for block in adapted.blocks_below}
-        for block in forwards:
-            block.forward = None
-    try:
-        again = evaluate(adapted, stack, embedded), train(adapted, stack, embedded, steps=3, batch_size=2).losses
-    finally:
-        for block in adapted.blocks_below:
-            vars(block).pop("forward", None)
+        with replaced_forwards(dict.fromkeys(adapted.blocks_below, lambda *_, **__: pytest.fail("called again"))):
+            again = evaluate(adapted, stack, embedded)
+    else:
+        again = evaluate(adapted, stack, embedded)
     torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_merge_gives_the_same_logits_in_stock_peft_and_in_the_frozen_weights(case, random_stack, tmp_path):
     network = case.load()
-    adapted = attach(network, targets=linear_layers(network, 2), **case.options)
+    adapted = attach(network, targets=linear_layers(network, 1 if case.name == "albert" else 2), **case.options)
     one, two = (random_stack(adapted, 2, seed=seed) for seed in (1, 2))
     merged = client_adapter(merge_exact(one, two, torch.tensor([0.2, 0.6])), 1)
     save_adapter(adapted, merged, tmp_path)
@@ -170,7 +168,9 @@ def test_a_merge_gives_the_same_logits_in_stock_peft_and_in_the_frozen_weights(c
     with torch.no_grad():
         logits = adapted(merged, x)[real]
         stock = logits_of(PeftModel.from_pretrained(case.load(), tmp_path).eval()(**x))[real]
-        change = {n: t for n, t in delta(merged, adapted.scaling).items() if n.removesuffix(".weight") in adapted.scaling}
+        change = {
+            n: t for n, t in delta(merged, adapted.scaling).items() if n.removesuffix(".weight") in adapted.scaling
+        }
         head_alone = {n: merged[n] if n in merged and ".lora_" not in n else torch.zeros_like(t)
                       for n, t in adapted.initial.items()}  # fmt: skip
         with delta_added(adapted, change):
@@ -189,17 +189,35 @@ def test_regmean_sees_what_gpt2_layers_read():
     assert {tuple(gram.shape) for gram in grams.values()} == {(1, 16, 16), (1, 64, 64)}
 
 
+def test_what_vmap_cannot_take_trains_one_client_after_another_and_says_why():
+    network = random_network(AutoModelForCausalLM, "bloom").eval()
+    adapted, split = attach(network, rank=2, targets=linear_layers(network, 1), head=None), examples((3, 4), True, 1)
+    with pytest.warns(UserWarning, match="the clients run one after another: vmap cannot take this backbone"):
+        trained = train(adapted, repeat_adapter(adapted.initial, 2), split, steps=3, batch_size=2)
+    assert trained.losses.isfinite().all()
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_a_classifier_of_transformers_handed_straight_to_attach_trains_all_at_once(name, attention, random_stack):
-    network = random_network(AutoModelForSequenceClassification, name, num_labels=3, **ENCODERS[name])
+    network = random_network(AutoModelForSequenceClassification, name, num_labels=3, **ENCODERS[name]).eval()
     network.set_attn_implementation(attention)
+    if attention == "sdpa":  # PyTorch's own, of its speed where clients are tried out
+        warnings.filterwarnings("ignore", "There is a performance drop")
     head = "classifier" if name == "bert" else "classifier.out_proj"
-    adapted = attach(network, rank=2, targets=linear_layers(network, 1), head=head)
-    split = examples((5, 9), False, seed=1)
-    stack = random_stack(adapted, 2, seed=1)
-    chosen = plan(adapted, stack, split.x, batch_size=4, backward=True, execution=Execution())
-    assert isinstance(chosen.forward, OneBatch) and chosen.forward.matches_vmap(stack, split.x)
-    trained = train(adapted, stack, split, steps=10, batch_size=4)
-    apart = train(adapted, stack, split, steps=10, batch_size=4, execution=Execution(vectorize=False))
+    adapted, split = attach(network, rank=2, targets=linear_layers(network, 1), head=head), examples((5, 9), False, 1)
+    start = repeat_adapter(adapted.initial, 2)
+    chosen = plan(adapted, start, split.x, batch_size=4, backward=True, execution=Execution())
+    assert isinstance(chosen.forward, OneBatch) and chosen.forward.matches_vmap(start, split.x)
+    trained = train(adapted, start, split, steps=10, batch_size=4)
+    apart = train(adapted, start, split, steps=10, batch_size=4, execution=Execution(vectorize=False))
     torch.testing.assert_close(flatten(trained.adapters), flatten(apart.adapters), rtol=0, atol=1e-5)
+
+
+def test_a_text_decoder_as_an_encoder_sees_no_later_token():
+    """Its mask is its own, so the first token's state is the same whatever follows."""
+    encoder = TextClassifier(random_network(AutoModel, "gpt2").eval(), 3)
+    x = pad_tokens([[5, 6, 7], [5, 9, 3]])
+    states = encoder.encoder(**x).last_hidden_state
+    torch.testing.assert_close(states[0, 0], states[1, 0])
+    torch.testing.assert_close(encoder.features(**x), states.mean(1))

@@ -66,7 +66,9 @@ def test_it_runs_on_a_tiny_encoder_and_goes_on_where_it_stopped(language, tmp_pa
     here, done = tmp_path / "benchmarks", tmp_path / "benchmarks" / "language"
     done.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "language.md").write_text("<!-- language -->\n<!-- /language -->\n<!-- made -->\n<!-- /made -->")
+    (tmp_path / "docs" / "language.md").write_text(
+        "<!-- language -->\n<!-- /language -->\n<!-- made -->\n<!-- /made -->"
+    )
     (here / "language-tune.csv.gz").write_bytes((ROOT / "benchmarks" / "language-tune.csv.gz").read_bytes())
     kept = ["FedIT", "FedIT, fine-tuned", "uniform, local from federated"]
     for name, value in {
