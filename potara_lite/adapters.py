@@ -57,7 +57,7 @@ NOT_A_SUM = (  # the options of PEFT's LoRA with which an adapted layer is not W
 
 def _unseen(make_mask: Callable) -> Callable:
     """A maker of masks of ``transformers`` that under ``vmap``, which cannot branch on values, does not look at what
-    it is given to see whether it masks anything; anywhere else nothing changes (compiled, no mask is looked at anyway)."""
+    it is given to see whether it masks anything; anywhere else nothing changes (compiled, it never looks)."""
 
     def make(*args, attention_mask: Tensor | None = None, **options):
         if attention_mask is not None and (torch.compiler.is_compiling() or is_traced(attention_mask)):
