@@ -56,6 +56,15 @@ def test_the_noise_enters_the_moment_a_by_the_predicted_amount(algorithm, adapte
     assert abs(np.mean(measured) - predicted) < 4 * error and error < 0.05 * predicted
 
 
+def test_the_noise_on_a_mean_is_that_on_the_sum_over_the_clients(adapted64, random_adapter):
+    sent = random_adapter(adapted64, 1)
+    for clients in (1, 4):
+        mean = private_average(repeat_adapter(sent, clients), sent, Privacy(0.6, 2.0, 7), 0)  # nobody changes anything
+        noise = flatten(repeat_adapter(mean, 1)) - flatten(repeat_adapter(sent, 1))
+        expected = 2.0 * 0.6 / clients
+        assert abs(float(noise.std()) / expected - 1) < 4 / math.sqrt(2 * noise.numel()) < 0.1
+
+
 def test_noise_on_a_alone_is_the_other_term(adapted64, random_stack):
     adapter = client_adapter(random_stack(adapted64, 1, 3), 0)
     parts = [
