@@ -62,7 +62,7 @@ def test_the_noise_on_a_mean_is_that_on_the_sum_over_the_clients(adapted64, rand
         mean = private_average(repeat_adapter(sent, clients), sent, Privacy(0.6, 2.0, 7), 0)  # nobody changes anything
         noise = flatten(repeat_adapter(mean, 1)) - flatten(repeat_adapter(sent, 1))
         expected = 2.0 * 0.6 / clients
-        assert abs(float(noise.std()) / expected - 1) < 4 / math.sqrt(2 * noise.numel()) < 0.1
+        assert abs(float(noise.std()) / expected - 1) < 4 / math.sqrt(2 * noise.numel()) < 0.2
 
 
 def test_noise_on_a_alone_is_the_other_term(adapted64, random_stack):
