@@ -26,6 +26,7 @@ from potara_lite.engine.training import evaluate, train
 from potara_lite.estimators import ESTIMATORS, estimate_gauss_newton
 from potara_lite.estimators.curve import client_logits
 from potara_lite.experiment import Trial
+from potara_lite.field.baselines import layer_grams
 from potara_lite.field.methods import METHODS
 from potara_lite.field.sweep import union
 from potara_lite.language import TextClassifier, causal_lm, encode_texts, next_tokens, pad_tokens, text_encoder
@@ -441,6 +442,7 @@ def test_token_ids_outside_the_vocabulary_name_the_client(kind, token):
         lambda: evaluate(adapted, stack, federation.train),
         lambda: per_sample_gradients(adapted, stack, federation.train),
         lambda: directional_derivatives(adapted, stack, flatten(stack), federation.train),
+        lambda: layer_grams(adapted, stack, federation.train),
     )
     for use in uses:
         with pytest.raises(ValueError, match=f"client 1: token id {token} is outside the vocabulary, 0 … 39"):

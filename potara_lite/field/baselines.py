@@ -35,6 +35,7 @@ from ..adapters import (
 from ..data import Split, take
 from ..door import function as any_function
 from ..door import named, several, unchecked
+from ..engine.training import check_clients
 from ..merging import combine_adapters
 from ..stacks import door, numbers
 
@@ -78,6 +79,7 @@ def layer_grams(
     ``X`` has a row per token of the client's examples, seen through the client's own model. Raises ``ValueError`` for
     convolutions.
     """
+    check_clients(adapted, adapters, split)
     heads = [name for name, tensor in adapters.items() if not is_lora(name) and tensor.dim() == 3]
     layers, grams = lora_layers(adapters) + [name.removesuffix(".weight") for name in heads], []
     for layer in lora_layers(adapters):
