@@ -46,6 +46,7 @@ from potara_lite.field.algorithms import (
     gated,
     wise_ft,
 )
+from potara_lite.field.privacy import Privacy
 from potara_lite.field.rounds import (
     Algorithm,
     Phase,
@@ -210,6 +211,33 @@ def test_no_method_depends_on_the_order_of_the_clients_or_on_chunks(adapted64, f
     torch.testing.assert_close(again, loss[order], rtol=1e-9, atol=0)
     if usual.federated is not None:
         close(deltas(adapted64, turned.federated), deltas(adapted64, usual.federated), rtol=1e-8)
+
+
+IN_PART = {name: method for name, method in METHODS.items() if name != "FedALT"}  # its messages differ by client
+PRIVATE = replace(FEDIT, name="private", privacy=Privacy(clip=0.1, noise_multiplier=0.5, seed=1))
+
+
+@pytest.mark.parametrize("order", [[2, 1, 0], [1, 2, 0]])
+@pytest.mark.parametrize(
+    "method, share",
+    [
+        *((method, 1.0) for method in (*METHODS.values(), PRIVATE, flexlora([1, 2, 1]))),
+        *((method, 0.6) for method in (*IN_PART.values(), PRIVATE)),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_in_whatever_order_the_clients_stand_no_bit_changes(adapted, federation, method, share, order):
+    """In float32, whose sums show their order soonest; whatever is a client's goes where the client stands."""
+    usual = run_algorithm(method, adapted, federation.train, rounds=2, participation=share, **OPTIONS)
+    turned = run_algorithm(method, adapted, federation.train.rows(order), rounds=2, participation=share, **OPTIONS)
+    for part in ("personal", "tensors"):
+        one, two = getattr(usual, part), getattr(turned, part)
+        assert one.keys() == two.keys() and all(torch.equal(two[name], one[name][order]) for name in one)
+    for name in usual.federated or {}:
+        assert torch.equal(turned.federated[name], usual.federated[name])
+    for ledger in ("ledger", "by_round"):
+        for column, paid in vars(getattr(usual, ledger)).items():
+            assert torch.equal(getattr(getattr(turned, ledger), column), paid[..., order])
 
 
 @pytest.mark.parametrize("name", METHODS)

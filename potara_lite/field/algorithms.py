@@ -179,9 +179,9 @@ FLORA = replace(FEDEX, name="FLoRA", aggregate=stacked, on_receive=fold_and_redr
 def flexlora(ranks: Sequence[int] | None = None) -> Algorithm:
     """The mean of the products, cut by an SVD to the rank of each client (Bai et al., NeurIPS 2024, arXiv 2402.11505).
 
-    ``ranks``: a client each, at most the configuration's, whose scaling all keep. A smaller rank is a stack padded with
-    zeros, which no gradient moves and which do not count as bytes. Where the rank suffices for the mean product, the
-    aggregate is exact.
+    ``ranks``: a client each, in the order of their ids, at most the configuration's, whose scaling all keep. A smaller
+    rank is a stack padded with zeros, which no gradient moves and which do not count as bytes. Where the rank suffices
+    for the mean product, the aggregate is exact.
     """
 
     def cut(stack: Adapter) -> Adapter:
