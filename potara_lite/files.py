@@ -6,8 +6,10 @@ they become one, ``FileError``. Nothing on disk is a pickle.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import platform
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,10 +60,28 @@ def check_file(path: str | Path) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step, so that a reader or an interruption never sees half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Replace a file in one step, so that a reader or an interruption never sees half of it.
+
+    What a process that was killed left of the same file goes, too; what another one is writing stays.
+    """
+    mine = f"{path.name}.{platform.node()}"  # a folder may be shared by machines
+    for left in path.parent.glob(f"{glob.escape(mine)}.*.part"):
+        if not _lives(left.suffixes[-2][1:]):
+            left.unlink(missing_ok=True)
+    partial = path.with_name(f"{mine}.{os.getpid()}.part")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     finally:  # where the disk was full, say
         partial.unlink(missing_ok=True)
+
+
+def _lives(process: str) -> bool:
+    """Whether there is a process of this number; where that cannot be asked, there may be."""
+    try:
+        os.kill(int(process), 0) if os.name == "posix" else None
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):  # of another user, or no number
+        pass
+    return True

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import platform
 import re
 import subprocess
 import sys
@@ -229,9 +230,11 @@ def test_what_was_interrupted_goes_on_and_half_a_file_is_not_read(tmp_path, prep
     with pytest.raises(KeyboardInterrupt):
         sweep(few("local") | {"uniform": broken}, {"one": SETTING}, [0], tmp_path, prepare=prepared)
     assert set(read_results(tmp_path).method) == {"local"}
-    (tmp_path / "one" / "seed-0" / "uniform.csv.1.part").write_text("federation,method\none,unif")
+    left = tmp_path / "one" / "seed-0" / f"uniform.csv.{platform.node()}.{2**22 + 1}.part"  # above all processes
+    left.write_text("federation,method\none,unif")
     rows = sweep(few("local", "uniform"), {"one": SETTING}, [0], tmp_path, prepare=prepared)
     assert set(rows.method) == {"local", "uniform"} and len(rows) == 6 and not rows.accuracy.isna().any()
+    assert not left.exists()
     clean = sweep(few("local", "uniform"), {"one": SETTING}, [0], tmp_path / "clean", prepare=prepared)
     pd.testing.assert_frame_equal(rows.drop(columns="seconds"), clean.drop(columns="seconds"))
 
