@@ -7,6 +7,7 @@ texts is a mapping of ``input_ids`` and ``attention_mask`` ``(n, T)``, padded on
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -118,6 +119,9 @@ def _load(kind: str, name_or_path: str | Path, options: dict) -> nn.Module:
         raise ImportError("text needs transformers: pip install 'potara-lite[text]'") from error
     on_disk = Path(source).is_dir()  # then nothing is asked of the network; and no code that comes with a model is run
     options = {"local_files_only": on_disk, "trust_remote_code": False, **options}
+    with reading(source):
+        if on_disk:
+            check_sizes(Path(source))
     with reading(source), _no_bars(transformers.utils.logging if on_disk else None):
         if kind == "AutoTokenizer":
             return transformers.AutoTokenizer.from_pretrained(source, **options)
@@ -128,6 +132,32 @@ def _load(kind: str, name_or_path: str | Path, options: dict) -> nn.Module:
             raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]!r}, which would be random")
         model.config.use_cache = False
         return model
+
+
+def check_sizes(folder: Path) -> None:
+    """Raise ``ValueError`` for a configuration with more layers, or wider ones, than the folder's weights can hold:
+    ``transformers`` builds whatever it is told before it looks at them."""
+    from safetensors import safe_open
+
+    shapes = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118, no dictionary
+    layers, widest = (len(shapes), max(max(shape, default=1) for shape in shapes)) if shapes else (1000, 10**6)
+    config = folder / "config.json"
+    for name, value in _whole_numbers(json.loads(config.read_text("utf-8"))) if config.is_file() else ():
+        is_count = name.startswith(("num_", "n_")) or name.endswith("_size")
+        most = layers if "layer" in name else widest if is_count else value
+        if value > most:
+            raise ValueError(f"config.json asks for {name}={value}, its weights have at most {most}")
+
+
+def _whole_numbers(config: object) -> Iterator[tuple[str, int]]:
+    """The whole numbers of a configuration and of those inside it, by name."""
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, int):
+            yield name, value
+        yield from _whole_numbers(value)
 
 
 @contextmanager
@@ -209,7 +239,8 @@ def next_tokens(input_ids: Tensor, is_target: Tensor) -> Tensor:
     >>> next_tokens(torch.tensor([[5, 6, 7]]), torch.tensor([[False, False, True]])).tolist()
     [[-100, 7, -100]]
     """
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+    kinds = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in kinds:
         refuse("input_ids", "token ids (n, T)", input_ids)
     if not isinstance(is_target, Tensor) or is_target.shape != input_ids.shape:
         refuse("is_target", f"a tensor of shape {tuple(input_ids.shape)} like input_ids", is_target)
