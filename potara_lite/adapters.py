@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+try:
+    from re import _parser as expressions
+except ImportError:  # Python 3.10
+    import sre_parse as expressions
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -27,12 +33,11 @@ from torch.func import functional_call
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 from .data import Inputs
-from .door import kind, named, one_or_several, optional, positive, several, text
+from .door import kind, named, one_or_several, optional, positive, refuse, several, shown, text
 from .files import reading, write_atomically
 from .prefix import blocks_below, call_network, hidden_below
 from .stacks import (
     Adapter,
-    any_adapter,
     check_same_base,
     client_row,
     door,
@@ -46,6 +51,7 @@ from .stacks import (
     rank_dim,
     rows_of_clients,
     stacks,
+    whole,
 )
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -68,6 +74,51 @@ def _unseen(make_mask: Callable) -> Callable:
 
 
 ALL_MASK_ATTENTION_FUNCTIONS.update(eager=_unseen(eager_mask), sdpa=_unseen(sdpa_mask))
+
+
+PATTERNS = "target_modules exclude_modules layers_pattern modules_to_save rank_pattern alpha_pattern".split()
+MOST_WAYS, MOST_PATTERNS, LENGTH = 300_000, 1000, 30  # of a pattern; of an option; of a layer's name
+
+
+def pattern(name: str, value: str, given: object = None) -> str:
+    """A regular expression for the names of layers. Raises ``ValueError`` for one whose match may never end."""
+    found = text(name, value, {})
+    try:
+        ways = _ways(expressions.parse(found))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{name} must be a regular expression, not {shown(found)}: {error}") from None
+    if ways > MOST_WAYS:
+        refuse(name, "a pattern that is soon matched, with few repetitions and none inside another", found)
+    return found
+
+
+def _ways(parts: Iterable) -> int:
+    """In how many ways the parts of a regular expression can match a name, at most; from ``MOST_WAYS`` on any more."""
+    ways = 1
+    for kind_of_part, argument in parts:
+        operation = str(kind_of_part)
+        if operation == "BRANCH":
+            ways *= sum(map(_ways, argument[1]))
+        elif operation.endswith("REPEAT"):
+            least, most = (min(int(bound), LENGTH) for bound in argument[:2])
+            each = _ways(argument[2])
+            ways *= sum(each**times for times in range(least, most + 1))
+        else:
+            some = argument if isinstance(argument, tuple) else [argument]
+            inside = [_ways(one) for one in some if isinstance(one, expressions.SubPattern)]
+            ways = max(ways, *inside) if operation.startswith("ASSERT") else ways * math.prod(inside)
+        ways = min(ways, MOST_WAYS + 1)
+    return ways
+
+
+def check_patterns(options: Mapping) -> None:
+    """Raise ``ValueError`` for options of PEFT with a pattern that ``pattern`` refuses, or with too many of them."""
+    for name in PATTERNS:
+        found = options.get(name) or []
+        if isinstance(found, Mapping) and len(found) > MOST_PATTERNS:
+            raise ValueError(f"{name} must have at most {MOST_PATTERNS} patterns, not {len(found)}")
+        for one in [found] if isinstance(found, str) else found:
+            pattern(name, one)
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,6 +149,10 @@ class AdaptedBackbone:
         have any rank: the scaling stays that of the configuration. They may be stored in another dtype (bf16, say); the
         arithmetic is done in that of the backbone.
         """
+        if not isinstance(adapter, Mapping) or not all(
+            isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in adapter.values()
+        ):
+            raise ValueError(f"adapter must be a dictionary of floating tensors by name, not {type(adapter).__name__}")
         if adapter.keys() != self.initial.keys():  # what is missing would be the backbone's own, without a word
             odd = sorted(adapter.keys() ^ self.initial.keys())
             raise ValueError(
@@ -137,6 +192,8 @@ class AdaptedBackbone:
 
         With ``ids``, the numbers of the clients, these are on dim 0.
         """
+        if not isinstance(x, Tensor | Mapping):
+            refuse("x", "a tensor or a dictionary of tensors", x)
         for name, module in self.model.named_modules():
             rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
             if module.training and (rate or getattr(module, "attention_dropout", 0.0)):
@@ -158,11 +215,18 @@ class AdaptedBackbone:
         """Where the backbone lies."""
         return next(iter(self.initial.values())).device
 
+    @cached_property
+    def dtypes(self) -> list[torch.dtype]:
+        """The precisions of its weights, frozen and trained, which are those that its inputs may have."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.initial.values()]
+        return sorted({tensor.dtype for tensor in tensors if tensor.is_floating_point()}, key=str)
+
     @property
     def dtype(self) -> torch.dtype:
         """In which precision the backbone computes."""
         return next(iter(self.initial.values())).dtype
 
+    @door()
     def to(self, device: str | torch.device) -> AdaptedBackbone:
         """The same backbone on ``device`` (the model itself is moved, as ``nn.Module.to`` does)."""
         initial = {name: tensor.to(device) for name, tensor in self.initial.items()}
@@ -171,8 +235,8 @@ class AdaptedBackbone:
 
 @door(
     backbone=kind("Module"),
-    targets=one_or_several(text),
-    head=optional(text),
+    targets=one_or_several(pattern),
+    head=optional(pattern),
     config=kind("LoraConfig"),
     alpha=positive,
 )
@@ -194,8 +258,8 @@ def attach(
 
     Raises ``ValueError`` for a ``rank`` below 1, a scaling that is not a positive number, dropout (the random numbers
     of one client would depend on the others), for DoRA and embedding layers (not a sum of ``B A``), for ``targets`` or
-    a ``head`` that the backbone has not, and for one whose weight is another layer's, too (a language model's output
-    tied to its embedding).
+    a ``head`` that the backbone has not, for patterns whose match may never end, and for one whose weight is another
+    layer's, too (a language model's output tied to its embedding).
     """
     if config is None:
         config = LoraConfig(
@@ -208,6 +272,7 @@ def attach(
         raise ValueError(f"lora_dropout={config.lora_dropout}: train without dropout, so that clients are independent")
     if config.use_dora:
         raise ValueError("use_dora=True: a DoRA layer is not W + scaling * B A, so deltas cannot be merged")
+    check_patterns(vars(config))
     _check_untied(backbone, config)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT says so and sets it right (GPT-2's layers)
@@ -216,7 +281,7 @@ def attach(
             model = get_peft_model(_copy_of(backbone).cpu(), copy.deepcopy(config))
         except ValueError as error:
             raise ValueError(
-                f"targets {config.target_modules} cannot be adapted: {str(error).split('. ')[0]}"
+                f"targets {shown(config.target_modules)} cannot be adapted: {str(error).split('. ')[0]}"
             ) from error
     model.eval().requires_grad_(False)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -284,10 +349,10 @@ def _check_found(initial: Adapter, config: LoraConfig) -> None:
         raise ValueError(f"targets {missing} match no layer of this backbone")
     heads = config.modules_to_save or []
     if missing := [head for head in heads if not any(f".{head}." in name for name in initial if not is_lora(name))]:
-        raise ValueError(f"head {missing[0]!r} is no module of this backbone")
+        raise ValueError(f"head {shown(missing[0])} is no module of this backbone")
 
 
-@door(adapter=any_adapter)
+@door(adapter=whole)
 def delta(adapter: Adapter, scaling: dict[str, float]) -> Adapter:
     """The task vector: ``scaling * B A`` of every adapted layer, and the directly trained weights.
 
@@ -408,6 +473,7 @@ def adapter_bytes(adapter: Adapter) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
 
 
+@door(adapter=named(kind("Tensor"), least=0))
 def save_adapter(adapted: AdaptedBackbone, adapter: Adapter, folder: str | Path) -> Path:
     """Write one adapter as a PEFT folder that ``PeftModel.from_pretrained`` loads.
 
@@ -440,6 +506,7 @@ def _pattern(layer: str) -> str:
     return "^" + re.escape(layer.removeprefix("base_model.model."))
 
 
+@door()
 def load_adapter(adapted: AdaptedBackbone, folder: str | Path) -> Adapter:
     """Read a PEFT folder back as an adapter of this backbone; its rank may differ from the configuration's.
 
@@ -450,7 +517,8 @@ def load_adapter(adapted: AdaptedBackbone, folder: str | Path) -> Adapter:
 
     folder = Path(folder)
     with reading(folder):
-        config = _lora_options(folder / CONFIG_FILE)
+        with reading(folder / CONFIG_FILE):
+            config = _lora_options(folder / CONFIG_FILE)
         tensors = load_file(folder / WEIGHTS_FILE)
         _check_whole(adapted, tensors)
         for layer in lora_layers(adapted.initial):
@@ -466,6 +534,7 @@ def load_adapter(adapted: AdaptedBackbone, folder: str | Path) -> Adapter:
 def _lora_options(path: Path) -> dict:
     """The options of a LoRA adapter. Raises ``ValueError`` for one that is not W + scaling * B A."""
     options = json.loads(path.read_text("utf-8"))
+    check_patterns(options)
     if options["peft_type"] != "LORA":
         raise ValueError(f"peft_type must be 'LORA', not {options['peft_type']!r}")
     if odd := [name for name in NOT_A_SUM if options.get(name)]:

@@ -57,11 +57,13 @@ def check_examples(client: int, x: Inputs, y: Tensor) -> None:
     for tensor in tensors:
         if len(tensor) != len(y):
             raise ValueError(f"client {client} has {len(tensor)} inputs and {len(y)} labels")
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            raise ValueError(f"client {client}: inputs must hold their numbers, not {tensor.layout} on {tensor.device}")
         if tensor.dtype == torch.bool or tensor.is_complex() or (tensor.dim() > 2 and not tensor.is_floating_point()):
             raise ValueError(f"client {client}: images must be floats, scaled to [0, 1] say, not {tensor.dtype}")
         if tensor.is_floating_point() and not (fine := tensor.isfinite().reshape(len(y), -1).all(1)).all():
             raise ValueError(f"client {client}: input {int((~fine).nonzero()[0])} is not finite")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.is_sparse or y.is_meta:
         raise ValueError(f"client {client}: labels must be whole numbers, not {y.dtype}")
     a_column = isinstance(x, Tensor) and y.shape[1:] == (1,)
     if y.dim() > 2 or (y.dim() == 2 and (a_column or y.shape[1:] != tensors[0].shape[1:2])):
@@ -103,7 +105,7 @@ def pad_stack(tensors: Sequence[Tensor], value: int) -> Tensor:
     shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors))]
     stack = tensors[0].new_full((len(tensors), *shape), value)
     for row, tensor in zip(stack, tensors):
-        row[tuple(map(slice, tensor.shape))] = tensor
+        row[tuple(map(slice, tensor.shape))] = tensor.detach()
     return stack
 
 
@@ -113,6 +115,22 @@ def check_pairs(name: str, examples: Sequence[Examples]) -> None:
         refuse(name, "inputs and labels of 1 client or more", examples)
     if odd := [one for one in examples if not isinstance(one, list | tuple) or len(one) != 2]:
         refuse(f"{name}[{list(map(id, examples)).index(id(odd[0]))}]", "a pair of inputs and labels", odd[0])
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers."""
+    plain = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+    return plain and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating numbers."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def rows_of(count: int, index: slice | Sequence[int]) -> slice | list[int]:
+    """Rows of so many clients. Raises ``ValueError`` for what are none."""
+    return index if isinstance(index, slice) else several(whole(0, count - 1), least=0)("index", index, {})
 
 
 @dataclass(frozen=True)
@@ -133,14 +151,19 @@ class Split:
 
     def __post_init__(self):
         tensors = [self.x] if isinstance(self.x, Tensor) else list(self.x.values()) if isinstance(self.x, dict) else []
-        if not isinstance(self.y, Tensor) or self.y.dim() < 2 or self.y.is_floating_point():
+        if not isinstance(self.y, Tensor) or self.y.dim() not in (2, 3) or not _is_whole(self.y):
             refuse("y", "labels (C, N) or (C, N, T), whole numbers", self.y)
         if not tensors or any(not isinstance(one, Tensor) or one.shape[:2] != self.y.shape[:2] for one in tensors):
             refuse("x", f"tensors of shape ({', '.join(map(str, self.y.shape[:2]))}, …) like y", self.x)
-        if not isinstance(self.sizes, Tensor) or self.sizes.shape != self.y.shape[:1] or self.sizes.is_floating_point():
+        if odd := [one for one in tensors if not (_is_whole(one) or _is_real(one)) or one.dim() > 3 and _is_whole(one)]:
+            refuse("x", "of floating numbers, or token ids", odd[0])
+        if not isinstance(self.sizes, Tensor) or self.sizes.shape != self.y.shape[:1] or not _is_whole(self.sizes):
             refuse("sizes", f"a whole number for each of {len(self.y)} clients", self.sizes)
         if len(self.sizes) and not 1 <= int(self.sizes.min()) <= int(self.sizes.max()) <= self.y.shape[1]:
             raise ValueError(f"sizes must be in [1, {self.y.shape[1]}], not {self.sizes.tolist()}")
+        real = torch.arange(self.y.shape[1], device=self.y.device) < self.sizes.to(self.y.device).unsqueeze(1)
+        if self.y.dim() == 2 and (real & (self.y < 0)).any():
+            raise ValueError(f"y must be at least 0 for the examples that count, unlike {shown(self.y.tolist())}")
         object.__setattr__(self, "ids", tuple(several(whole(0), least=0)("ids", self.ids, {})))
         if len(self.ids) != len(self.y) or len(set(self.ids)) < len(self.ids):
             raise ValueError(f"ids must be {len(self.y)} different numbers, one for each client, not {shown(self.ids)}")
@@ -172,14 +195,15 @@ class Split:
 
     def client(self, i: int) -> Examples:
         """Inputs ``(n, ...)`` and labels ``(n,)`` of the client in row ``i``, without the padded examples."""
+        i = whole(0, len(self) - 1)("i", i, {})
         n = int(self.sizes[i])
         return take(self.x, (i, slice(n))), self.y[i, :n]
 
     def rows(self, index: slice | Sequence[int]) -> Split:
         """The clients in these rows, as a split of their own."""
-        if isinstance(index, slice):
-            return Split(take(self.x, index), self.y[index], self.sizes[index], self.ids[index])  # a view, no copy
-        rows = list(index)
+        rows = rows_of(len(self), index)
+        if isinstance(rows, slice):
+            return Split(take(self.x, rows), self.y[rows], self.sizes[rows], self.ids[rows])  # a view, no copy
         pick = torch.tensor(rows, device=self.y.device)
         return Split(take(self.x, pick), self.y[pick], self.sizes[pick.cpu()], tuple(self.ids[r] for r in rows))
 
@@ -192,6 +216,7 @@ class Split:
         parts = [function(take(flat, slice(i, i + batch_size))) for i in range(0, clients * n, batch_size)]
         return replace(self, x=map_inputs(lambda *tensors: torch.cat(tensors).unflatten(0, (clients, n)), *parts))
 
+    @door()
     def to(self, device: str | torch.device) -> Split:
         """The same split on ``device`` (the sizes stay on the CPU)."""
         return Split(map_inputs(lambda tensor: tensor.to(device), self.x), self.y.to(device), self.sizes, self.ids)
@@ -233,6 +258,7 @@ class Federation:
     def __len__(self) -> int:
         return len(self.train)
 
+    @door()
     def to(self, device: str | torch.device) -> Federation:
         """The same federation on ``device``."""
         return self._each(lambda split: split.to(device))
@@ -314,7 +340,7 @@ def shift_images(x: Tensor, client: int, clients: int) -> Tensor:
     (1 - x) for odd clients. Client 0 keeps the originals."""
     from torchvision.transforms.functional import InterpolationMode, rotate
 
-    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+    if not isinstance(x, Tensor) or x.dim() != 4 or not _is_real(x) or not len(x):
         refuse("x", "images (n, channels, height, width), floats", x)
     if client:
         x = rotate(x, 360 * client / clients, interpolation=InterpolationMode.BILINEAR)
@@ -333,6 +359,10 @@ def _check_partition(pool, test_pool, sizes, calibration_size, test_size, client
     if len(sizes) != clients:
         raise ValueError(f"train_size names {len(sizes)} clients, not {clients}")
     if proportions is not None:
+        try:
+            proportions = np.asarray(proportions, dtype=float)
+        except (ValueError, TypeError):
+            refuse("proportions", f"numbers, a row for each of {clients} clients", proportions)
         if np.shape(proportions) != (clients, classes):
             raise ValueError(f"proportions are of shape {np.shape(proportions)}, not a row for each of {clients}")
         if not np.isfinite(proportions).all() or np.min(proportions) < 0 or not np.sum(proportions, 1).all():

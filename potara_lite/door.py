@@ -64,9 +64,9 @@ def real(expected: str, holds: Callable[[float], bool], *, finite: bool = True) 
         number = value if type(value) in (int, float) else float(value)
         if not holds(number):  # NaN holds nothing
             refuse(name, expected, value)
-        if finite and not abs(number) <= float_info.max:  # a whole number may be larger
+        if not abs(number) <= float_info.max and (finite or isinstance(number, int)):  # a whole number may be larger
             refuse(name, "finite", value)
-        return number
+        return number if abs(number) <= LARGEST else float(number)
 
     check.__doc__ = f"A number, {expected}."
     return check
@@ -104,7 +104,9 @@ def several(check: Check, *, least: int = 1, distinct: bool = False) -> Check:
     """A list or another collection of what passes the check, at least so many."""
 
     def check_all(name: str, value: Any, given: Mapping[str, Any]) -> list:
-        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable) or hasattr(value, "columns"):
+            refuse(name, "a list", value)
+        if getattr(value, "shape", None) == ():  # of torch and numpy: a number
             refuse(name, "a list", value)
         found = [check(f"{name}[{i}]", one, given) for i, one in enumerate(value)]
         if len(found) < least:
@@ -127,6 +129,18 @@ def one_or_several(check: Check) -> Check:
     return check_either
 
 
+def device(name: str, value: Any, given: Mapping[str, Any]) -> Any:
+    """A device of torch, or its name."""
+    import torch
+
+    found = kind("str", "device")(name, value, given)
+    try:
+        torch.device(found)
+    except RuntimeError:
+        refuse(name, "a device of torch", value)
+    return found
+
+
 def optional(check: Check) -> Check:
     """What passes the check, or ``None``."""
     return lambda name, value, given: None if value is None else check(name, value, given)
@@ -141,6 +155,21 @@ def named(check: Check, *, least: int = 1) -> Check:
         return {key: check(f"{name}[{key!r}]", one, given) for key, one in value.items()}
 
     return check_all
+
+
+def table(*columns: str) -> Check:
+    """A table of pandas with rows and these columns."""
+
+    def check(name: str, value: Any, given: Mapping[str, Any]) -> Any:
+        found = kind("DataFrame")(name, value, given)
+        if missing := [column for column in columns if column not in found]:
+            raise ValueError(f"{name} must have a column {missing[0]!r}, not only {shown(list(found.columns))}")
+        if not len(found):
+            refuse(name, "a table with rows", found)
+        return found
+
+    check.__doc__ = "A table with its columns."
+    return check
 
 
 def options_of(function: Callable, **checks: Check) -> Check:
@@ -186,7 +215,7 @@ MEANINGS: tuple[tuple[Check, str], ...] = (
     (flag, "adaptive broadcast_to_all local_from_federated vectorize compile"),
     (text, "name method score dataset data until prompt answer task"),
     (path, "folder root checkpoint name_or_path"),
-    (kind("str", "device"), "device"),
+    (device, "device"),
     (function, "merge objective prepare eval_split by tokenizer estimator pair_of estimate loss"),
     (kind("AdaptedBackbone"), "adapted"),
     (kind("Federation"), "federation"),

@@ -18,7 +18,7 @@ from .adapters import AdaptedBackbone, Adapter, attach, repeat_adapter
 from .backbones import lab_vit
 from .connectivity import along_segment, weight_grid
 from .data import Federation, Split, fashion_mnist
-from .door import check_fields, named, whole
+from .door import check_fields, kind, named, not_negative, several, whole
 from .door import function as any_function
 from .engine.batching import Execution
 from .engine.federated import Ledger, fedit
@@ -28,7 +28,7 @@ from .language import installed_minilm, text_encoder, text_tokenizer
 from .merging import merge_exact
 from .prefix import linear_layers
 from .setting import Setting
-from .stacks import any_adapter, door, numbers, stack
+from .stacks import door, like_federated, numbers, stack, weights_of_clients
 from .text_data import wordnet_glosses
 
 ORACLE = "oracle weight (test data, reference)"
@@ -46,7 +46,8 @@ class Pair:
     local_from_federated: bool = False
 
     def __post_init__(self):
-        check_fields(self, federated=stack, local=stack)
+        pair = several(kind("Ledger"), least=2), several(not_negative, least=2)
+        check_fields(self, federated=stack, local=like_federated, ledgers=pair[0], seconds=pair[1])
 
     @property
     def models(self) -> tuple[Adapter, Adapter]:
@@ -177,7 +178,7 @@ class Result:
     weight: Tensor | None = None
 
     def __post_init__(self):
-        check_fields(self, adapters=any_adapter, weight=numbers(1, least=0, most=1))
+        check_fields(self, adapters=stack, ledger=kind("Ledger"), seconds=not_negative, weight=weights_of_clients)
 
     def evaluate(self, split: Split, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
         """Loss (nats) and accuracy (a fraction) of each client's model on its part of ``split``, ``(C,)`` each."""

@@ -18,7 +18,6 @@ from .door import unchecked, whole
 from .stacks import (
     Adapter,
     all_finite,
-    any_adapter,
     door,
     factor_names,
     factors,
@@ -30,6 +29,7 @@ from .stacks import (
     numbers,
     rank_dim,
 )
+from .stacks import whole as whole_adapter
 
 Weight = float | Tensor | dict[str, Tensor]
 
@@ -93,7 +93,7 @@ def merge_factors(federated: Adapter, local: Adapter, weight: Weight) -> Adapter
     return merged
 
 
-@door(adapter=any_adapter, matrix=numbers(2))
+@door(adapter=whole_adapter, matrix=numbers(2))
 def change_basis(adapter: Adapter, matrix: Tensor) -> Adapter:
     """The same model with other factors: ``(B M, M⁻¹ A)`` in every adapted layer; the head stays.
 
@@ -106,6 +106,8 @@ def change_basis(adapter: Adapter, matrix: Tensor) -> Adapter:
     """
     if matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"matrix must be square, not of shape {tuple(matrix.shape)}")
+    if matrix.dtype not in (torch.float32, torch.float64):
+        matrix = matrix.double()
     inverse, failed = torch.linalg.inv_ex(matrix)
     if failed:
         raise ValueError("the matrix has no inverse, so it is no change of basis")
@@ -121,7 +123,7 @@ def change_basis(adapter: Adapter, matrix: Tensor) -> Adapter:
     return result
 
 
-@door(adapter=any_adapter, rank=whole(None))
+@door(adapter=whole_adapter, rank=whole(None))
 def compress(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Tensor]]:
     """The best adapter of rank ``rank`` (Eckart–Young), and each layer's relative error ``|dW - dW_r| / |dW|``.
 

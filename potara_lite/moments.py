@@ -69,6 +69,10 @@ class Moments:
     def bound(self, weight: Tensor | float) -> Tensor:
         """``λ² a + (1-λ)² b + 2 λ (1-λ) c``: twice the loss bound in units of the smoothness β."""
         weight = torch.as_tensor(weight, dtype=torch.float64)
+        try:
+            torch.broadcast_shapes(weight.shape, self.a.shape)
+        except RuntimeError:
+            refuse("weight", f"a number or of shape {tuple(self.a.shape)}, as the moments", weight)
         parts = (weight**2, self.a), ((1 - weight) ** 2, self.b), (2 * weight * (1 - weight), self.c)
         return sum(torch.where(factor == 0, 0.0, factor * moment) for factor, moment in parts)
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
 
 from .data import Split
-from .door import Check, door, function, kind, named, refuse, several, shown, text
+from .door import Check, door, function, kind, named, several, shown, table, text
 from .experiment import ORACLE, PAIR_METHODS, Method, Result, Trial, run_methods
 from .setting import Setting
 
 COLUMNS = ["method", "seed", "client", "accuracy", "loss", "weight", "bytes_up", "bytes_down", "steps", "seconds"]
+
+
+NUMBERS = (*COLUMNS[3:], "union_accuracy")
 
 
 def rows_with(*columns: str) -> Check:
@@ -22,18 +26,18 @@ def rows_with(*columns: str) -> Check:
     keys = ["federation", "method", "seed", "client"]
 
     def check(name: str, value: Any, given: object) -> pd.DataFrame:
-        found = kind("DataFrame")(name, value, given)
-        if missing := [column for column in ("method", "seed", *columns) if column not in found]:
-            raise ValueError(f"{name} must have a column {missing[0]!r}, not only {shown(list(found.columns))}")
-        if found.empty:
-            refuse(name, "a table with rows", found)
+        found = table("method", "seed", *columns)(name, value, given)
         if {"method", "seed", "client"} <= set(found) and (
             twice := found.duplicated([k for k in keys if k in found])
         ).any():
             line = found.loc[twice, ["method", "seed", "client"]].iloc[0].tolist()
             raise ValueError(f"{name} must have every method, seed and client once, unlike {line}")
-        for column in [column for column in columns if column in ("accuracy", "loss")]:
-            if odd := int(found[column].isna().sum()):
+        for column in [column for column in columns if column in NUMBERS]:
+            try:
+                odd = int((~np.isfinite(found[column].astype(float))).sum())
+            except (ValueError, TypeError):
+                raise ValueError(f"{name} must have numbers in the column {column!r}") from None
+            if odd and column in ("accuracy", "loss"):
                 raise ValueError(f"{name} must have a number in every {column}, but {odd} are missing")
         return found
 
@@ -114,10 +118,12 @@ def leaderboard(rows: pd.DataFrame, local: str = "local") -> pd.DataFrame:
     return pd.concat(parts)
 
 
-@door(board=kind("DataFrame"), references=several(text, least=0))
+@door(board=table("accuracy", "bytes"), references=several(text, least=0))
 def pareto_front(board: pd.DataFrame, references: Collection[str] = (ORACLE,)) -> pd.Series:
     """Which lines of a leaderboard no other of the same federation beats: none is as accurate for fewer bytes, or more
     accurate for as many. ``references``, on test data, do not count and are never on the front themselves."""
+    if "method" not in board.index.names or board.index.has_duplicates:
+        raise ValueError("board must have a line for each federation and method, as leaderboard makes them")
     real = ~board.index.get_level_values("method").isin(references)
     result = pd.Series(False, index=board.index)
     for line in board.index[real]:

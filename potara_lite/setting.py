@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .door import check_fields, text
+from .door import check_fields, shown, text
 
 DATA = "fashion-mnist", "wordnet", "wordnet-domains"
 
@@ -47,7 +47,7 @@ class Setting:
     def __post_init__(self):
         check_fields(self, backbone=text, device=text)
         if self.data not in DATA:
-            raise ValueError(f"data must be one of {', '.join(DATA)}, not {self.data!r}")
+            raise ValueError(f"data must be one of {', '.join(DATA)}, not {shown(self.data)}")
         if self.shift and self.is_text:
             raise ValueError("shift turns and inverts images: it does not go with text")
         if self.backbone is not None and not self.is_text:

@@ -85,6 +85,11 @@ def is_traced(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether all its numbers are there: it is not sparse, and on a device that holds values."""
+    return tensor.layout == torch.strided and tensor.device.type != "meta"
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite: by their sum, one by one only where that says no."""
     return is_traced(tensor) or bool(tensor.detach().sum().isfinite()) or bool(tensor.isfinite().all())
@@ -118,8 +123,8 @@ def as_numbers(name: str, value: Any) -> Tensor:
     Raises ``ValueError`` for what are no real numbers.
     """
     if isinstance(value, Tensor):
-        if value.is_complex() or value.dtype in (torch.bool, *FLOAT8):
-            refuse(name, "real numbers", value)
+        if value.is_complex() or value.dtype in (torch.bool, *FLOAT8) or not is_dense(value):
+            refuse(name, "real numbers, all of them there", value)
         return value
     kinds = {"i": np.int64, "u": np.int64, "f": np.float64}
     try:
@@ -134,10 +139,13 @@ def as_numbers(name: str, value: Any) -> Tensor:
 
 def any_adapter(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     """An adapter or a stack: floating tensors of 16 bits or more, all finite."""
-    if not isinstance(value, Mapping) or not value or not all(isinstance(one, Tensor) for one in value.values()):
-        what = "an empty one" if value == {} else type(value).__name__
+    named = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if not named or not value or not all(isinstance(one, Tensor) for one in value.values()):
+        what = "an empty one" if named and not value else type(value).__name__
         raise ValueError(f"{name} must be an adapter, a dictionary of tensors by name, not {what}")
     for key, tensor in value.items():
+        if not is_dense(tensor):
+            raise ValueError(f"{name} must hold its numbers: {key!r} is {tensor.layout} on {tensor.device}")
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise ValueError(f"{name} must be of floating numbers of 16 bits or more: {key!r} is {tensor.dtype}")
         if not all_finite(tensor):
@@ -146,6 +154,18 @@ def any_adapter(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     if len({client_dims(tensor) for key, tensor in value.items() if is_lora(key)}) > 1:
         raise ValueError(f"{name} must have the clients on dim 0 of all its tensors or of none")
     return value
+
+
+def whole(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
+    """An adapter or a stack with both factors of every layer, matrices or kernels that can be multiplied."""
+    found = any_adapter(name, value, given)
+    for layer in dict.fromkeys(layer_of(key) for key in found if is_lora(key)):
+        a, b = (found.get(key) for key in factor_names(layer))
+        if a is None or b is None or not 2 <= a.dim() == b.dim() <= 5 or a.dtype != b.dtype:
+            raise ValueError(f"{name} must have two factors, A and B of one dtype, in each layer, unlike {layer!r}")
+        if a.shape[client_dims(a)] != b.shape[client_dims(b) + 1]:
+            raise ValueError(f"{name} must have one rank in each layer, unlike {layer!r}")
+    return found
 
 
 def one_adapter(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
@@ -167,8 +187,9 @@ def rows_of_clients(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     found = plain.named(plain.kind("Tensor"))(name, value, given)
     if is_stack(found) is False:
         raise ValueError(f"{name} must be a stack, with the clients on dim 0, not one adapter (see repeat_adapter)")
-    if len(counts := sorted({len(tensor) for tensor in found.values()})) > 1:
-        raise ValueError(f"{name} must have as many clients in every tensor, not {counts}")
+    counts = sorted({len(tensor) if tensor.dim() else 0 for tensor in found.values()})
+    if len(counts) > 1 or 0 in counts:
+        raise ValueError(f"{name} must have as many clients in every tensor, 1 or more, not {counts}")
     return found
 
 
@@ -178,8 +199,12 @@ def trained_stack(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
 
 
 def stacks(name: str, value: Any, given: Mapping[str, Any]) -> list[Adapter]:
-    """Several stacks of one base, of any ranks."""
+    """Several stacks of one base and as many clients, of any ranks."""
     found = plain.several(trained_stack)(name, value, given)
+    for i, one in enumerate(found):
+        whole(f"{name}[{i}]", one, {})
+        if _count(one) != _count(found[0]):
+            raise ValueError(f"{name}[{i}]: {_count(one)} adapters for {_count(found[0])} clients")
     return [like_but_rank(f"{name}[{i}]", one, _first_client(found[0]), 1) for i, one in enumerate(found)]
 
 
@@ -187,15 +212,20 @@ def model(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     """One of the models that are merged: of a backbone, a stack; else an adapter or a stack like the one before."""
     if "adapted" in given:
         return stack(name, value, given)
-    found, before = any_adapter(name, value, given), given.get("federated")
+    found, before = whole(name, value, given), given.get("federated")
     if name == "local":
         _like("federated and local", found, before)
     return found
 
 
+def like_federated(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
+    """A stack like the one before it, ``federated``."""
+    return model(name, stack(name, value, given), given)
+
+
 def models(name: str, value: Any, given: Mapping[str, Any]) -> list[Adapter]:
     """Several adapters or stacks of one base and in one order of tensors."""
-    found = plain.several(any_adapter)(name, value, given)
+    found = plain.several(whole)(name, value, given)
     for i, other in enumerate(found):
         _like(f"{name}[{i}]", other, found[0])
     return [{key: one[key] for key in found[0]} for one in found]
@@ -250,6 +280,7 @@ def of_as_many(kind: str) -> Check:
 
     def check(name: str, value: Any, given: Mapping[str, Any]) -> Any:
         found = plain.kind(kind)(name, value, given)
+        _check_inputs(name, found, given)
         for other in ("adapters", "start", "federated", "local", "optimum", "direction"):
             stack = given[other] if isinstance(given.get(other), Mapping | Tensor) else None
             count = len(found) if stack is None else _count(stack) if isinstance(stack, Mapping) else len(stack)
@@ -258,6 +289,20 @@ def of_as_many(kind: str) -> Check:
         return found
 
     return check
+
+
+def _check_inputs(name: str, split: Any, given: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for inputs that are not finite, or in a precision that the backbone does not compute in."""
+    if not isinstance(getattr(split, "x", None), Tensor | dict):
+        return
+    for tensor in split.x.values() if isinstance(split.x, dict) else [split.x]:
+        if not tensor.is_floating_point():
+            continue
+        if not all_finite(tensor):
+            row = int((~tensor.flatten(1).isfinite().all(1)).nonzero()[0])
+            raise ValueError(f"{name}: the inputs of client {split.ids[row]} must be finite")
+        if "adapted" in given and tensor.dtype not in (known := given["adapted"].dtypes):
+            raise ValueError(f"{name}: inputs of {tensor.dtype} for a backbone of {' and '.join(map(str, known))}")
 
 
 def per_client(check: Check) -> Check:
@@ -278,7 +323,9 @@ def labels(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
     found = numbers(like.dim(), whole=True, least=-100)(name, value, given)
     if found.shape != like.shape:
         refuse(name, f"of shape {tuple(like.shape)}, as those of split", found)
-    return found
+    if (odd := found[(found < 0) & (found != -100)]).numel():
+        raise ValueError(f"{name} must be at least 0, or -100 where one is ignored, not {int(odd[0])}")
+    return found.long()
 
 
 def state(name: str, value: Any, given: Mapping[str, Any]) -> Any:
@@ -341,6 +388,14 @@ def mixing_weight(low: float | None = 0, high: float | None = 1) -> Check:
     return check
 
 
+def weights_of_clients(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
+    """A mixing weight for each adapter of a stack."""
+    found = numbers(1, least=0, most=1)(name, value, given)
+    if len(found) != _count(given["adapters"]):
+        raise ValueError(f"{name}: {len(found)} weights for {_count(given['adapters'])} adapters")
+    return found
+
+
 def mixing_weights(name: str, value: Any, given: Mapping[str, Any]) -> list:
     """As many weights as adapters, any finite ones."""
     found = value.tolist() if isinstance(value, Tensor | np.ndarray) and value.ndim == 1 else value
@@ -362,13 +417,35 @@ def shaped_like(other: str, *dims: int, **bounds: Any) -> Check:
     return check
 
 
+def curves_over(other: str) -> Check:
+    """Numbers (C, W), a column for each of another argument's numbers."""
+
+    def check(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
+        found = numbers(2)(name, value, given)
+        if found.shape[1] != len(given[other]):
+            raise ValueError(f"{name}: {found.shape[1]} columns for {len(given[other])} {other}")
+        return found
+
+    return check
+
+
+def one_for_each(other: str, **bounds: Any) -> Check:
+    """Numbers (C,), as many as another argument has rows."""
+
+    def check(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
+        found = numbers(1, **bounds)(name, value, given)
+        if len(found) != len(given[other]):
+            raise ValueError(f"{name}: {len(found)} of them for {len(given[other])} clients")
+        return found
+
+    return check
+
+
 def sizes_of(other: str, dim: int | None = None) -> Check:
     """How many examples each client of another argument has: 1 or more, at most those along ``dim``."""
 
     def check(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
-        found = numbers(1, whole=True, least=1)(name, value, given)
-        if len(found) != len(given[other]):
-            raise ValueError(f"{name}: {len(found)} of them for {len(given[other])} clients")
+        found = one_for_each(other, whole=True, least=1)(name, value, given)
         if dim is not None and (most := given[other].shape[dim]) < found.max():
             raise ValueError(f"{name} must be at most {most}, the examples of {other}, not {int(found.max())}")
         return found
@@ -383,7 +460,9 @@ def groups_of(other: str) -> Check:
         found = numbers(1, whole=True, least=0)(name, value, given)
         if len(found) != given[other].shape[-1]:
             raise ValueError(f"{name}: {len(found)} of them for {given[other].shape[-1]} coordinates of {other}")
-        return found
+        if found.max() >= len(found):
+            raise ValueError(f"{name} must be below {len(found)}, the number of coordinates, not {int(found.max())}")
+        return found.long()
 
     return check
 

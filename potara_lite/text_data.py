@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .data import Examples, Federation, Split, partition
-from .door import check_fields, door, options_of, several, text
+from .door import check_fields, door, options_of, path, several, shown, text
 from .files import FileError, check_file, data_path, reading
 from .language import encode_texts
 
@@ -37,6 +37,8 @@ def with_tokens(federation: Federation, texts: Sequence[str], tokenizer: Callabl
     """The federation whose examples are the numbers of ``texts``, with their tokens (see ``encode_texts``) instead."""
 
     def split(numbers: Split) -> Split:
+        if not isinstance(numbers.x, Tensor) or int(numbers.x.max()) >= len(texts):
+            raise ValueError(f"texts: the examples must be numbers of {len(texts)} texts, from 0 on")
         clients = [numbers.client(i) for i in range(len(numbers))]
         return Split.of([(encode_texts(tokenizer, [texts[n] for n in x], longest), y) for x, y in clients], numbers.ids)
 
@@ -106,11 +108,12 @@ class Question:
         if not self.prompt.strip() or not self.answer.strip():
             raise ValueError("its prompt or its answer is empty")
         if not all(option.strip() for option in self.options):
-            raise ValueError(f"one of its options is empty: {list(self.options)}")
+            raise ValueError(f"one of its options is empty: {shown(list(self.options))}")
         if self.options and self.answer not in self.options:
-            raise ValueError(f"its answer {self.answer!r} is none of its options {list(self.options)}")
+            raise ValueError(f"its answer {shown(self.answer)} is none of its options {shown(list(self.options))}")
 
 
+@door(path=path)
 def read_task(path: str | Path, seed: int = 0) -> list[Question]:
     """The examples in a JSON array or a JSON-lines file, shuffled by ``seed``, for many files are in order of class.
 

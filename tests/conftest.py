@@ -1,6 +1,8 @@
 """A tiny backbone, a tiny federation with clients of unequal size, and random adapters, in float32 and float64."""
 
 import copy
+import signal
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +45,22 @@ def tiny_text_encoder(folder):
     sizes = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
     BertModel(BertConfig(**sizes, intermediate_size=32, max_position_embeddings=32)).save_pretrained(folder)
     return str(folder)
+
+
+@contextmanager
+def within(seconds):
+    """Stop what takes longer: loops and regular expressions look at signals."""
+
+    def stop(*_):
+        raise TimeoutError(f"not done in {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def peft_model(adapted):

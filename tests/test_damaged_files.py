@@ -9,21 +9,25 @@ import io
 import json
 import lzma
 import os
+import platform
 import random
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_text_encoder, tiny_vit
+from conftest import tiny_text_encoder, tiny_vit, within
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from potara_lite import data, language, text_data
-from potara_lite.adapters import load_adapter, rank_dim, save_adapter, stack_adapters
+from potara_lite.adapters import attach, load_adapter, pattern, rank_dim, save_adapter, stack_adapters
 from potara_lite.backbones import lab_vit
 from potara_lite.engine.federated import Ledger
 from potara_lite.experiment import Result
@@ -61,9 +65,8 @@ def mutated_bytes(content, rng):
     return bytes(content)
 
 
-def mutated_json(value, rng, huge=True):
+def mutated_json(value, rng):
     """A JSON value with one of its parts replaced by a hostile one, swapped with another, renamed or lost."""
-    hostile = HOSTILE if huge else [one for one in HOSTILE if not isinstance(one, int) or one < 10]
     value, places = copy.deepcopy(value), []
 
     def walk(container):
@@ -75,7 +78,7 @@ def mutated_json(value, rng, huge=True):
     walk(holder := [value])
     (one, key), (two, other) = rng.choice(places), rng.choice(places[1:] or places)
     kind = rng.choice(["replace", "replace", "grow", "swap", "lose", "rename"])
-    if kind == "grow" and huge and isinstance(one[key], int | float | list):  # of a list, a shape say, the first part
+    if kind == "grow" and isinstance(one[key], int | float | list):  # of a list, a shape say, the first part
         one[key] = [rng.choice([2**40, 10**12]), *one[key][1:]] if isinstance(one[key], list) else one[key] * 2**20
     elif kind == "swap" and one is not holder:
         one[key], two[other] = copy.deepcopy(two[other]), copy.deepcopy(one[key])
@@ -84,7 +87,7 @@ def mutated_json(value, rng, huge=True):
     elif kind == "rename" and isinstance(one, dict):
         one[str(key) + "x"] = one.pop(key)
     else:
-        one[key] = rng.choice(hostile)
+        one[key] = rng.choice(HOSTILE)
     return holder[0]
 
 
@@ -93,8 +96,7 @@ def mutated(path, content, rng):
     if rng.random() < 0.5:
         return mutated_bytes(content, rng)
     if path.suffix == ".json":
-        huge = path.parent.name != "encoder"  # transformers builds as many blocks as it is told before it looks at any
-        return json.dumps(mutated_json(json.loads(content), rng, huge)).encode()
+        return json.dumps(mutated_json(json.loads(content), rng)).encode()
     if path.suffix == ".jsonl":
         lines = content.decode().splitlines()
         i = rng.randrange(len(lines))
@@ -386,6 +388,52 @@ def test_a_harmed_adapter_is_refused_and_its_folder_named(harm, adapter_folder, 
     assert str(tmp_path / "adapter") in str(caught.value) and "\n" not in str(caught.value) and not network
 
 
+ENDLESS = [
+    "(a+)+$", "(.*a){12}", "((a*)*)*b", "(a|aa)+$", "(a?){40}a{40}", "a?" * 30 + "a" * 30, ".*" * 6 + "x",
+    "(?:(?:a{0,9}){0,9}){0,9}z", "(.|.)" * 30, r"(\w+\.?)+!", "(?=(a+)+b)x", "(?:.*?,){9}", "(" * 9 + "a" + "*)" * 9,
+    r"(.*)\1(.*)\2(.*)\3(.*)\4",
+]  # fmt: skip
+USUAL = [
+    r".*\.(q_proj|v_proj)", r".*layers\.[0-9]+\.mlp\.(fc1|fc2)", "qkv", r"^blocks\.0\.attn\.qkv", ".*",
+    r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj", r".*\.(\d+)\.(?:.*\.)?(q|k|v)_proj",
+    r"^(?!.*visual).*(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("endless", ENDLESS)
+def test_a_pattern_that_may_never_be_matched_is_refused_at_once(endless, adapter_folder, tmp_path, backbone):
+    _, load, _ = adapter_folder
+    config = tmp_path / "adapter" / "adapter_config.json"
+    before = config.read_text()
+    with within(20):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+            edited(**{name: {endless: 2} if name in ("rank_pattern", "alpha_pattern") else endless})(config.parent)
+            with pytest.raises(FileError, match=f"{name} must be a pattern that is soon matched") as caught:
+                load()
+            assert str(config) in str(caught.value) and repr(endless)[1:7] in str(caught.value)
+            config.write_text(before)
+        for options in (
+            dict(targets=endless),
+            dict(config=LoraConfig(target_modules=["fc1"], alpha_pattern={endless: 2})),
+        ):
+            with pytest.raises(ValueError, match="(targets|alpha_pattern) must be a pattern that is soon matched"):
+                attach(backbone, **options)
+
+
+def test_the_usual_patterns_stay(adapter_folder, tmp_path, backbone):
+    assert [pattern("targets", usual) for usual in USUAL] == USUAL
+    edited(target_modules=USUAL[0], alpha_pattern=dict.fromkeys(USUAL[1:4], 3), exclude_modules=USUAL[-1])(
+        tmp_path / "adapter"
+    )
+    adapter_folder[1]()
+    assert len(attach(backbone, targets=r".*\.[0-9]+\..*(fc1|fc2)").scaling) == 2
+    edited(rank_pattern={f"layer{i}": 2 for i in range(1001)})(tmp_path / "adapter")
+    with pytest.raises(FileError, match="rank_pattern must have at most 1000 patterns, not 1001"):
+        adapter_folder[1]()
+    for broken in ("(", "a{2", "[", "*"):
+        assert broken == "a{2" or pytest.raises(ValueError, pattern, "targets", broken)
+
+
 def test_no_file_of_an_adapter_is_asked_of_the_network(adapter_folder, tmp_path, network):
     files, load, _ = adapter_folder
     for path in files:
@@ -451,6 +499,19 @@ def test_a_full_disk_leaves_what_was_there(adapted, random_adapter, tmp_path, mo
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_what_a_killed_process_left_goes_and_what_others_write_stays(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    here = platform.node()
+    left = tmp_path / f"a.csv.{here}.{gone.pid}.part"
+    others = [f"a.csv.{here}.{os.getppid()}", f"a.csv.elsewhere.{gone.pid}", f"b.csv.{here}.{gone.pid}", "a.csv.mine"]
+    for path in (left, *(tmp_path / f"{name}.part" for name in others)):
+        path.write_text("half")
+    write_atomically(tmp_path / "a.csv", "whole")
+    assert (tmp_path / "a.csv").read_text() == "whole" and not left.exists()
+    assert {path.stem for path in tmp_path.glob("*.part")} == set(others)
+
+
 def test_a_digest_may_be_in_capitals_and_its_file_must_be_whole(tmp_path):
     path = tmp_path / "some.npz"
     path.write_bytes(b"something")
@@ -486,6 +547,27 @@ def test_a_text_encoder_that_lacks_a_block_is_refused(encoder, network):
     save_file({name: t for name, t in weights.items() if "layer.1.attention" not in name}, files[1], {"format": "pt"})
     with pytest.raises(FileError, match="it lacks 10 tensors, such as 'encoder.layer.1.attention"):
         load()
+    assert not network
+
+
+ABSURD = {"num_hidden_layers": 10**9, "hidden_size": 10**9, "vocab_size": 10**12, "intermediate_size": 10**9,
+          "num_attention_heads": 10**9, "num_labels": 10**9, "n_layers": 999}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_a_model_larger_than_its_weights_is_refused_at_once(name, encoder, network):
+    files, load, _ = encoder
+    files[0].write_text(json.dumps(json.loads(files[0].read_text()) | {name: ABSURD[name]}))
+    for build in (load, lambda: language.causal_lm(files[0].parent)):
+        with (
+            within(20),
+            pytest.raises(FileError, match=f"config.json asks for {name}={ABSURD[name]}, its weights have"),
+        ):
+            build()
+    files[1].unlink()
+    if name != "n_layers":
+        with within(20), pytest.raises(FileError, match=f"config.json asks for {name}={ABSURD[name]}"):
+            load()
     assert not network
 
 

@@ -4,6 +4,8 @@ import importlib
 import warnings
 from functools import cache
 from inspect import isfunction, signature
+from pathlib import Path
+from tempfile import mkdtemp
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,10 +88,14 @@ def things():
     t.ledger = potara_lite.Ledger.zeros(3)
     t.pair = Pair(t.federated, t.local, (t.ledger, t.ledger), (0.0, 0.0))
     t.trial, t.result = Trial(t.adapted, t.federation, TINY, 0), Result(t.adapted, t.local, t.ledger, 0.0)
+    t.grams = {layer: torch.eye(16).repeat(3, 1, 1) for layer in t.adapted.scaling if not layer.endswith("fc2")}
     t.moments, t.privacy, t.fedit = Moments([1.0, 2.0], [2.0, 1.0], [0.0, 0.5]), Privacy(1.0, 1.0, 0), FEDIT
     t.speaker = attach(Speaker(), targets=["out"], head=None, rank=2)
     t.voices = repeat_adapter(t.speaker.initial, 2)
     t.questions = [[Question("is it", "yes", ("yes", "no"))]] * 2
+    t.folder = potara_lite.save_adapter(t.adapted, t.one, mkdtemp())
+    t.task = Path(mkdtemp()) / "task.jsonl"
+    t.task.write_text('{"question": "is it", "passage": "It is.", "answer": true}')
     t.rows = pd.DataFrame(
         [(f, m, s, c, 0.5 + 0.1 * c + 0.05 * s, 1.0 + c, 0.5, 1, 1, 1, 1.0, 0.4, 2.0)
          for f in ("one",) for m in ("local", "other") for s in (0, 1) for c in (0, 1)],
@@ -151,6 +157,9 @@ CALLS = {
     "adapters.attach": lambda t: dict(
         backbone=t.backbone, rank=2, alpha=3.0, targets=["fc1"], head="head", seed=0, config=None
     ),
+    "adapters.save_adapter": lambda t: dict(adapted=t.adapted, adapter=t.one, folder=mkdtemp()),
+    "adapters.load_adapter": lambda t: dict(adapted=t.adapted, folder=t.folder),
+    "text_data.read_task": lambda t: dict(path=t.task, seed=0),
     "adapters.delta": lambda t: dict(adapter=t.one, scaling=t.adapted.scaling),
     "adapters.delta_inner_products": lambda t: dict(adapters=[t.local, t.federated], scaling=t.adapted.scaling),
     "adapters.stack_adapters": lambda t: dict(adapters=[t.one, t.small]),
@@ -295,7 +304,7 @@ CALLS = {
     ),
     "field.baselines.layer_grams": lambda t: run(t) | dict(batch_size=4),
     "field.baselines.regmean": lambda t: dict(
-        models=[t.federated, t.local], grams=[{"x": torch.eye(2).repeat(3, 1, 1)}] * 2, off_diagonal=0.9
+        models=[t.federated, t.local], grams=[t.grams] * 2, off_diagonal=0.9
     ),
     "field.baselines.merge_deltas": lambda t: dict(
         models=[t.federated, t.local], scaling=t.adapted.scaling, function=lambda vectors: vectors.mean(0)
@@ -321,7 +330,7 @@ NOT_RUN = {  # right, but slow, in need of a download or of more than a tiny stu
     "data.from_torchvision", "language.text_encoder", "language.causal_lm", "language.text_tokenizer",
     "experiment.prepare_text", "experiment.run_methods",
     "backbones.torchvision_vit", "scoring.log_likelihoods", "field.privacy.epsilon",
-    "field.privacy.noise_multiplier_for", "field.sweep.sweep", "field.baselines.regmean",
+    "field.privacy.noise_multiplier_for", "field.sweep.sweep",
 }  # fmt: skip
 
 
@@ -360,12 +369,17 @@ ADAPTER = [
     (entry(lambda t: t > 0), "torch.bool"),
     (entry(lambda t: t.to(torch.complex64)), "torch.complex64"),
     (entry(lambda t: t.to(torch.float8_e4m3fn)), "torch.float8_e4m3fn"),
+    (entry(lambda t: t.to("meta")), "meta"),
+    (entry(lambda t: t.to_sparse()), "sparse"),
+    (lambda v: pd.Series([1.0]), "Series"),
+    (lambda v: dict(enumerate(v.values())), "dict"),
 ]  # fmt: skip
 STACK = [
     *ADAPTER,
     (lambda v: client_adapter(v, 0), "not one adapter"),
     (lambda v: {n: t[:2] for n, t in v.items()}, "2 adapters for 3 clients"),
     (entry(lambda t: t[:2]), "[2, 3]"),
+    (lambda v: {n: t[:0] for n, t in v.items()}, "[0]"),
     (entry(lambda t: t[0], 0), "dim 0 of all its tensors"),
     (lambda v: {n: t for n, t in v.items() if "bias" not in n}, "head.bias"),
     (lambda v: v | {"other": torch.zeros(3, 2)}, "'other'"),
@@ -374,6 +388,9 @@ STACK = [
 ]
 MODEL = [  # of a merge
     *ADAPTER,
+    (lambda v: dict(list(v.items())[1:]), "two factors"),
+    (entry(lambda t: t.double(), 0), "one dtype"),
+    (entry(lambda t: t[:, :1], 0), "one rank"),
     (lambda v: {n: t[:2] for n, t in v.items()}, "(2, "),
     (lambda v: {n: t for n, t in v.items() if "bias" not in n}, "head.bias"),
     (lambda v: client_adapter(v, 0), "shapes"),
@@ -400,6 +417,8 @@ def tensor(*more):
         "x", None, 1j,
         (lambda v: torch.as_tensor(v) * NAN, "finite"),
         (lambda v: torch.as_tensor(v) > 0, "bool"),
+        (lambda v: torch.as_tensor(v).to("meta"), "all of them there"),
+        (lambda v: torch.as_tensor(v).float().reshape(-1).to_sparse(), "all of them there"),
         (lambda v: torch.as_tensor(v).to(torch.complex64), "complex64"),
         (lambda v: torch.as_tensor(v)[:0], "0"),
         (lambda v: torch.as_tensor(v).expand(1, 1, 1, 1, *torch.as_tensor(v).shape), "(1, 1, 1, 1, "),
@@ -418,6 +437,9 @@ ROWS = [
     (lambda v: v.drop(columns="seed"), "'seed'"),
     (lambda v: v.drop(columns="accuracy"), "'accuracy'"),
     (lambda v: v.assign(loss=NAN), "missing"),
+    (lambda v: v.assign(accuracy=INF), "missing"),
+    (lambda v: v.assign(accuracy="x"), "numbers in the column 'accuracy'"),
+    (lambda v: v.assign(loss=[[]] * len(v)), "numbers in the column 'loss'"),
     (lambda v: pd.concat([v, v.iloc[:1]]), "once"),
 ]  # fmt: skip
 
@@ -441,9 +463,10 @@ BAD = {
     "adaptive": FLAG,
     "name method score dataset until": [5, 1.5, None, b"x"],
     "head": [5, "haed"],
-    "targets": [5, (lambda v: "nope", "targets nope"), (lambda v: [], "list"), (lambda v: ["fc1", "nope"], "nope"),
+    "targets": [5, (lambda v: "nope", "nope"), (lambda v: [], "list"), (lambda v: ["fc1", "nope"], "nope"),
                 (lambda v: [3], "3")],
-    "folder root name_or_path checkpoint": PATH,
+    "folder root name_or_path checkpoint path": PATH,
+    "saved": [5, "x", (ADAPTER[4][0], "list"), *ADAPTER[6:9], (entry(lambda t: t[0]), "shape"), (lambda v: {}, "tensors")],
     "merge prepare eval_split by tokenizer estimator pair_of loss_of noisy function": FUNCTION,
     "weights_name": [5, True],
     "adapted": [None, 3, "net", (lambda v: v.model, "PeftModel")],
@@ -456,7 +479,8 @@ BAD = {
     "rng": [0, None],
     "trial result algorithm privacy moments_of": [None, 3, (lambda v: {}, "dict")],
     "algorithm_of": [None, 3, (lambda v: {}, "{}")],
-    "board": [None, 3],
+    "board": [None, 3, (lambda v: v.drop(columns="bytes"), "'bytes'"), (lambda v: pd.concat([v, v]), "a line for each"),
+              (lambda v: v.reset_index(drop=True), "a line for each"), (lambda v: v.iloc[:0], "(0, ")],
     "references": [5, "abc"],
     "local_name": [5, None],
     "state": [5, (lambda v: short_state(2, 100), "2 clients for 3"), (lambda v: short_state(3, 7), "(3, 7)")],
@@ -472,6 +496,7 @@ BAD = {
         5, "x", None,
         (lambda v: [], "list"),
         *((lambda v, change=change: [v[0], change(v[1])], said) for change, said in ADAPTER[2:]),
+        (lambda v: torch.tensor(NAN), "a list"),
         (lambda v: [v[0], entry(lambda t: t[..., :-1], 0)(v[1])], "shape"),
     ],
     "runs": [5, None, (lambda v: [], "list"), (lambda v: [v[0][:1]], "at least 2"), (lambda v: [(1, 2)], "int")],
@@ -481,14 +506,15 @@ BAD = {
     "scaling": [5, None, (lambda v: {}, "dict"), (lambda v: dict.fromkeys(v, NAN), "nan"),
                 (lambda v: dict.fromkeys(v, 0), "0"), (lambda v: dict(list(v.items())[1:]), "missing")],
     "labels": tensor((lambda v: v[:, :-1], "(3, 5)"), (lambda v: v.float(), "float32"),
-                     (lambda v: v - 500, "at least -100, not -600")),
+                     (lambda v: v - 500, "at least -100, not -600"),
+                     (lambda v: v.where(v < 0, -9), "where one is ignored, not -9")),
     "direction": tensor((lambda v: v[:2], "2 adapters for 3 clients"), (lambda v: v[:, :-1], "(3, ")),
     "g_f gradients vectors": tensor(),
     "g_l": tensor((lambda v: v[:, :-1], "(3, 5, 5)"), (lambda v: v[:2], "(2, 6, 5)")),
     "sizes": tensor(*COUNTED, (lambda v: v + 40, "at most 6, the examples of")),
     "train_sizes": tensor(*COUNTED, (lambda v: v[:1], "1 of them for 3")),
     "examples": [5, None, (lambda v: v[:1], "at least 2"), (lambda v: (v[0], v[1] * 0), "0")],
-    "groups": tensor((lambda v: v[:2], "2 of them for 5"), (lambda v: v - 1, "-1")),
+    "groups": tensor((lambda v: v[:2], "2 of them for 5"), (lambda v: v - 1, "-1"), (lambda v: v + 2**40, "below 5")),
     "clip_pair": [0.5, NAN, "ab", (lambda v: (1.0, 0.0), "(1.0, 0.0)"), (lambda v: (NAN, 1.0), "nan"),
                   (lambda v: (0, 1, 2), "(0, 1, 2)")],
     "grid weights_grid": tensor((lambda v: v + 1, "in [0, 1], not")),
@@ -503,12 +529,18 @@ BAD = {
     "images": [5, None, (lambda v: v[0], "(1, 28, 28)"), (lambda v: v.long(), "int64")],
     "fishers": [5, (lambda v: v[:1], "1 of them for 2 models"), (lambda v: [v[0], v[1] * NAN], "fishers[1]"),
                 (lambda v: [v[0], -v[1] - 1], "negative"), (lambda v: [v[0], v[1][:2]], "(3, ")],
-    "grams": [5, (lambda v: v[:1], "1 of them for 2 models"), (lambda v: [v[0], {"x": v[1]["x"] * NAN}], "grams[1]"),
-              (lambda v: [v[0], v[1]["x"]], "dictionary")],
+    "grams": [5, (lambda v: v[:1], "1 of them for 2 models"),
+              (lambda v: [v[0], {n: g * NAN for n, g in v[1].items()}], "grams[1]"),
+              (lambda v: [v[0], next(iter(v[1].values()))], "dictionary"),
+              *((lambda v, change=change: [v[0], entry(change)(v[1])], "grams[1]")
+                for change in (lambda g: g[:1], lambda g: g[..., :-1], lambda g: g[:, :-1, :-1])),
+              (lambda v: [v[0], {f"{n}x": g for n, g in v[1].items()}], "grams[1]")],
     "rows": ROWS,
-    "token_rows": [5, "ab", (lambda v: [[1], []], "text 1"), (lambda v: [[1.5]], "1.5"), (lambda v: [[-1]], "-1"),
+    "token_rows": [5, "ab", (lambda v: torch.tensor(NAN), "a list"), (lambda v: pd.DataFrame(), "a list"),
+                   (lambda v: [[1], []], "text 1"), (lambda v: [[1.5]], "1.5"), (lambda v: [[-1]], "-1"),
                    (lambda v: [], "list")],
-    "texts prompts answers": [5, "ab", (lambda v: [3], "3"), (lambda v: ["  ", *v][:len(v)], "empty")],
+    "texts prompts answers": [5, "ab", (lambda v: np.array("ab"), "a list"),
+                              (lambda v: [3], "3"), (lambda v: ["  ", *v][:len(v)], "empty")],
     "names found": [5, "ab", (lambda v: [3], "3"), (lambda v: [["a"]], "list")],
     "voices": [*ADAPTER[:4], ADAPTER[5], *ADAPTER[7:], (lambda v: {n: t[:1] for n, t in v.items()}, "2 clients for 1"),
                (lambda v: client_adapter(v, 0), "not one adapter"), (entry(lambda t: t[:1]), "[1, 2]"),
@@ -518,7 +550,8 @@ BAD = {
     "expected": [5, (lambda v: [1], "1"), (lambda v: v * 2, "2 expected")],
     "questions": [5, (lambda v: v[:1], "1 clients for 2"), (lambda v: [["a"], ["b"]], "Question"),
                   (lambda v: [[Question("a", "b", ("b",))]] * 2, "two options")],
-    "ids": [5, None, (lambda v: [], "list"), (lambda v: [0, -1], "-1"), (lambda v: [0.5], "0.5")],
+    "ids": [5, None, (lambda v: torch.tensor(1), "a list"),
+            (lambda v: [], "list"), (lambda v: [0, -1], "-1"), (lambda v: [0.5], "0.5")],
     "ranks": [5, "12", (lambda v: [0], "0"), (lambda v: [1.5], "1.5")],
     "seeds": [3, None, (lambda v: [], "list"), (lambda v: [3, 3], "[3, 3]"), (lambda v: [-1], "-1")],
     "methods": [5, None, (lambda v: {}, "dict"), (lambda v: {"x": 3}, "3"), (lambda v: {1: len}, "dict")],
@@ -553,7 +586,8 @@ BAD = {
         (lambda v: [(x, y.bool()) for x, y in v], "torch.bool"),
         (lambda v: [(x.numpy(), y) for x, y in v], "ndarray"),
     ],
-    "proportions": [(lambda v: 5, "()"), (lambda v: [[1.0, 0, 0, 0]], "(1, 4)"),
+    "proportions": [(lambda v: 5, "()"), (lambda v: [[1.0], [1.0, 2.0]], "numbers"), (lambda v: "ab", "'ab'"),
+                    (lambda v: [[1.0, 0, 0, 0]], "(1, 4)"),
                     (lambda v: [[NAN] * 4] * 2, "proportions"), (lambda v: [[-1.0, 2, 0, 0]] * 2, "proportions"),
                     (lambda v: [[0.0] * 4] * 2, "proportions")],
 }  # fmt: skip
@@ -566,6 +600,7 @@ MEANT = {
     ("engine.training.train", "loss"): "loss_of",
     ("engine.training.train", "clip"): "lr",
     ("adapters.adapter_bytes", "adapter"): "weighed",
+    ("adapters.save_adapter", "adapter"): "saved",
     ("adapters.client_adapter", "stack"): "taken_apart",
     ("backbones.torchvision_vit", "weights"): "weights_name",
     ("language.pad_tokens", "rows"): "token_rows",
@@ -675,11 +710,12 @@ BARE = {
         data.kind_of data.any_tensor results.rows_with language.installed_minilm
         text_data.read_glosses field.algorithms.fedalt""",
     "checks themselves, tested in the rows below and where they are used": """
-        data.check_alike data.check_examples data.check_pairs data.pool_of_examples engine.training.check_clients
-        engine.training.check_losses scoring.check_count language.check_source language.next_tokens
+        data.rows_of data.check_alike data.check_examples data.check_pairs data.pool_of_examples
+        engine.training.check_clients engine.training.check_losses scoring.check_count
+        language.check_source language.next_tokens
         engine.loss.checked_logits""",
-    "files, tested with their loaders": """
-        adapters.load_adapter adapters.save_adapter text_data.read_task""",
+    "files and their patterns, tested with their loaders": """
+        adapters.check_patterns adapters.pattern language.check_sizes""",
     "dictionaries of tensors and batches taken apart and put together, in every step": """
         adapters.adapter_from_delta adapters.delta_added adapters.flatten adapters.unflatten adapters.select_clients
         data.draw data.map_inputs data.pad_stack data.take merging.concat_ranks merging.limit_rank
@@ -840,6 +876,31 @@ WRONG = [
     ("ids of fewer", lambda t: split_of(t, ids=(0, 1)), ("ids", "(0, 1)")),
     ("map by no function", lambda t: t.split.map(3), ("function", "3")),
     ("map of no batch", lambda t: t.split.map(lambda x: x, batch_size=0), ("batch_size", "0")),
+    ("rows of -1", lambda t: t.split.rows([-1]), ("index[0]", "-1")),
+    ("rows of True", lambda t: t.split.rows([True]), ("index[0]", "True")),
+    ("rows beyond", lambda t: t.federation.rows([0, 3]), ("index[1]", "at most 2")),
+    ("rows of one", lambda t: t.split.rows(1), ("index", "1")),
+    ("a client beyond", lambda t: t.split.client(3), ("i must", "3")),
+    ("a client of a fraction", lambda t: t.split.client(0.5), ("i must", "0.5")),
+    ("to no device", lambda t: t.split.to(None), ("device", "None")),
+    ("to an unknown device", lambda t: t.federation.to("gpu"), ("device", "'gpu'")),
+    ("a backbone to a number", lambda t: t.adapted.to(0.5), ("device", "0.5")),
+    ("bytes", lambda t: split_of(t, x=t.split.x.to(torch.uint8)), ("x must", "uint8")),
+    ("complex x", lambda t: split_of(t, x=t.split.x + 0j), ("x must", "complex64")),
+    ("x on no device", lambda t: split_of(t, x=t.split.x.to("meta")), ("x must", "float32")),
+    ("examples that are not there", lambda t: examples(t, torch.zeros(4, 1, 28, 28).to_sparse()), ("1", "sparse")),
+    ("y true and false", lambda t: split_of(t, y=t.split.y > 0), ("y must", "bool")),
+    ("all ignored", lambda t: split_of(t, y=t.split.y * 0 - 100), ("y must", "at least 0")),
+    ("true sizes", lambda t: split_of(t, sizes=t.sizes > 0), ("sizes", "bool")),
+    ("NaN for an estimator", lambda t: estimators.estimate_paper(
+        t.adapted, t.federated, t.local, broken(t)), ("split", "client 1", "finite")),
+    ("NaN for another one", lambda t: estimators.estimate_shrinkage(
+        t.adapted, t.federated, t.local, broken(t), train_sizes=t.sizes), ("split", "client 1", "finite")),
+    ("another precision", lambda t: potara_lite.evaluate(
+        t.adapted, t.local, split_of(t, x=t.split.x.double())), ("split", "float64", "float32")),
+    ("a label of none", lambda t: potara_lite.evaluate(
+        t.adapted, t.local, split_of(t, y=t.split.y + 9)), ("split", "0 … 3")),
+    ("texts of fewer", lambda t: potara_lite.text_data.with_tokens(t.numbers, ["a"], LETTERS), ("texts", "1 texts")),
     # Federations
     ("no split", lambda t: federation_of(t, test=None), ("test", "None")),
     ("no classes", lambda t: federation_of(t, classes=0), ("classes", "0")),
@@ -866,7 +927,24 @@ WRONG = [
                       ({"a": HALF * 3}, "1.5"), ({}, "dictionary"))),
     ("estimate of groups alone", lambda t: E({"a": HALF}), ("client",)),
     ("estimate of no moments", lambda t: E(HALF, 3), ("moments", "3")),
-    ("ledger of other shapes", lambda t: type(t.ledger)(t.ledger.up, t.ledger.up[:2], t.ledger.up), ("(2,)",)),
+    ("ledgers of other shapes", lambda t: type(t.ledger)(t.ledger.up, t.ledger.up[:2], t.ledger.up), ("(2,)",)),
+    *((f"ledger of {what}", lambda t, v=v: type(t.ledger)(t.ledger.up, v, t.ledger.up), ("down", said))
+      for what, v, said in (("floats", HALF, "float32"), ("debts", torch.tensor([1, -1, 0]), "-1"),
+                            ("text", "abc", "'abc'"), ("nothing", None, "None"))),
+    ("ledger and a number", lambda t: t.ledger + 3, ("other", "3")),
+    ("ledger and one by round", lambda t: t.ledger + t.ledger.by_round([t.ledger] * 2), ("(3,)", "(2, 3)")),
+    ("rounds of numbers", lambda t: t.ledger.by_round([1, 2]), ("rounds[0]", "1")),
+    *((f"pair {what}", lambda t, c=c: type(t.pair)(t.federated, c(t.local), (t.ledger,) * 2, (0.0, 0.0)), ("local",))
+      for what, c in (("of other tensors", lambda v: dict(list(v.items())[2:])),
+                      ("of fewer clients", lambda v: {n: x[:2] for n, x in v.items()}))),
+    ("pair of no ledgers", lambda t: type(t.pair)(t.federated, t.local, None, (0.0, 0.0)), ("ledgers", "None")),
+    ("result of one", lambda t: type(t.result)(t.adapted, t.one, t.ledger, 0.0), ("adapters", "not one adapter")),
+    ("result of less", lambda t: type(t.result)(
+        t.adapted, dict(list(t.local.items())[2:]), t.ledger, 0.0), ("adapters", "base")),
+    ("result of no ledger", lambda t: type(t.result)(t.adapted, t.local, None, 0.0), ("ledger", "None")),
+    ("result of two weights", lambda t: type(t.result)(t.adapted, t.local, t.ledger, 0.0, HALF[:2]), ("weight", "2")),
+    ("estimate of no floats", lambda t: E(HALF, floats=None), ("floats", "None")),
+    ("estimate of debts", lambda t: E(HALF, floats=(1, -1)), ("floats[1]", "-1")),
     ("ledger of no clients", lambda t: t.ledger.zeros(0), ("clients", "0")),
     ("ledger adds a fraction", lambda t: t.ledger.add(torch.arange(3), up=0.5), ("up", "0.5")),
     ("ledger takes off", lambda t: t.ledger.add(torch.arange(3), steps=-1), ("steps", "-1")),
@@ -914,13 +992,35 @@ WRONG = [
         [t.pool], [t.pool], calibration_size=-1), ("calibration_size", "-1")),
     ("a grid that starts late", lambda t: potara_lite.barrier(torch.ones(2, 2), [0.5, 1.0]), ("weights", "[0.5, 1.0]")),
     ("two answers, one prompt", lambda t: potara_lite.encode_answers(Letters(), ["a"], [" b", " c"]), ("answers", "2")),
+    *((f"delta {what}", lambda t, c=c: potara_lite.delta(c(t.one), t.adapted.scaling), ("adapter must have", said))
+      for what, c, said in (("of half a layer", lambda v: dict(list(v.items())[1:]), "two factors"),
+                            ("of two dtypes", entry(torch.Tensor.double, 0), "one dtype"),
+                            ("of two ranks", entry(lambda x: x[:1], 0), "one rank"),
+                            ("of vectors", lambda v: {n: x[0] for n, x in v.items()}, "two factors"))),
+    ("stacks of three and two", lambda t: potara_lite.adapters.delta_inner_products(
+        [t.local, {n: x[:2] for n, x in t.local.items()}], t.adapted.scaling), ("adapters[1]", "2 adapters for 3")),
+    ("a mean of other tensors", lambda t: private(t, lambda v: v | {"x": v["base_model.model.head.bias"]}), ("'x'",)),
+    ("a mean of fewer", lambda t: private(t, lambda v: dict(list(v.items())[1:])), ("uploads",)),
+    ("a mean of turned ones", lambda t: private(t, entry(lambda x: x.mT, 0)), ("uploads", "lora_A")),
+    ("noise of three", lambda t: potara_lite.field.privacy.with_noise(
+        t.moments, [1.0, 2.0, 3.0]), ("variance", "(2,)")),
+    ("bounds at three", lambda t: t.moments.bound([0.1, 0.2, 0.3]), ("weight", "(2,)")),
+    ("a merge that is none", lambda t: potara_lite.field.baselines.merge_deltas(
+        [t.local], t.adapted.scaling, len), ("function", "1")),
+    ("tokens of true and false", lambda t: next_tokens(torch.ones(1, 2) > 0, torch.ones(1, 2)), ("input_ids", "bool")),
+    ("an adapter of numbers", lambda t: t.adapted(entry(torch.Tensor.long)(t.one), t.split.x[0]), ("adapter",)),
+    ("no adapter", lambda t: t.adapted(None, t.split.x[0]), ("adapter", "NoneType")),
+    ("an input of text", lambda t: t.adapted.embed("x"), ("x must", "'x'")),
+    ("a head that is a pattern", lambda t: attach(t.backbone, head="(h+)+"), ("head", "(h+)+")),
     ("a backbone's part", lambda t: t.adapted({}, t.split.x[0]), ("adapter", "tensors")),
     ("images of 32", lambda t: t.backbone(torch.zeros(2, 1, 32, 32)), ("images", "(2, 1, 32, 32)")),
     ("tokens of 3", lambda t: t.backbone(torch.zeros(2, 4, 3)), ("tokens", "(2, 4, 3)")),
-    ("NaN losses", lambda t: potara_lite.evaluate(t.adapted, t.local, broken(t)), ("loss", "client 1")),
+    ("NaN losses", lambda t: potara_lite.evaluate(t.adapted, t.local, broken(t)), ("split", "client 1")),
     ("NaN losses on the curve", lambda t: potara_lite.estimate_curve(
-        t.adapted, t.federated, t.local, broken(t)), ("loss", "client 1")),
+        t.adapted, t.federated, t.local, broken(t)), ("split", "client 1")),
     ("half sums", lambda t: potara_lite.combine_adapters([halves(t)] * 2, [1.0, 1.0]), ("weights", "torch.float16")),
+    ("an estimator that is none", lambda t: estimators.on_train(None), ("estimate", "None")),
+    ("another that is none", lambda t: estimators.on_calibration("x"), ("estimate", "'x'")),
     ("estimators of a split", lambda t: potara_lite.ESTIMATORS["uniform"](
         t.adapted, t.federated, t.local, t.split), ("federation", "Split")),
     ("estimators of two clients", lambda t: potara_lite.ESTIMATORS["potara-paper"](
@@ -940,6 +1040,12 @@ def broken(t):
     x = t.split.x.clone()
     x[1] = NAN
     return split_of(t, x=x)
+
+
+def private(t, change):
+    from potara_lite.field.privacy import private_average
+
+    return private_average(change(t.local), t.one, t.privacy, 0)
 
 
 def halves(t):
@@ -984,6 +1090,13 @@ def test_numpys_numbers_are_taken_and_become_pythons():
     two = potara_lite.train(t.adapted, t.local, t.split, seed=3, steps=1, batch_size=2, lr=0.01)
     assert torch.equal(one.losses, two.losses)
     assert repeat_adapter(t.one, np.int8(2)).keys() == t.one.keys()
+
+
+def test_a_whole_number_may_be_a_rate_and_a_basis():
+    assert Setting(lr=2**70).lr == 2.0**70 and type(Setting(lr=2**70).lr) is float
+    one, turn = things().one, [[0, 1], [1, 0]]
+    whole, floats = (potara_lite.change_basis(one, form) for form in (turn, torch.tensor(turn).float()))
+    assert all(torch.equal(whole[name], floats[name]) for name in one)
 
 
 def test_stacks_are_read_by_name_whatever_their_order():

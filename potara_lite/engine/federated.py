@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..adapters import AdaptedBackbone, Adapter, adapter_bytes, flatten, repeat_adapter
 from ..data import Split
-from ..door import options_of, several, unchecked, whole
+from ..door import check_fields, kind, options_of, several, unchecked, whole
 from ..stacks import door, numbers
 from .training import OptimizerState, train
 
@@ -29,6 +29,7 @@ class Ledger:
     steps: Tensor
 
     def __post_init__(self):
+        check_fields(self, **dict.fromkeys(("up", "down", "steps"), numbers(1, 2, whole=True, least=0)))
         if len({tuple(column.shape) for column in (self.up, self.down, self.steps)}) > 1:
             shapes = [tuple(column.shape) for column in (self.up, self.down, self.steps)]
             raise ValueError(f"up, down and steps must be of one shape, not {shapes}")
@@ -45,9 +46,12 @@ class Ledger:
         return Ledger(*(column.index_add(0, clients, torch.full_like(clients, n)) for column, n in columns))
 
     def __add__(self, other: Ledger) -> Ledger:
+        if kind("Ledger")("other", other, {}).up.shape != self.up.shape:
+            raise ValueError(f"ledgers of shapes {tuple(self.up.shape)} and {tuple(other.up.shape)} cannot be added")
         return Ledger(self.up + other.up, self.down + other.down, self.steps + other.steps)
 
     @staticmethod
+    @door(rounds=several(kind("Ledger")))
     def by_round(rounds: Sequence[Ledger]) -> Ledger:
         """The ledgers of single rounds as one, with the rounds on dim 0."""
         return Ledger(*(torch.stack(columns) for columns in zip(*(vars(one).values() for one in rounds))))

@@ -286,4 +286,7 @@ def batched_logits(
         for start in range(0, split.y.shape[1], min(batch_size, chosen.examples)):
             columns = slice(start, start + min(batch_size, chosen.examples))
             x = take(part.x, (slice(None), columns))
-            yield rows, columns, map_clients(chosen.forward, stack, x, vectorize=chosen.vectorize), part.y[:, columns]
+            logits = map_clients(chosen.forward, stack, x, vectorize=chosen.vectorize)
+            if start == 0 and (largest := int(part.y.max())) >= logits.shape[-1]:
+                raise ValueError(f"split has label {largest}, the backbone has classes 0 … {logits.shape[-1] - 1}")
+            yield rows, columns, logits, part.y[:, columns]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from ..adapters import AdaptedBackbone, Adapter
 from ..data import Federation
+from ..door import function
 from ..stacks import door
 from .calibrated import estimate_calibrated, estimate_pooled, lowest_inside, pooled_offset, pooled_weight
 from .combination import estimate_combination, simplex_moments
@@ -23,6 +24,7 @@ from .shrinkage import estimate_shrinkage, shrinkage_moments
 Estimator = Callable[[AdaptedBackbone, Adapter, Adapter, Federation], Estimate]
 
 
+@door(estimate=function)
 def on_train(estimate: Callable[..., Estimate], **options) -> Estimator:
     """The estimator on each client's training samples, as the paper has it."""
 
@@ -33,6 +35,7 @@ def on_train(estimate: Callable[..., Estimate], **options) -> Estimator:
     return estimator
 
 
+@door(estimate=function)
 def on_calibration(estimate: Callable[..., Estimate], **options) -> Estimator:
     """The estimator on each client's calibration samples, which trained neither model."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adapters import AdaptedBackbone, Adapter, delta, factor_names, is_lora, layer_of, lora_layers
 from ..data import Split
-from ..door import check_fields, kind, named, unchecked
+from ..door import check_fields, kind, named, several, unchecked, whole
 from ..moments import Moments
 from ..stacks import door, numbers
 
@@ -41,7 +41,10 @@ class Estimate:
     def __post_init__(self):
         one = numbers(1, least=0, most=1)
         by_group = isinstance(self.weight, dict)
-        check_fields(self, weight=named(one) if by_group else one, moments=kind("Moments"), details=kind("dict"))
+        pair = several(whole(0), least=2)
+        weight = named(one) if by_group else one
+        check_fields(self, weight=weight, moments=kind("Moments"), details=kind("dict"), floats=pair)
+        object.__setattr__(self, "floats", tuple(self.floats))
         if by_group and "client" not in self.details:
             raise ValueError("details must have the weights that stand for the groups' as 'client'")
 

@@ -26,6 +26,7 @@ from ..adapters import (
     client_adapter,
     delta,
     factor_names,
+    factors,
     flatten,
     is_lora,
     layer_of,
@@ -34,7 +35,7 @@ from ..adapters import (
 )
 from ..data import Split, take
 from ..door import function as any_function
-from ..door import named, several, unchecked
+from ..door import named, refuse, several, unchecked
 from ..engine.training import check_clients
 from ..merging import combine_adapters
 from ..stacks import door, numbers
@@ -118,10 +119,9 @@ def regmean(models: Sequence[Adapter], grams: Sequence[dict[str, Tensor]], off_d
     ``A_k -> A_k G_k (Σ G)⁻¹`` with the ranks stacked is that solution exactly. Where no input ever points, the delta is
     zero (a pseudo-inverse). Weights without a Gram (biases) are averaged. Equal Grams give the mean.
     """
-    if len(grams) != len(models):
-        raise ValueError(f"grams: {len(grams)} of them for {len(models)} models")
+    _check_grams(models, grams)
     # shrink: the Grams' entries off the diagonal
-    shrunk = [{n: off_diagonal * g + (1 - off_diagonal) * _diagonal(g) for n, g in gram.items()} for gram in grams]
+    shrunk = [{n: _shrunk(g.double(), off_diagonal) for n, g in gram.items()} for gram in grams]
     # solve: G_k (Σ G)⁻¹ for every layer that has Grams
     totals = {layer: sum(gram[layer] for gram in shrunk) for layer in shrunk[0]}
     inverses = {layer: torch.linalg.pinv(total, hermitian=True) for layer, total in totals.items()}
@@ -137,8 +137,23 @@ def regmean(models: Sequence[Adapter], grams: Sequence[dict[str, Tensor]], off_d
     return combine_adapters(moved, [1.0] * len(moved))
 
 
-def _diagonal(gram: Tensor) -> Tensor:
-    return torch.diag_embed(torch.diagonal(gram, dim1=-2, dim2=-1))
+def _shrunk(gram: Tensor, off_diagonal: float) -> Tensor:
+    diagonal = torch.diag_embed(torch.diagonal(gram, dim1=-2, dim2=-1))
+    return off_diagonal * gram + (1 - off_diagonal) * diagonal
+
+
+def _check_grams(models: Sequence[Adapter], grams: Sequence[dict[str, Tensor]]) -> None:
+    """Raise ``ValueError`` unless each model has one, of the same layers, a square matrix of inputs per client."""
+    if len(grams) != len(models):
+        raise ValueError(f"grams: {len(grams)} of them for {len(models)} models")
+    first, clients = models[0], len(next(iter(models[0].values())))
+    widths = {layer: factors(first, layer)[0].shape[-1] for layer in lora_layers(first)}
+    widths |= {n.removesuffix(".weight"): t.shape[-1] for n, t in first.items() if not is_lora(n) and t.dim() == 3}
+    for i, gram in enumerate(grams):
+        for layer, tensor in gram.items():
+            width = widths.get(layer)
+            if tensor.shape != (clients, width, width) or gram.keys() != grams[0].keys():
+                raise ValueError(f"grams[{i}] must have a matrix of each client's inputs to a layer, unlike {layer!r}")
 
 
 @door(function=any_function)
@@ -151,7 +166,10 @@ def merge_deltas(models: Sequence[Adapter], scaling: dict[str, float], function:
     tensor([2., 2.])
     """
     changes = [delta(model, scaling) for model in models]
-    merged = function(torch.stack([flatten(change) for change in changes]))
+    vectors = torch.stack([flatten(change) for change in changes])
+    merged = function(vectors)
+    if not isinstance(merged, Tensor) or merged.shape != vectors.shape[1:]:
+        refuse("function", f"one to a tensor {tuple(vectors.shape[1:])}", merged)
     return adapter_from_delta(unflatten(merged, client_adapter(changes[0], 0)), scaling, models[0])
 
 

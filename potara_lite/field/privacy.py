@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, factors, flatten, is_lora, layer_of, lora_layers, unflatten
-from ..door import check_fields, function, kind, positive_or_infinite, real, unchecked, whole
+from ..door import check_fields, function, kind, positive_or_infinite, real, refuse, unchecked, whole
 from ..moments import Moments
 from ..stacks import any_adapter, door, numbers, stack
 
@@ -53,6 +53,9 @@ def private_average(uploads: Adapter, sent: Adapter, privacy: Privacy, number: i
     ``sent + (Σ_i clipped(upload_i - sent) + noise) / C``: every client counts the same, whatever its size, which would
     else have to be protected, too. ``number`` is the round's.
     """
+    for name, tensor in uploads.items():
+        if name not in sent or sent[name].shape != tensor.shape[1:] or len(uploads) < len(sent):
+            raise ValueError(f"uploads must be of the tensors that were sent, unlike {name!r}")
     base = flatten({name: sent[name].unsqueeze(0) for name in uploads})  # (1, P)
     changes = flatten(uploads) - base  # (C, P)
     factor = (privacy.clip / changes.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
@@ -120,4 +123,7 @@ def with_noise(moments: Moments, variance: Tensor | float) -> Moments:
     >>> float(with_noise(Moments(1.0, 1.0, 0.0), 2.0).weight)
     0.25
     """
-    return Moments(moments.a + variance, moments.b, moments.c)
+    try:
+        return Moments(moments.a + variance, moments.b, moments.c)
+    except RuntimeError:
+        refuse("variance", f"a number or of shape {tuple(moments.a.shape)}, as the moments", variance)
