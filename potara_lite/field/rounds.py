@@ -291,20 +291,33 @@ def run_algorithm(
     >>> result.ledger.up.tolist(), result.by_round.up[:, 0].tolist()
     ([81920, 81920], [40960, 40960, 0])
     """
-    order = torch.tensor(split.ids).argsort()
-    if (order.diff() < 0).any():  # sums of floats depend on the order: it is that of the ids
-        options = dict(rounds=rounds, local_steps=local_steps, participation=participation, seed=seed) | training
-        again = unchecked(run_algorithm)
-        return again(algorithm, adapted, split.rows(order.tolist()), progress=progress, **options).rows(order.argsort())
+    order = torch.tensor(split.ids).argsort()  # sums of floats depend on the order: it is that of the ids
+    is_sorted = bool((order.diff() > 0).all())
+    options = dict(local_steps=local_steps, seed=seed, **training)
+    found = _play(
+        algorithm, adapted, split if is_sorted else split.rows(order.tolist()), rounds, participation, progress, options
+    )
+    return found if is_sorted else found.rows(order.argsort())
+
+
+def _play(
+    algorithm: Algorithm,
+    adapted: AdaptedBackbone,
+    split: Split,
+    rounds: int,
+    participation: float,
+    progress: bool,
+    options: dict,
+) -> Personalised:
+    """``run_algorithm`` with the clients as they stand; ``options`` go to ``client_step``."""
     model, clients, everyone = algorithm.backbone(adapted), len(split), torch.arange(len(split))
     tensors, by_round = algorithm.init(repeat_adapter(adapted.initial, clients)), []
     optimizers = algorithm.new_optimizers(tensors)
-    options = dict(local_steps=local_steps, seed=seed, **training)
     message = algorithm.upload(tensors)
     if participation < 1:
         message = _same_for_all(message, clients, algorithm.name)
     for number in tqdm(range(rounds + 1), disable=not progress, unit="round", desc=algorithm.name):
-        chosen = everyone if number == rounds else participants(split.ids, participation, seed, number)
+        chosen = everyone if number == rounds else participants(split.ids, participation, options["seed"], number)
         receivers = everyone if algorithm.broadcast_to_all else chosen
         received = algorithm.on_receive(select_clients(tensors | message, receivers), number)
         tensors = _replace_clients(tensors, receivers, received)
@@ -318,7 +331,7 @@ def run_algorithm(
             optimizers = [old.replace_rows(chosen, new) for old, new in zip(optimizers, states)]
             uploads = algorithm.upload(mine)
             message = server_step(algorithm, uploads, part.sizes, clients, sent=message, number=number)
-            up, steps = algorithm.bytes_of(uploads, chosen, clients), algorithm.local_cost(local_steps)
+            up, steps = algorithm.bytes_of(uploads, chosen, clients), algorithm.local_cost(options["local_steps"])
         by_round.append(Ledger(up, down, 0 * everyone).add(chosen, steps=steps))
     federated = algorithm.federated_model and algorithm.federated_model(tensors)
     personal = algorithm.personal_model(tensors)
