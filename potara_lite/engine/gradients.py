@@ -26,11 +26,11 @@ from ..adapters import (
 )
 from ..data import Inputs, Split, map_inputs, take
 from ..door import options_of, unchecked
-from ..stacks import direction, door, numbers, sizes_of
+from ..stacks import all_finite, direction, door, numbers, sizes_of
 from .batching import Execution, Plan, map_clients, plan
 from .loss import checked_logits, example_losses, token_mean
 from .one_batch import OneBatch, as_one_batch
-from .training import check_clients, losses
+from .training import check_clients, check_losses, losses
 
 
 @door()
@@ -65,6 +65,8 @@ def per_sample_gradients(
         else:
             part = _client_per_example(chosen, *batch)
         gradients[block] = part.to(gradients)
+    if not all_finite(gradients):
+        check_losses(gradients, split)
     return gradients
 
 

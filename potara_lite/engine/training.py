@@ -264,8 +264,9 @@ def evaluate(
 
 
 def check_losses(losses: Tensor, split: Split) -> None:
-    """Raise ``ValueError`` naming the first client that has a loss, ``(C,)`` or ``(C, N)``, that is not finite."""
-    if not (fine := losses.isfinite().view(len(losses), -1).all(1)).all():
+    """Raise ``ValueError`` naming the first client that has a loss ``(C, ...)``, or a logit or a gradient of it,
+    that is not finite."""
+    if not (fine := losses.isfinite().reshape(len(losses), -1).all(1)).all():
         client = split.ids[int((~fine).nonzero()[0])]
         raise ValueError(f"the loss of client {client} is not finite: its examples or its logits are not numbers")
 

@@ -87,4 +87,5 @@ def client_logits(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> 
     for rows, columns, logits, _ in batched_logits(adapted, adapters, split, **options):
         result = logits.new_empty(*split.y.shape[:2], *logits.shape[2:]) if result is None else result
         result[rows, columns] = logits
+    check_losses(result, split)
     return result
