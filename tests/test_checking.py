@@ -1,9 +1,15 @@
 """What all checkers share: three states, copies of the inputs, slips that are recognised, and how far off one is."""
 
+import importlib
+import pkgutil
+from inspect import isfunction
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from potara_lite.teaching import exercises
 from potara_lite.teaching.exercises.checking import check, difference
 
 INPUTS = [(torch.tensor([1.0, 2.0]), 3), (torch.tensor([0.5, -1.0]), 2)]
@@ -90,3 +96,50 @@ def test_nobody_can_change_what_the_next_one_sees():
 )
 def test_differences_in_words(answer, wanted, text):
     assert difference(answer, wanted) == text
+
+
+class Odd:
+    """What nothing can be asked of."""
+
+    __eq__ = __len__ = __iter__ = __float__ = __array__ = lambda *_: 1 / 0
+
+
+MODULES = [
+    importlib.import_module(f"{exercises.__name__}.{one.name}") for one in pkgutil.iter_modules(exercises.__path__)
+]
+CHECKERS = [
+    one for module in MODULES for name, one in vars(module).items()
+    if isfunction(one) and one.__module__ == module.__name__ and name.startswith("check_")
+]  # fmt: skip
+GARBAGE = [
+    None, True, -1, 2**70, 1e308, float("nan"), 1j, "x", b"x", (), [[1], [2, 3]], {}, {1: 2}, {"a": {"a": ()}}, set(),
+    object(), Odd(), int, len, np.array(["a"]), np.array([1, None]), np.zeros(3), np.array([True, False]),
+    pd.Series([1.0, 2.0]), pd.DataFrame({"a": [1, 2]}), torch.tensor([]), torch.ones(2, 3) > 0,
+    torch.zeros(3, dtype=torch.cfloat),
+    torch.ones(2, 3, device="meta"), torch.eye(2).to_sparse(), (torch.ones(2), "x"), (Odd(), Odd()), iter(()),
+    ValueError("x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("checker", CHECKERS, ids=lambda one: f"{one.__module__.rpartition('.')[2]}-{one.__name__}")
+def test_whatever_a_reader_writes_gets_one_line(checker):
+    def stopped(error):
+        def function(*_):
+            raise error
+
+        return function
+
+    readers = [lambda *_, answer=answer: answer for answer in GARBAGE]
+    readers += [
+        lambda: 1,
+        lambda *given: given,
+        lambda *given: given[0],
+        "no function",
+        5,
+        stopped(KeyError()),
+        stopped(ValueError("a\nb")),
+    ]
+    for reader in readers:
+        line = checker(reader)
+        assert isinstance(line, str) and line.startswith(("hint: ", "not attempted", "correct")), line
+    assert len(CHECKERS) > 20

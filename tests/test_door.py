@@ -102,7 +102,21 @@ def things():
         columns="federation method seed client accuracy loss weight bytes_up bytes_down steps seconds union_accuracy "
                 "union_loss".split(),
     )  # fmt: skip
+    t.curves, t.chosen, t.numbered = t.losses[..., 0], {"uniform": t.losses[:, 0, 0]}, torch.arange(18).view(3, 6) % 2
+    t.points, t.board = potara_lite.summary(t.rows.drop(columns="federation")), potara_lite.leaderboard(t.rows)
+    t.front = potara_lite.results.pareto_front(t.board)
     return t
+
+
+def curves(t):
+    return dict(weights=t.grid, values=t.curves)
+
+
+@cache
+def course():
+    from potara_lite.teaching.rows import committed_rows
+
+    return committed_rows("course.csv").query("alpha == 0.5 and seed == 0")
 
 
 def merged_pair(t):
@@ -325,6 +339,35 @@ CALLS = {
         prepare=len, shard=(0, 1), progress=False,
     ),
     "field.sweep.read_results": lambda t: dict(folder="nowhere"),
+    "teaching.rows.committed_rows": lambda t: dict(name="bound.csv"),
+    "teaching.plots.label_counts": lambda t: dict(split=t.split, names=list("abcd")),
+    "teaching.plots.along_weight": lambda t: curves(t) | dict(chosen=t.chosen, label="x", also={"x": t.curves}),
+    "teaching.plots.frontier": lambda t: dict(points=t.points),
+    "teaching.plots.frontiers": lambda t: dict(board=t.board, front=t.front, highlight="local", references=()),
+    "teaching.plots.overview": lambda t: dict(
+        weights=t.grid, loss=t.curves, accuracy=t.curves, chosen={"oracle": (t.curves[0],) * 3}, points=t.points
+    ),
+    "teaching.widgets.weight_slider": lambda t: dict(
+        weights=t.grid, loss=t.curves, accuracy=t.curves, chosen=t.chosen
+    ),
+    "teaching.explorers.heterogeneity_explorer": lambda t: dict(
+        alphas=[0.1, INF], splits=[t.split] * 2, names=list("abcd")
+    ),
+    "teaching.explorers.basis_explorer": lambda t: dict(
+        degrees=t.grid, loss=t.curves, accuracy=t.curves, level_loss=t.curves[0], level_accuracy=t.curves[0]
+    ),
+    "teaching.bound_explorer.bound_explorer": lambda t: dict(a=1.0, b=1.0, rho=0.0),
+    "teaching.estimator_explorer.loss_along": lambda t: dict(rows=course()),
+    "teaching.estimator_explorer.estimator_explorer": lambda t: dict(rows=course()),
+    "teaching.seeds_explorer.seeds_explorer": lambda t: dict(
+        scores=pd.DataFrame({0: [0.8, 0.7], 1: [0.6, 0.7]}, index=["a", "b"]), chosen=1
+    ),
+    "teaching.convex_head.head_inputs": lambda t: dict(features=t.gradients),
+    "teaching.convex_head.draw_sample": lambda t: dict(x=t.gradients, y=t.numbered, size=2, seed=0),
+    "teaching.convex_head.fit_heads": lambda t: dict(
+        x=t.gradients.double(), y=t.numbered, classes=2, ridge=0.5, tolerance=1e-3
+    ),
+    "teaching.convex_head.head_smoothness": lambda t: dict(x=t.gradients.double(), ridge=0.5),
 }  # fmt: skip
 NOT_RUN = {  # right, but slow, in need of a download or of more than a tiny stub
     "data.from_torchvision", "language.text_encoder", "language.causal_lm", "language.text_tokenizer",
@@ -452,7 +495,7 @@ BAD = {
     "seed sample_labels": [-1, 0.5, "0", True, 2**64],
     "lr lr_scale spread probe": [-0.1, 0, INF, *NUMBER],
     "alpha prior_spread target": [-1, 0, *NUMBER],
-    "weight_decay damping prior mu strength rounds_scale noise_multiplier std": [-0.1, INF, *NUMBER],
+    "ridge tolerance weight_decay damping prior mu strength rounds_scale noise_multiplier std": [-0.1, INF, *NUMBER],
     "head_share off_diagonal share_of": [-0.1, 1.5, *NUMBER],
     "participation density": [0, -0.5, 1.5, *NUMBER],
     "drop": [1, -0.1, *NUMBER],
@@ -461,13 +504,12 @@ BAD = {
     "variance": [-0.1, INF, NAN, "x", True, 1j],
     "shift domains keep_optimizer progress unbiased cross_fit relative on_delta parabola download nonnegative "
     "adaptive": FLAG,
-    "name method score dataset until": [5, 1.5, None, b"x"],
+    "name method score dataset until label highlight": [5, 1.5, None, b"x"],
     "head": [5, "haed"],
     "targets": [5, (lambda v: "nope", "nope"), (lambda v: [], "list"), (lambda v: ["fc1", "nope"], "nope"),
                 (lambda v: [3], "3")],
     "folder root name_or_path checkpoint path": PATH,
-    "saved": [5, "x", (ADAPTER[4][0], "list"), *ADAPTER[6:9], (entry(lambda t: t[0]), "shape"),
-              (lambda v: {}, "tensors")],
+    "saved": [5, "x", (ADAPTER[4][0], "list"), (lambda v: {}, "tensors")],
     "merge prepare eval_split by tokenizer estimator pair_of loss_of noisy function": FUNCTION,
     "weights_name": [5, True],
     "adapted": [None, 3, "net", (lambda v: v.model, "PeftModel")],
@@ -522,8 +564,24 @@ BAD = {
     "weights_of": tensor((lambda v: v[:2], "[3, 6]"), (lambda v: v - 9, "-6"), (lambda v: v * 0, "0")),
     "losses low": tensor(),
     "loss_curve": tensor((lambda v: v[:, :-1], "2")),
-    "middle high distance curvature": tensor((lambda v: v[:-1], "(")),
+    "middle high distance curvature accuracy": tensor((lambda v: v[:-1], "(")),
     "at_local variance_of": tensor(),
+    "curves": tensor((lambda v: v[:, :-1], "2 columns for 3")),
+    "also chosen": [5, "x", (lambda v: {1: next(iter(v.values()))}, "dictionary by names"),
+                    (lambda v: dict.fromkeys(v, torch.full((3,), NAN)), "'"), (lambda v: dict.fromkeys(v, 3), "'"),
+                    (lambda v: dict.fromkeys(v, torch.ones(2)), "'")],
+    "level_loss level_accuracy": tensor((lambda v: v[:2], "2 of them for 3")),
+    "degrees features": tensor(),
+    "means": [None, 3, (lambda v: v.drop(columns="bytes"), "'bytes'"), (lambda v: v.iloc[:0], "(0, ")],
+    "front": [None, 3, (lambda v: v[:1], "2 lines"), (lambda v: v.reset_index(drop=True), "2 lines")],
+    "alphas": [5, None, (lambda v: [], "list"), (lambda v: [0.1, -1], "-1"), (lambda v: [NAN, 1], "nan")],
+    "splits": [5, None, (lambda v: [1, 2], "1"), (lambda v: v[:1], "1 splits")],
+    "a b rho": [INF, *NUMBER],
+    "scores": [5, None, (lambda v: v * NAN, "finite"), (lambda v: v.astype(str), "numbers"), (lambda v: v[:0], "(0, ")],
+    "chosen_seeds": [0, 99, 1.5, "x"],
+    "course": [5, None, (lambda v: v.drop(columns="alpha"), "'alpha'"), (lambda v: v.assign(loss_paper=NAN), "finite"),
+               (lambda v: v.iloc[:0], "(0, "), (lambda v: v.filter(regex="^(?!curve)"), "curve_"),
+               (lambda v: v.assign(curve_0="x"), "numbers")],
     "matrix": tensor((lambda v: v[:1], "shape"), (lambda v: v * 0, "inverse"), (lambda v: torch.eye(3), "2")),
     "moments": tensor((lambda v: v[:1], "(1, 2)"), (lambda v: torch.tensor([[1.0, 0.3], [0.0, 1.0]]), "symmetric")),
     "x y": tensor((lambda v: [[0.0]], "[[0.0]]")),
@@ -596,6 +654,17 @@ BAD = {
 
 MEANT = {
     ("results.leaderboard", "local"): "local_name",
+    ("teaching.plots.along_weight", "weights"): "g_f",
+    ("teaching.plots.along_weight", "values"): "curves",
+    ("teaching.plots.overview", "weights"): "g_f",
+    **{(f"teaching.{name}", "loss"): "curves"
+       for name in ("plots.overview", "widgets.weight_slider", "explorers.basis_explorer")},
+    ("teaching.widgets.weight_slider", "weights"): "weights_grid",
+    ("teaching.plots.frontiers", "board"): "means",
+    ("teaching.plots.frontier", "points"): "means",
+    ("teaching.plots.overview", "points"): "means",
+    ("teaching.seeds_explorer.seeds_explorer", "chosen"): "chosen_seeds",
+    **{(f"teaching.estimator_explorer.{name}", "rows"): "course" for name in ("loss_along", "estimator_explorer")},
     ("experiment.train_local", "start"): "adapters",
     ("field.methods.from_algorithm", "algorithm"): "algorithm_of",
     ("engine.training.train", "loss"): "loss_of",
@@ -715,6 +784,11 @@ BARE = {
         engine.training.check_clients engine.training.check_losses scoring.check_count
         language.check_source language.next_tokens
         engine.loss.checked_logits""",
+    "what pictures are made of; losses in every step of a fit": """
+        teaching.convex_head.head_loss teaching.convex_head.head_product teaching.convex_head.labels_of
+        teaching.estimator_explorer.rows_of_course teaching.plots.colour teaching.plots.front_of_board
+        teaching.plots.marks teaching.plots.names_of_labels teaching.seeds_explorer.scores_of_seeds
+        teaching.widgets.as_svg teaching.widgets.places_in teaching.widgets.with_rings""",
     "files and their patterns, tested with their loaders": """
         adapters.check_patterns adapters.pattern language.check_sizes""",
     "dictionaries of tensors and batches taken apart and put together, in every step": """
@@ -747,7 +821,7 @@ BARE = {
 }
 APART = (
     "flower/",
-    "teaching/",
+    "teaching/exercises/",  # whose checkers answer whatever they are given: test_checking.py
     "__main__.py",
     "potara.py",
     "door.py",
@@ -894,9 +968,11 @@ WRONG = [
     ("all ignored", lambda t: split_of(t, y=t.split.y * 0 - 100), ("y must", "at least 0")),
     ("true sizes", lambda t: split_of(t, sizes=t.sizes > 0), ("sizes", "bool")),
     ("NaN for an estimator", lambda t: estimators.estimate_paper(
-        t.adapted, t.federated, t.local, broken(t)), ("split", "client 1", "finite")),
+        t.adapted, t.federated, t.local, broken(t)), ("loss", "client 1", "finite")),
     ("NaN for another one", lambda t: estimators.estimate_shrinkage(
-        t.adapted, t.federated, t.local, broken(t), train_sizes=t.sizes), ("split", "client 1", "finite")),
+        t.adapted, t.federated, t.local, broken(t), train_sizes=t.sizes), ("loss", "client 1", "finite")),
+    ("NaN for drawn labels", lambda t: estimators.estimate_paper(
+        t.adapted, t.federated, t.local, broken(t), sample_labels=0), ("loss", "client 1", "finite")),
     ("another precision", lambda t: potara_lite.evaluate(
         t.adapted, t.local, split_of(t, x=t.split.x.double())), ("split", "float64", "float32")),
     ("a label of none", lambda t: potara_lite.evaluate(
@@ -1016,9 +1092,9 @@ WRONG = [
     ("a backbone's part", lambda t: t.adapted({}, t.split.x[0]), ("adapter", "tensors")),
     ("images of 32", lambda t: t.backbone(torch.zeros(2, 1, 32, 32)), ("images", "(2, 1, 32, 32)")),
     ("tokens of 3", lambda t: t.backbone(torch.zeros(2, 4, 3)), ("tokens", "(2, 4, 3)")),
-    ("NaN losses", lambda t: potara_lite.evaluate(t.adapted, t.local, broken(t)), ("split", "client 1")),
+    ("NaN losses", lambda t: potara_lite.evaluate(t.adapted, t.local, broken(t)), ("loss", "client 1")),
     ("NaN losses on the curve", lambda t: potara_lite.estimate_curve(
-        t.adapted, t.federated, t.local, broken(t)), ("split", "client 1")),
+        t.adapted, t.federated, t.local, broken(t)), ("loss", "client 1")),
     ("half sums", lambda t: potara_lite.combine_adapters([halves(t)] * 2, [1.0, 1.0]), ("weights", "torch.float16")),
     ("an estimator that is none", lambda t: estimators.on_train(None), ("estimate", "None")),
     ("another that is none", lambda t: estimators.on_calibration("x"), ("estimate", "'x'")),

@@ -203,9 +203,9 @@ def test_the_ring_sits_on_the_curve():
 
 
 def test_slider_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="5 weights, but loss"):
+    with pytest.raises(ValueError, match="loss: 4 columns for 5 weights"):
         weight_slider(WEIGHTS, LOSS[:, :4], LOSS[:, :4])
-    with pytest.raises(ValueError, match="'potara-calibrated' has 3 weights for 2 clients"):
+    with pytest.raises(ValueError, match=r"chosen\['potara-calibrated'\]: 3 of them for 2 clients"):
         weight_slider(WEIGHTS, LOSS, LOSS, {"potara-calibrated": torch.zeros(3)})
 
 

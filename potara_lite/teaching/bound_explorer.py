@@ -8,6 +8,7 @@ import ipywidgets
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..door import door, finite
 from ..moments import Moments
 from .plots import COLOURS
 
@@ -18,6 +19,7 @@ RING = '<circle cx="{:.1f}" cy="{:.1f}" r="6" fill="none" stroke="{}" stroke-wid
 SQUARE = '<rect x="{:.1f}" y="{:.1f}" width="16" height="16" fill="none" stroke="#d00000"/>'
 
 
+@door(a=finite, b=finite, rho=finite)
 def bound_explorer(a: float = 1.0, b: float = 0.6, rho: float = 0.2) -> ipywidgets.VBox:
     """Choose ``a``, ``b`` and the correlation ``ρ = c / sqrt(a b)`` of the errors; see λ* and the bound.
 

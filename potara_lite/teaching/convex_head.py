@@ -7,11 +7,28 @@ the head. It has one minimiser, and its Hessian is known in closed form.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..door import not_negative, positive, refuse, whole
+from ..stacks import door, numbers
 
+X = numbers(3)
+
+
+def labels_of(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
+    """A label for each row of the inputs."""
+    found = numbers(2, whole=True, least=0)(name, value, given)
+    if found.shape != (shape := given["x"].shape[:2]):
+        refuse(name, f"of shape {tuple(shape)}, a label for each example of x", found)
+    return found.long()
+
+
+@door(features=X)
 def head_inputs(features: Tensor) -> Tensor:
     """Features ``(C, N, D)`` with mean 0 and standard deviation 1 over all clients' examples, and a one for the bias.
 
@@ -22,6 +39,7 @@ def head_inputs(features: Tensor) -> Tensor:
     return torch.cat([scaled, torch.ones_like(scaled[..., :1])], dim=-1)
 
 
+@door(x=X, y=labels_of, size=whole(None))
 def draw_sample(x: Tensor, y: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """``size`` examples of every client, drawn without replacement: ``(C, size, D)`` and ``(C, size)``.
 
@@ -29,7 +47,7 @@ def draw_sample(x: Tensor, y: Tensor, size: int, seed: int) -> tuple[Tensor, Ten
     """
     clients, examples = y.shape
     if not 1 <= size <= examples:
-        raise ValueError(f"cannot draw {size} of a client's {examples} examples without replacement")
+        raise ValueError(f"size: cannot draw {size} of a client's {examples} examples without replacement")
     generator = torch.Generator().manual_seed(seed)
     rows = torch.stack([torch.randperm(examples, generator=generator)[:size] for _ in range(clients)])
     return x[torch.arange(clients).unsqueeze(1), rows], y.gather(1, rows)
@@ -41,14 +59,15 @@ def head_loss(heads: Tensor, x: Tensor, y: Tensor, ridge: float) -> Tensor:
     return loss + ridge / 2 * heads.square().sum((-1, -2))
 
 
+@door(x=X, y=labels_of, ridge=positive, tolerance=positive)
 def fit_heads(x: Tensor, y: Tensor, classes: int, ridge: float, tolerance: float = 1e-6) -> Tensor:
     """The heads ``(C, D, classes)`` that minimise ``head_loss``: L-BFGS on the sum of the independent problems.
 
     No entry of the gradient is larger than ``tolerance`` at the end. Raises ``ValueError`` for a ridge that is not
     positive (the minimiser may then lie at infinity) or when the tolerance is not reached.
     """
-    if ridge <= 0:
-        raise ValueError(f"the ridge must be positive, not {ridge}")
+    if (most := int(y.max())) >= classes:
+        raise ValueError(f"classes must be more than the label {most}, not {classes}")
     heads = torch.zeros(len(x), x.shape[-1], classes, dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS(
         [heads],
@@ -84,6 +103,7 @@ def head_product(u: Tensor, v: Tensor, heads: Tensor, x: Tensor, ridge: float) -
     return within.mean(-1) + ridge * (u * v).sum((-1, -2))
 
 
+@door(x=X, ridge=not_negative)
 def head_smoothness(x: Tensor, ridge: float) -> Tensor:
     """A curvature ``(C,)`` that no direction exceeds anywhere: ``λ_max(xᵀx / N) / 2 + ridge``.
 

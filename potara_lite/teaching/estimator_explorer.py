@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from io import StringIO
+from typing import Any
 
 import ipywidgets
 import numpy as np
@@ -10,6 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.interpolate import CubicSpline
 
+from ..door import table, unchecked
+from ..stacks import door, numbers
 from .plots import COLOURS
 
 METHODS = {  # column of the rows: name, colour, line, marker
@@ -24,12 +28,25 @@ METHODS = {  # column of the rows: name, colour, line, marker
 FINE = np.linspace(0, 1, 101)
 
 
+def rows_of_course(name: str, value: Any, given: Mapping[str, Any]) -> pd.DataFrame:
+    """Rows like those of ``course.csv``: losses along λ, and each estimator's weight and loss."""
+    columns = "alpha seed client local_steps".split() + [f"{what}_{m}" for what in ("weight", "loss") for m in METHODS]
+    found = table(*columns)(name, value, given)
+    curves = found.filter(regex=r"^curve_")
+    if curves.shape[1] < 2:
+        raise ValueError(f"{name} must have two columns curve_λ or more, not {curves.shape[1]}")
+    numbers(2)(name, found[columns].join(curves).to_numpy(), given)
+    return found
+
+
+@door(rows=rows_of_course)
 def loss_along(rows: pd.DataFrame) -> CubicSpline:
     """The test loss (nats) along λ of every row of ``course.csv``: called with λ ``(W,)``, it returns ``(rows, W)``."""
     curves = rows.filter(regex=r"^curve_")
     return CubicSpline([float(name.removeprefix("curve_")) for name in curves], curves.to_numpy(), axis=1)
 
 
+@door(rows=rows_of_course)
 def estimator_explorer(rows: pd.DataFrame) -> ipywidgets.VBox:
     """Choose a client and the local steps; every estimator's λ stands on the client's test loss along λ.
 
@@ -46,7 +63,7 @@ def estimator_explorer(rows: pd.DataFrame) -> ipywidgets.VBox:
     ['25', '100', '400']
     """
     if len(rows) == 0 or len(rows[["alpha", "seed"]].drop_duplicates()) != 1:
-        raise ValueError("the rows must be of one alpha and one seed")
+        raise ValueError("rows must be of one alpha and one seed")
     table = rows.set_index(["client", "local_steps"]).sort_index()
     clients, lengths = (table.index.unique(level).tolist() for level in ("client", "local_steps"))
     client = ipywidgets.Dropdown(options=[(f"client {i}", i) for i in clients], layout={"width": "120px"})
@@ -63,7 +80,7 @@ def estimator_explorer(rows: pd.DataFrame) -> ipywidgets.VBox:
         state = client.value, steps.value
         row = table.loc[state]
         if state not in drawn:
-            drawn[state] = _draw(table.loc[[state]], loss_along(table.loc[[client.value]])(FINE))
+            drawn[state] = _draw(table.loc[[state]], unchecked(loss_along)(table.loc[[client.value]])(FINE))
         picture.value = drawn[state]
         costs = (f"{METHODS[m][0]} {row[f'loss_{m}'] - row.loss_oracle:.3f}" for m in METHODS if m != "oracle")
         best = f"client {state[0]}, {state[1]} local steps: best λ = {row.weight_oracle:.2f}"
@@ -79,7 +96,7 @@ def _draw(row: pd.DataFrame, all_lengths: np.ndarray) -> bytes:
     """One state as SVG; the vertical scale is that of the client's curves at all lengths."""
     figure = Figure(figsize=(8, 3.4), layout="constrained", dpi=72)
     panel = figure.subplots()
-    curve = loss_along(row)
+    curve = unchecked(loss_along)(row)
     panel.plot(FINE, curve(FINE)[0], color="#444444", linewidth=1.5)
     for method, (name, colour, _, marker) in METHODS.items():
         weight = row[f"weight_{method}"].iloc[0]

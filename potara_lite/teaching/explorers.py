@@ -11,10 +11,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..data import Split
-from .plots import colour, label_counts
+from ..door import kind, positive_or_infinite, several
+from ..stacks import curves_over, door, numbers, one_for_each, shaped_like
+from .plots import colour, label_counts, names_of_labels
 from .widgets import as_svg, places_in, with_rings
 
 
+@door(alphas=several(positive_or_infinite), splits=several(kind("Split")), names=names_of_labels)
 def heterogeneity_explorer(alphas: Sequence[float], splits: Sequence[Split], names: Sequence[str]) -> ipywidgets.VBox:
     """Choose a Dirichlet concentration; see how many examples of each kind the clients have, and how skewed that is.
 
@@ -24,7 +27,7 @@ def heterogeneity_explorer(alphas: Sequence[float], splits: Sequence[Split], nam
     Raises ``ValueError`` unless there is one split for each concentration.
     """
     if len(alphas) != len(splits):
-        raise ValueError(f"{len(alphas)} concentrations, but {len(splits)} splits")
+        raise ValueError(f"alphas: {len(alphas)} concentrations, but {len(splits)} splits")
     slider = ipywidgets.SelectionSlider(
         options=[(_number(alpha), i) for i, alpha in enumerate(alphas)],
         index=len(alphas) // 2,
@@ -54,6 +57,13 @@ def heterogeneity_explorer(alphas: Sequence[float], splits: Sequence[Split], nam
     return ipywidgets.VBox([slider, text, picture])
 
 
+@door(
+    degrees=numbers(1),
+    loss=curves_over("degrees"),
+    accuracy=shaped_like("loss", 2),
+    level_loss=one_for_each("loss"),
+    level_accuracy=one_for_each("loss"),
+)
 def basis_explorer(
     degrees: Tensor, loss: Tensor, accuracy: Tensor, level_loss: Tensor, level_accuracy: Tensor
 ) -> ipywidgets.VBox:
@@ -74,8 +84,6 @@ def basis_explorer(
     """
     x, *curves = (np.asarray(t.cpu(), dtype=float) for t in (degrees, loss, accuracy))
     levels = [np.asarray(t.cpu(), dtype=float) for t in (level_loss, level_accuracy)]
-    if any(c.shape != (len(curves[0]), len(x)) or v.shape != c.shape[:1] for c, v in zip(curves, levels)):
-        raise ValueError(f"{len(x)} angles, but curves {[c.shape for c in curves]}, levels {[v.shape for v in levels]}")
     curves = [np.vstack([c.mean(0), c]) for c in curves]
     levels = [np.append(v.mean(), v) for v in levels]
     client = ipywidgets.Dropdown(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..data import Split
+from ..door import Check, kind, named, several, table, text
+from ..stacks import curves_over, door, numbers, one_for_each, shaped_like
 
 COLOURS = {  # Okabe & Ito's palette, safe for colour-blind readers
     "federated": "#0072B2",
@@ -28,9 +31,30 @@ Chosen = Tensor | tuple[Tensor, Tensor]  # a weight per client, or weights and v
 
 def colour(method: str) -> str:
     """A method's colour; grey for methods without one."""
-    return COLOURS.get(method.split()[0], "#BBBBBB")
+    return COLOURS.get(method.partition(" ")[0], "#BBBBBB")
 
 
+def marks(values: str, tuples: int = 2) -> Check:
+    """A weight for each client, or a tuple of weights and what stands there, so many numbers ``(C,)``."""
+    one = one_for_each(values)
+
+    def check(name: str, value: Any, given: Mapping[str, Any]) -> Chosen:
+        if isinstance(value, tuple) or tuples > 2:
+            return tuple(several(one, least=tuples)(name, value, given))
+        return one(name, value, given)
+
+    return check
+
+
+def names_of_labels(name: str, value: Any, given: Mapping[str, Any]) -> list[str]:
+    """A name for every label that the examples have."""
+    found, splits = several(text)(name, value, given), given.get("splits") or [given["split"]]
+    if (most := max(int(split.y.max()) for split in splits)) >= len(found):
+        raise ValueError(f"{name}: {len(found)} of them, but there is a label {most}")
+    return found
+
+
+@door(split=kind("Split"), names=names_of_labels)
 def label_counts(split: Split, names: Sequence[str]) -> Figure:
     """How many examples of each class every client has: a row per client, a column per class of ``names``."""
     counts = np.stack([np.bincount(split.client(i)[1].cpu(), minlength=len(names)) for i in range(len(split))])
@@ -48,6 +72,13 @@ def label_counts(split: Split, names: Sequence[str]) -> Figure:
     return figure
 
 
+@door(
+    weights=numbers(1),
+    values=curves_over("weights"),
+    chosen=named(marks("values"), least=0),
+    label=text,
+    also=named(shaped_like("values", 2), least=0),
+)
 def along_weight(
     weights: Tensor,
     values: Tensor,
@@ -93,15 +124,16 @@ def _curves(panels, weights: Tensor, values: Tensor, chosen: Mapping[str, Chosen
         panel.spines[["top", "right"]].set_visible(False)
 
 
-def frontier(table: pd.DataFrame) -> Figure:
+@door(points=table("accuracy", "±", "bytes"))
+def frontier(points: pd.DataFrame) -> Figure:
     """Mean client accuracy against megabytes per client, from ``results.summary``; bars are standard errors."""
     figure = Figure(figsize=(6, 4), layout="constrained")
-    _frontier(figure.subplots(), table)
+    _frontier(figure.subplots(), points)
     return figure
 
 
-def _frontier(panel, table: pd.DataFrame) -> None:
-    for method, row in table.iterrows():
+def _frontier(panel, points: pd.DataFrame) -> None:
+    for method, row in points.iterrows():
         error = None if np.isnan(row["±"]) else row["±"]
         star = "*" if method.startswith("oracle") else "o"
         megabytes = row["bytes"] / 1e6
@@ -112,6 +144,15 @@ def _frontier(panel, table: pd.DataFrame) -> None:
     panel.legend(fontsize=8, frameon=False)
 
 
+def front_of_board(name: str, value: Any, given: Mapping[str, Any]) -> pd.Series:
+    """Whether each line of a leaderboard is on the front."""
+    found = kind("Series")(name, value, given)
+    if not found.index.equals(given["board"].index):
+        raise ValueError(f"{name} must have the {len(given['board'])} lines of board, as pareto_front makes them")
+    return found.astype(bool)
+
+
+@door(board=table("accuracy", "±", "bytes"), front=front_of_board, highlight=text, references=several(text, least=0))
 def frontiers(
     board: pd.DataFrame, front: pd.Series, highlight: str = "potara-calibrated", references: Collection[str] = ()
 ) -> Figure:
@@ -123,13 +164,13 @@ def frontiers(
     names = list(dict.fromkeys(board.index.get_level_values("federation")))
     figure = Figure(figsize=(4.6 * len(names), 6), layout="constrained")
     for panel, name in zip(np.atleast_1d(figure.subplots(1, len(names), sharex=True)), names):
-        table = board.loc[name].assign(MB=lambda t: t["bytes"] / 1e6, best=front[name])
-        table = table[~table.index.isin(references)]
-        named = table["best"] | (table.index == highlight)
-        panel.plot(table["MB"][~named], table["accuracy"][~named], "o", ms=5, color="#CCCCCC", zorder=0)
-        line = table[table["best"]].sort_values("MB")
+        lines = board.loc[name].assign(MB=lambda t: t["bytes"] / 1e6, best=front[name])
+        lines = lines[~lines.index.isin(list(references))]
+        shown = lines["best"] | (lines.index == highlight)
+        panel.plot(lines["MB"][~shown], lines["accuracy"][~shown], "o", ms=5, color="#CCCCCC", zorder=0)
+        line = lines[lines["best"]].sort_values("MB")
         panel.plot(line["MB"], line["accuracy"], color="#888888", lw=1, zorder=1, drawstyle="steps-post")
-        for (method, row), marker in zip(table[named].sort_values("MB").iterrows(), itertools.cycle("osD^vPX<>")):
+        for (method, row), marker in zip(lines[shown].sort_values("MB").iterrows(), itertools.cycle("osD^vPX<>")):
             shade = COLOURS["potara-calibrated"] if method == highlight else COLOURS["federated"]
             error = None if np.isnan(row["±"]) else row["±"]
             panel.errorbar(row["MB"], row["accuracy"], yerr=error, fmt=marker, ms=7, color=shade, lw=1, label=method)
@@ -142,8 +183,15 @@ def frontiers(
     return figure
 
 
+@door(
+    weights=numbers(1),
+    loss=curves_over("weights"),
+    accuracy=shaped_like("loss", 2),
+    chosen=named(marks("loss", 3)),
+    points=table("accuracy", "±", "bytes"),
+)
 def overview(
-    weights: Tensor, loss: Tensor, accuracy: Tensor, chosen: Mapping[str, tuple[Tensor, ...]], table: pd.DataFrame
+    weights: Tensor, loss: Tensor, accuracy: Tensor, chosen: Mapping[str, tuple[Tensor, ...]], points: pd.DataFrame
 ) -> Figure:
     """The command's figure: loss and accuracy along the mixing weight per client, and accuracy against bytes.
 
@@ -162,5 +210,5 @@ def overview(
     top.legend(handles, labels, loc="outside upper center", ncols=len(chosen))
     left, right = bottom.subplots(1, 2, width_ratios=[3, 1])
     right.set_visible(False)
-    _frontier(left, table[table.index != "backbone"])
+    _frontier(left, points[points.index != "backbone"])
     return figure

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 
+from ..door import door
 from ..files import FileError, data_path, reading
 
 
+@door()
 def committed_rows(name: str) -> pd.DataFrame:
     """The table ``name``, such as ``"bound.csv"``: from an installed wheel, or from ``benchmarks/`` of a checkout.
 

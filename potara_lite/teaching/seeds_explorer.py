@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 import ipywidgets
 import numpy as np
 import pandas as pd
 
+from ..door import table, whole
+from ..stacks import door, numbers
 from .plots import colour
 
 WIDTH, LINE, TOP = 760, 26, 44  # of the picture: its width, and the height of a line and of the headings
 LEFT, RIGHT = 250, 510  # where the lines between the two rankings begin and end
 
 
+def scores_of_seeds(name: str, value: Any, given: Mapping[str, Any]) -> pd.DataFrame:
+    """A row per method and a column per seed, all finite numbers."""
+    found = table()(name, value, given)
+    numbers(2)(name, found.to_numpy(), given)
+    return found
+
+
+@door(scores=scores_of_seeds, chosen=whole(None))
 def seeds_explorer(scores: pd.DataFrame, chosen: int = 1) -> ipywidgets.VBox:
     """Switch seeds on and off; methods are ranked by the chosen seeds at the left, by the others at the right.
 
@@ -29,7 +41,7 @@ def seeds_explorer(scores: pd.DataFrame, chosen: int = 1) -> ipywidgets.VBox:
     'best on seed 0: FedIT; best on seeds 1, 2: local; 2 of 2 methods change places'
     """
     if not 0 < chosen < scores.shape[1]:
-        raise ValueError(f"{chosen} of {scores.shape[1]} seeds chosen: at least one on each side is needed")
+        raise ValueError(f"chosen: {chosen} of {scores.shape[1]} seeds chosen: at least one on each side is needed")
     switches = [
         ipywidgets.ToggleButton(value=i < chosen, description=f"seed {seed}", layout={"width": "90px"})
         for i, seed in enumerate(scores)

@@ -10,11 +10,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..door import named
+from ..stacks import curves_over, door, numbers, one_for_each, shaped_like
 from .plots import colour
 
 RING = '<circle cx="{:.1f}" cy="{:.1f}" r="8" fill="none" stroke="#d00000" stroke-width="2"/>'
 
 
+@door(
+    weights=numbers(1, least=0, most=1),
+    loss=curves_over("weights"),
+    accuracy=shaped_like("loss", 2),
+    chosen=named(one_for_each("loss"), least=0),
+)
 def weight_slider(
     weights: Tensor, loss: Tensor, accuracy: Tensor, chosen: Mapping[str, Tensor] | None = None
 ) -> ipywidgets.VBox:
@@ -34,10 +42,6 @@ def weight_slider(
     """
     chosen = chosen or {}
     x, loss, accuracy = (np.asarray(t.cpu(), dtype=float) for t in (weights, loss, accuracy))
-    if loss.shape != accuracy.shape or loss.shape[1:] != x.shape:
-        raise ValueError(f"{len(x)} weights, but loss {loss.shape} and accuracy {accuracy.shape}")
-    if odd := [name for name, weight in chosen.items() if len(weight) != len(loss)]:
-        raise ValueError(f"{odd[0]!r} has {len(chosen[odd[0]])} weights for {len(loss)} clients")
     client = ipywidgets.Dropdown(options=[(f"client {i}", i) for i in range(len(loss))], layout={"width": "120px"})
     slider = ipywidgets.SelectionSlider(
         options=[(f"{w:.2f}", i) for i, w in enumerate(x)],
