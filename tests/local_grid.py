@@ -45,7 +45,7 @@ class LocalGrid(Grid):
         self.count += 1
         message.metadata.__dict__["_message_id"] = str(self.count)
         context = self.nodes[message.metadata.dst_node_id]
-        kind, client = message.metadata.message_type, int(context.node_config["partition-id"])
+        kind, client = message.metadata.message_type, context.node_config.get("partition-id")
         sent = message.content = crossed(message.content)
         try:
             reply = self.fault(client, message) or self.handle(message, context)

@@ -358,6 +358,98 @@ def test_a_configuration_is_refused_at_the_door():
     assert Patience.of({"timeout": 3.0, "min-clients": 2}) == Patience(answer=3.0, least=2)
 
 
+def garbage(**records):
+    """The answer of a client that sends these instead of what it was asked for."""
+    from flwr.app import ConfigRecord, MetricRecord
+
+    kinds = {"config": ConfigRecord}
+    return lambda message: Message(
+        RecordDict({name: kinds.get(name, MetricRecord)(found) for name, found in records.items()}), reply_to=message
+    )
+
+
+WHO = dict(client=1, train=13, calibration=6)
+GARBAGE = [
+    ("query.join", garbage(), "no proper introduction: KeyError"),
+    ("query.join", garbage(metrics=WHO), "no proper introduction: KeyError"),
+    ("query.join", garbage(metrics=WHO | {"train": -1}, config={}), "train must be at least 1, not -1"),
+    ("query.join", garbage(metrics=WHO | {"train": np.nan}, config={}), "train must be a whole number, not nan"),
+    ("query.join", garbage(metrics=WHO | {"client": 0.5}, config={}), "client must be a whole number, not 0.5"),
+    ("query.join", garbage(metrics=WHO, config={"fingerprint": 3}), "another backbone"),
+    ("train", garbage(), "train: no proper answer: KeyError"),
+    ("query.curve", garbage(), "query.curve: no proper answer: KeyError"),
+    ("query.curve", garbage(up={"losses": [1.0] * 3}), "losses must be 9 finite numbers"),
+    ("query.curve", garbage(up={"losses": [float("nan")] * 9}), "losses must be 9 finite numbers"),
+    ("query.curve", garbage(up={"losses": 1.0}), "losses must be 9 finite numbers, not 1.0"),
+    ("query.slope", garbage(up={"variance": float("inf")}), "variance must be 1 finite numbers, not inf"),
+    ("query.slope", garbage(up={"variance": -1.0}), "variance must be 1 finite numbers, not -1.0"),
+    ("query.offset", garbage(up={"variance": 1.0}), "query.offset: no proper answer: KeyError"),
+    ("query.offset", garbage(up=dict(slope=1.0, curvature=np.nan, variance=1.0)), "curvature must be 1 finite"),
+    ("evaluate", garbage(), "evaluate: no proper answer: KeyError"),
+    ("evaluate", garbage(metrics={"local-loss": 1.0}), "evaluate: no proper answer: KeyError"),
+    (
+        "evaluate",
+        garbage(metrics={"federated-loss": np.nan, "federated-accuracy": 1.0}),
+        "federated-loss must be 1 finite numbers",
+    ),
+]
+
+
+@pytest.mark.parametrize("kind, answer, said", GARBAGE, ids=[f"{kind}: {said}" for kind, _, said in GARBAGE])
+def test_what_comes_over_the_network_is_checked_where_it_arrives(kind, answer, said, world):
+    _, _, run = world(fault=lambda client, m: answer(m) if client == 1 and m.metadata.message_type == kind else None)
+    outcome = run()
+    assert any(said in event["what"] for event in outcome.events), outcome.events
+    others = outcome.rows[outcome.rows.client != 1]
+    assert len(others) == 6 and np.isfinite(others[["loss", "accuracy", "weight"]]).to_numpy().all()
+
+
+def test_another_precision_is_no_update(world):
+    def half(message):
+        tensors = message.content["tensors"]
+        name = next(iter(tensors))
+        tensors[name] = Array(tensors[name].numpy().astype("f2"))
+        return Message(RecordDict({"tensors": tensors}), reply_to=message)
+
+    _, _, run = world(fault=lambda client, m: half(m) if client == 1 and m.metadata.message_type == "train" else None)
+    assert {event["what"][-36:] for event in run().events} == {"is of torch.float16, not torch.float64"[-36:]}
+
+
+WRONG = [
+    (lambda: Plan.of({"seed": "x"}), "seed must be a whole number, not 'x'"),
+    (lambda: Plan.of({"seed": -1}), "seed must be at least 0, not -1"),
+    (lambda: Plan.of({"rounds": 1.5}), "rounds must be a whole number, not 1.5"),
+    (lambda: Plan.of({"lr": "fast"}), "lr must be a number, not 'fast'"),
+    (lambda: Plan(None, FEDIT), "setting must be a Setting, not None"),
+    (lambda: Plan(Setting(), "FedIT"), "algorithm must be an Algorithm, not 'FedIT'"),
+    (lambda: Patience.of({"timeout": 0}), "answer must be positive, not 0"),
+    (lambda: Patience.of({"join-timeout": "x"}), "join must be a number, not 'x'"),
+    (lambda: Patience.of({"min-clients": 0}), "least must be at least 1, not 0"),
+    (lambda: Patience(pause=float("nan")), "pause must be at least 0, not nan"),
+    (lambda: client_app(3), "load must be a function, not 3"),
+    (lambda: client_app(len, {"x": 3}), "must be an Algorithm, not 3"),
+    (lambda: server_app("x"), "load must be a function, not 'x'"),
+    (lambda: play(None, {}, None), "plan must be a Plan, not dict"),
+]
+
+
+@pytest.mark.parametrize("make, said", WRONG, ids=[said for _, said in WRONG])
+def test_what_a_run_is_told_is_refused_in_one_line(make, said):
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("node, said", [({}, "partition-id must be a whole number, not None"),
+                                        ({"partition-id": "x"}, "partition-id must be a whole number, not 'x'"),
+                                        ({"partition-id": 0, "folder": 3.5}, "folder must be")])  # fmt: skip
+def test_a_node_that_does_not_say_who_it_is_is_told_so(node, said, world):
+    grid, _, run = world(clients=(0, 1, 2))
+    grid.get_node_ids = lambda: list(grid.nodes)
+    grid.add(200, node)
+    assert any(said in event["what"] for event in run().events)
+
+
 class KillingGrid(LocalGrid):
     """Every message is answered by a process of its own, as Flower does it; ``kills`` of them, those of a random half
     of the messages of rounds, are killed at a random moment of their life."""

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from ..adapters import AdaptedBackbone, Adapter, client_adapter, save_adapter, select_clients
 from ..connectivity import weight_grid
 from ..data import Federation
+from ..door import door, function, kind, named, path, whole
 from ..engine.training import OptimizerState, evaluate
 from ..estimators.calibrated import POINTS, PROBE, offset_weights, parabolas
 from ..estimators.curve import client_losses, segment_losses
@@ -231,6 +232,7 @@ QUERIES = {
 }
 
 
+@door(load=function, algorithms=named(kind("Algorithm")))
 def client_app(load: LoadClient = load_lab_client, algorithms: Mapping[str, Algorithm] = ALGORITHMS) -> ClientApp:
     """The ``ClientApp`` of clients whose backbone and data ``load(plan, client, node_config)`` gives.
 
@@ -239,21 +241,22 @@ def client_app(load: LoadClient = load_lab_client, algorithms: Mapping[str, Algo
     """
     app = ClientApp()
 
-    def answer(function, message: Message, context: Context) -> Message:
-        plan, number = Plan.of(context.run_config, algorithms), int(context.node_config["partition-id"])
+    def answer(exchange, message: Message, context: Context) -> Message:
+        plan = Plan.of(context.run_config, algorithms)
+        number = whole(0)("partition-id", context.node_config.get("partition-id"), {})
         adapted, data = load(plan, number, context.node_config)
         if data.train.ids != (number,):
             raise ValueError(f"client {number} was given the data of clients {list(data.train.ids)}")
         home, folder = Home(context), _folder(context.node_config)
         client = Client(plan, number, adapted, data, home, home.load(), folder)
-        return Message(function(client, message.content), reply_to=message)
+        return Message(exchange(client, message.content), reply_to=message)
 
     app.train()(lambda message, context: answer(train_round, message, context))
     app.evaluate()(lambda message, context: answer(score, message, context))
-    for name, function in QUERIES.items():
-        app.query(name)(lambda message, context, function=function: answer(function, message, context))
+    for name, exchange in QUERIES.items():
+        app.query(name)(lambda message, context, exchange=exchange: answer(exchange, message, context))
     return app
 
 
 def _folder(node_config: Config) -> Path | None:
-    return Path(str(node_config["folder"])) if node_config.get("folder") else None
+    return Path(path("folder", node_config["folder"], {})) if node_config.get("folder") else None

@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord
 
 from ..adapters import AdaptedBackbone, Adapter, adapter_bytes
 from ..data import Federation
+from ..door import check_fields, door, kind, whole
 from ..experiment import prepare, training_options
 from ..field.algorithms import ALGORITHMS
 from ..field.rounds import Algorithm
@@ -34,6 +35,9 @@ class Plan:
     algorithm: Algorithm
     seed: int = 0
 
+    def __post_init__(self):
+        check_fields(self)
+
     @staticmethod
     def of(config: Config, algorithms: Mapping[str, Algorithm] = ALGORITHMS) -> Plan:
         """The plan of a run's configuration. Raises ``ValueError`` for an unknown method and what ``Setting`` refuses.
@@ -47,7 +51,7 @@ class Plan:
         names = {field.name for field in fields(Setting)}
         given = {key.replace("-", "_"): value for key, value in config.items()}
         setting = Setting(**{name: value for name, value in given.items() if name in names})
-        return Plan(setting, algorithms[method], int(config.get("seed", 0)))
+        return Plan(setting, algorithms[method], config.get("seed", 0))
 
     @property
     def training(self) -> dict:
@@ -68,12 +72,14 @@ class Plan:
         return digest.hexdigest()
 
 
+@door(plan=kind("Plan"), client=whole(0))
 def load_lab_client(plan: Plan, client: int, node_config: Config) -> tuple[AdaptedBackbone, Federation]:
     """The lab ViT and this client's part of the shipped Fashion-MNIST federation."""
     adapted, federation = prepare(plan.setting, plan.seed)
     return adapted, federation.rows([client])
 
 
+@door(plan=kind("Plan"))
 def load_lab_backbone(plan: Plan) -> AdaptedBackbone:
     """The lab ViT with an empty adapter."""
     return prepare(plan.setting, plan.seed)[0]

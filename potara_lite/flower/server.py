@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,11 +25,12 @@ from torch import Tensor
 
 from ..adapters import AdaptedBackbone, Adapter, check_same_base, client_adapter, repeat_adapter, save_adapter
 from ..connectivity import weight_grid
+from ..door import check_fields, door, function, kind, named, not_negative, positive, shown, whole
 from ..estimators.calibrated import POINTS, lowest_inside, parabolas, two_groups, weigh, weigh_offset
 from ..field.algorithms import ALGORITHMS
 from ..field.privacy import Privacy
 from ..field.rounds import Algorithm, server_step
-from ..files import write_atomically
+from ..files import one_line, write_atomically
 from ..results import COLUMNS
 from .plan import LoadBackbone, Plan, from_record, load_lab_backbone, payload_bytes, to_record
 
@@ -45,6 +47,9 @@ class Patience:
     answer: float = 600.0
     pause: float = 1.0
     least: int = 1
+
+    def __post_init__(self):
+        check_fields(self, join=not_negative, answer=positive, pause=not_negative, least=whole(1))
 
     @staticmethod
     def of(config: Mapping) -> Patience:
@@ -88,8 +93,13 @@ class Roll:
         there = set(self.grid.get_node_ids())
         new = there - set(self.nodes.values()) - self.refused
         for node, content, why in self._exchange("query.join", {node: RecordDict() for node in sorted(new)}):
-            client = None if content is None else int(content["metrics"]["client"])
-            why = why or self._objection(client, node, content, there)
+            client, sizes = None, {}
+            if content is not None:
+                try:
+                    client, sizes, fingerprint = introduction(content)
+                    why = self._objection(client, node, fingerprint, there)
+                except (KeyError, TypeError, ValueError) as error:
+                    why = f"no proper introduction: {one_line(error)}"
             if why:
                 self.note(f"refused: {why}", client)
                 if content is not None:
@@ -98,12 +108,12 @@ class Roll:
             if client in self.nodes:
                 self.note("is back", client)
             self.nodes[client] = node
-            self.sizes[client] = {split: int(content["metrics"][split]) for split in ("train", "calibration")}
+            self.sizes[client] = sizes
         return sorted(client for client, node in self.nodes.items() if node in there)
 
-    def _objection(self, client: int, node: int, content: RecordDict, there: set[int]) -> str | None:
+    def _objection(self, client: int, node: int, fingerprint: object, there: set[int]) -> str | None:
         """Why a node that answered cannot take part, if so."""
-        if content["config"]["fingerprint"] != self.fingerprint:
+        if fingerprint != self.fingerprint:
             return "another backbone, rank, setting or seed than the server's"
         if not 0 <= client < self.plan.setting.clients:
             return f"its number is outside 0 … {self.plan.setting.clients - 1}"
@@ -125,7 +135,11 @@ class Roll:
             client = client_of[node]
             if content is not None:
                 self._count("up", client, content)
-            why = why or objection(content)
+            if why is None:
+                try:
+                    why = objection(content)
+                except Exception as error:  # a part is missing, or another thing than it should be
+                    why = f"no proper answer: {one_line(error)}"
             if why:
                 self.note(f"{kind}: {why}", client)
             else:
@@ -160,6 +174,30 @@ class Roll:
             self.bytes.setdefault(what, {})[client] = self.crossed(what, client) + size
 
 
+def introduction(content: RecordDict) -> tuple[int, dict[str, int], object]:
+    """Who a client says that it is: its number, the sizes of its splits, its fingerprint.
+
+    Raises ``ValueError`` or ``KeyError`` for what is none.
+    """
+    metrics = content["metrics"]
+    sizes = {split: whole(1)(split, metrics[split], {}) for split in ("train", "calibration")}
+    return whole(0)("client", metrics["client"], {}), sizes, content["config"]["fingerprint"]
+
+
+def numbers_objection(record: str, **lengths: int) -> Callable[[RecordDict], str | None]:
+    """Why a record of numbers is not what was asked for, if so: others, not finite, or a variance below 0."""
+
+    def objection(content: RecordDict) -> str | None:
+        for name, length in lengths.items():
+            value = content[record][name]
+            values = value if isinstance(value, list) else [value]
+            if len(values) != length or not all(map(math.isfinite, values)) or (name == "variance" and value < 0):
+                return f"{name} must be {length} finite numbers, not {shown(value)}"
+        return None
+
+    return objection
+
+
 def _error_of(reply: Message) -> str:
     """An error's code and the line that says what it was."""
     lines = (reply.error.reason or "no reason given").strip().splitlines()
@@ -178,6 +216,7 @@ class Outcome:
     events: list[dict]
 
 
+@door(plan=kind("Plan"), patience=kind("Patience"))
 def play(grid: Grid, plan: Plan, adapted: AdaptedBackbone, patience: Patience = Patience()) -> Outcome:
     """A whole run: join, rounds, last message, the exchanges of the mixing weight, the merge, the scores.
 
@@ -198,7 +237,7 @@ def play(grid: Grid, plan: Plan, adapted: AdaptedBackbone, patience: Patience = 
         raise RuntimeError("no client was left to receive the result")
     last = algorithm.on_receive(held | message, plan.setting.rounds)
     weight = find_weights(roll, list(done), adapted, seconds) if can_merge(algorithm, last, adapted) else {}
-    scores = roll.ask("evaluate", {client: RecordDict() for client in done})
+    scores = roll.ask("evaluate", {client: RecordDict() for client in done}, scores_objection)
     seconds["potara-calibrated"] = time.monotonic() - began
     rows = outcome_rows(roll, scores, weight, rounds_of, seconds)
     federated = algorithm.federated_model and algorithm.federated_model(last)
@@ -237,6 +276,8 @@ def upload_objection(content: RecordDict, like: Adapter) -> str | None:
         check_same_base(like, sent)
     except ValueError as error:
         return str(error)
+    if odd := [name for name, tensor in sent.items() if tensor.dtype != like[name].dtype]:
+        return f"{odd[0]} is of {sent[odd[0]].dtype}, not {like[odd[0]].dtype}"
     odd = [name for name, tensor in sent.items() if not tensor.isfinite().all()]
     return f"not finite: {odd[0]}" if odd else None
 
@@ -271,14 +312,21 @@ def find_weights(
     """The exchanges of ``estimate_calibrated``: nine mean losses up and a place down, a variance up and the weight
     down, a parabola up and the offset down. The weight of every client that has merged."""
     grid = weight_grid(POINTS)
-    replies = roll.ask("query.curve", {client: RecordDict() for client in clients})
-    seconds["local"] = max((float(content["metrics"]["seconds"]) for content in replies.values()), default=0.0)
+    asked = {client: RecordDict() for client in clients}
+    replies = roll.ask("query.curve", asked, numbers_objection("up", losses=POINTS))
+    seconds["local"] = max(
+        (float(content.get("metrics", {}).get("seconds", 0.0)) for content in replies.values()), default=0.0
+    )
     clients, sizes = list(replies), _calibration_sizes(roll, replies)
     if not clients:
         return {}
     mean = torch.tensor([content["up"]["losses"] for content in replies.values()], dtype=torch.float64)
     place = lowest_inside(mean, sizes)
-    replies = roll.ask("query.slope", {client: _down(place=place) for client in clients})
+    replies = roll.ask(
+        "query.slope", {client: _down(place=place) for client in clients}, numbers_objection("up", variance=1)
+    )
+    if not replies:
+        return {}
     there = torch.tensor([client in replies for client in clients])
     clients, sizes, mean = list(replies), sizes[there], mean[there]
     three = mean[:, place - 1 : place + 2].unsqueeze(2).unbind(1)  # a client's mean losses as if of one sample
@@ -286,7 +334,8 @@ def find_weights(
     variance = torch.tensor([content["up"]["variance"] for content in replies.values()], dtype=torch.float64)
     weight = dict(zip(clients, weigh(float(grid[place]), slope, curvature, variance, sizes)[0].tolist()))
     if two_groups(adapted.initial):
-        replies = roll.ask("query.offset", {client: _down(weight=weight[client]) for client in clients})
+        asked = {client: _down(weight=weight[client]) for client in clients}
+        replies = roll.ask("query.offset", asked, numbers_objection("up", slope=1, curvature=1, variance=1))
         offset = weigh_offset(*_columns(replies), _calibration_sizes(roll, replies))[0] if replies else 0.0
         merged = roll.ask("query.merge", {client: _down(offset=float(offset)) for client in replies})
     else:
@@ -307,6 +356,13 @@ def _columns(replies: dict[int, RecordDict]) -> list[Tensor]:
     names = "slope", "curvature", "variance"
     found = ([float(content["up"][name]) for content in replies.values()] for name in names)
     return [torch.tensor(column, dtype=torch.float64) for column in found]
+
+
+def scores_objection(content: RecordDict) -> str | None:
+    """Why what a client measured of its models are no scores, if so."""
+    parts = [part for part in ("federated", "local", "merged") if f"{part}-loss" in content["metrics"]]
+    names = [f"{part}-{score}" for part in parts for score in ("loss", "accuracy")]
+    return numbers_objection("metrics", **dict.fromkeys(names, 1))(content)
 
 
 def outcome_rows(
@@ -342,6 +398,7 @@ def save_outcome(outcome: Outcome, plan: Plan, adapted: AdaptedBackbone, out: Pa
         save_adapter(adapted, outcome.federated, out / "adapters" / f"seed-{plan.seed}" / "federated")
 
 
+@door(load=function, algorithms=named(kind("Algorithm")))
 def server_app(load: LoadBackbone = load_lab_backbone, algorithms: Mapping[str, Algorithm] = ALGORITHMS) -> ServerApp:
     """The ``ServerApp`` of a federation whose empty backbone ``load(plan)`` gives; it writes into ``out``, if given.
 
@@ -355,7 +412,7 @@ def server_app(load: LoadBackbone = load_lab_backbone, algorithms: Mapping[str, 
         config = context.run_config
         plan = Plan.of(config, algorithms)
         if config.get("clip"):
-            privacy = Privacy(float(config["clip"]), float(config.get("noise-multiplier", 0.0)), secrets.randbits(62))
+            privacy = Privacy(config["clip"], config.get("noise-multiplier", 0.0), secrets.randbits(62))
             plan = replace(plan, algorithm=replace(plan.algorithm, privacy=privacy))
         adapted = load(plan)
         outcome = play(grid, plan, adapted, Patience.of(config))
