@@ -54,7 +54,7 @@ SCALES = {
     },
     "paper": {"8 clients": PAPER, "20 clients": replace(PAPER, clients=20)},
 }
-SCALES["grey-cifar10"] = SCALES["lab"]
+SCALES["grey-cifar10"] = {name: SCALES["lab"][name] for name in ("label skew", "strong label skew")}
 FOLLOWED = [  # from one data set to the other
     "potara-calibrated, local from federated", "potara-calibrated", "uniform", "potara-paper", "WiSE-FT", "FedPer",
     "FedSA-LoRA", "FedIT, fine-tuned", "local", "FedIT",
@@ -209,7 +209,7 @@ def report(rows: pd.DataFrame, name: str, folder: Path) -> None:
     """Write the rows, the tables that are read off them, and the figure."""
     keep(rows, folder / f"field-{name}.csv.gz")
     board, differences = leaderboard(rows), paired_differences(rows)
-    frontiers(board, pareto_front(board), references=REFERENCES).savefig(folder / f"field-{name}.png", dpi=100)
+    frontiers(board, pareto_front(board), references=list(REFERENCES)).savefig(folder / f"field-{name}.png", dpi=100)
     parts = [f"Every method.\n\n{markdown(overview(board))}"]
     for federation in dict.fromkeys(rows.federation):
         table = markdown(differences.loc[federation].sort_values("difference"), digits=4)

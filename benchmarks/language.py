@@ -228,7 +228,7 @@ def report(rows: pd.DataFrame, estimates: pd.DataFrame) -> None:
     keep(rows, HERE / "language.csv.gz")
     keep(estimates, HERE / "language-weights.csv.gz")
     board, page = leaderboard(rows), HERE.parent / "docs" / "language.md"
-    frontiers(board, pareto_front(board), references=REFERENCES).savefig(HERE / "language.png", dpi=100)
+    frontiers(board, pareto_front(board), references=list(REFERENCES)).savefig(HERE / "language.png", dpi=100)
     for name, text in blocks(rows, estimates).items():
         fill(page, name, text)
 
