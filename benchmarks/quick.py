@@ -3,8 +3,8 @@
     python benchmarks/quick.py
 
 Runs ``python -m potara_lite --seeds 0 1 2 3 4`` and keeps its ``results.csv`` and ``config.json`` as ``quick.csv`` and
-``quick.json``; writes the summary and a figure into the README and, with the paired differences, into ``quick.md``. What
-``--local-from-federated`` changes are further rows of the same table.
+``quick.json``; writes the summary and a figure into the README and, with the paired differences, into ``quick.md``.
+What ``--local-from-federated`` changes are further rows of the same table.
 """
 
 from __future__ import annotations
