@@ -51,7 +51,7 @@ from .stacks import (
     rank_dim,
     rows_of_clients,
     stacks,
-    whole,
+    whole_adapter,
 )
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -352,7 +352,7 @@ def _check_found(initial: Adapter, config: LoraConfig) -> None:
         raise ValueError(f"head {shown(missing[0])} is no module of this backbone")
 
 
-@door(adapter=whole)
+@door(adapter=whole_adapter)
 def delta(adapter: Adapter, scaling: dict[str, float]) -> Adapter:
     """The task vector: ``scaling * B A`` of every adapted layer, and the directly trained weights.
 

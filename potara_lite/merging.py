@@ -28,8 +28,8 @@ from .stacks import (
     models,
     numbers,
     rank_dim,
+    whole_adapter,
 )
-from .stacks import whole as whole_adapter
 
 Weight = float | Tensor | dict[str, Tensor]
 

@@ -156,7 +156,7 @@ def any_adapter(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     return value
 
 
-def whole(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
+def whole_adapter(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     """An adapter or a stack with both factors of every layer, matrices or kernels that can be multiplied."""
     found = any_adapter(name, value, given)
     for layer in dict.fromkeys(layer_of(key) for key in found if is_lora(key)):
@@ -202,7 +202,7 @@ def stacks(name: str, value: Any, given: Mapping[str, Any]) -> list[Adapter]:
     """Several stacks of one base and as many clients, of any ranks."""
     found = plain.several(trained_stack)(name, value, given)
     for i, one in enumerate(found):
-        whole(f"{name}[{i}]", one, {})
+        whole_adapter(f"{name}[{i}]", one, {})
         if _count(one) != _count(found[0]):
             raise ValueError(f"{name}[{i}]: {_count(one)} adapters for {_count(found[0])} clients")
     return [like_but_rank(f"{name}[{i}]", one, _first_client(found[0]), 1) for i, one in enumerate(found)]
@@ -212,7 +212,7 @@ def model(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
     """One of the models that are merged: of a backbone, a stack; else an adapter or a stack like the one before."""
     if "adapted" in given:
         return stack(name, value, given)
-    found, before = whole(name, value, given), given.get("federated")
+    found, before = whole_adapter(name, value, given), given.get("federated")
     if name == "local":
         _like("federated and local", found, before)
     return found
@@ -225,7 +225,7 @@ def like_federated(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
 
 def models(name: str, value: Any, given: Mapping[str, Any]) -> list[Adapter]:
     """Several adapters or stacks of one base and in one order of tensors."""
-    found = plain.several(whole)(name, value, given)
+    found = plain.several(whole_adapter)(name, value, given)
     for i, other in enumerate(found):
         _like(f"{name}[{i}]", other, found[0])
     return [{key: one[key] for key in found[0]} for one in found]
