@@ -35,7 +35,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from .data import Inputs
 from .door import kind, named, one_or_several, optional, positive, refuse, several, shown, text
 from .files import reading, write_atomically
-from .prefix import blocks_below, call_network, hidden_below
+from .language import check_tokens
+from .prefix import blocks_below, call_network, check_names, hidden_below
 from .stacks import (
     Adapter,
     check_same_base,
@@ -188,7 +189,8 @@ class AdaptedBackbone:
         return blocks_below(self.model, list(self.scaling))
 
     def check_inputs(self, x: Inputs, ids: Sequence[int] | None = None) -> None:
-        """Raise ``ValueError`` for token ids that the network has no embedding of, and where dropout is active.
+        """Raise ``ValueError`` for inputs that the network does not take, for token ids and positions that it has no
+        embedding of, and where dropout is active.
 
         With ``ids``, the numbers of the clients, these are on dim 0.
         """
@@ -198,13 +200,9 @@ class AdaptedBackbone:
             rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
             if module.training and (rate or getattr(module, "attention_dropout", 0.0)):
                 raise ValueError(f"dropout is active in {name}: call model.eval(), so that clients are independent")
-        network = self.model.get_base_model()
-        if isinstance(x, Tensor) or "input_ids" not in x or not hasattr(network, "get_input_embeddings"):
-            return
-        tokens, size = x["input_ids"], network.get_input_embeddings().num_embeddings
-        if (odd := ((tokens < 0) | (tokens >= size)).nonzero()).numel():
-            place, which = odd[0].tolist(), "" if ids is None else f"client {ids[int(odd[0, 0])]}: "
-            raise ValueError(f"{which}token id {int(tokens[tuple(place)])} is outside the vocabulary, 0 … {size - 1}")
+        if isinstance(x, Mapping):
+            check_names(self.model.get_base_model(), x)
+            check_tokens(self.model.get_base_model(), x, ids)
 
     @property
     def config(self) -> LoraConfig:

@@ -361,7 +361,7 @@ def _check_partition(pool, test_pool, sizes, calibration_size, test_size, client
     if proportions is not None:
         try:
             proportions = np.asarray(proportions, dtype=float)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RuntimeError):  # rows of different lengths, text, a tensor that has a gradient
             refuse("proportions", f"numbers, a row for each of {clients} clients", proportions)
         if np.shape(proportions) != (clients, classes):
             raise ValueError(f"proportions are of shape {np.shape(proportions)}, not a row for each of {clients}")

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import wraps
 from inspect import Parameter, signature
+from math import inf
 from numbers import Integral, Real
-from sys import float_info
 from typing import Any
 
 Check = Callable[[str, Any, Mapping[str, Any]], Any]
 LARGEST = 2**63 - 1  # of a size in torch, and of a seed that torch's and numpy's generators both take
+FLOAT32 = 1.2e-38, 3.4e38  # what is smaller or larger is 0 or infinite there
 
 
 def shown(value: object) -> str:
@@ -56,7 +57,8 @@ def whole(least: int | None = 0, most: int = LARGEST) -> Check:
 
 
 def real(expected: str, holds: Callable[[float], bool], *, finite: bool = True) -> Check:
-    """A number, of Python or numpy, for which ``holds``: never NaN, and infinite only if not ``finite``."""
+    """A number, of Python or numpy, for which ``holds``: never NaN, infinite only if not ``finite``, and else one that
+    float32 holds."""
 
     def check(name: str, value: Any, given: Mapping[str, Any]) -> float:
         if not isinstance(value, Real) or isinstance(value, bool):
@@ -64,8 +66,10 @@ def real(expected: str, holds: Callable[[float], bool], *, finite: bool = True) 
         number = value if type(value) in (int, float) else float(value)
         if not holds(number):  # NaN holds nothing
             refuse(name, expected, value)
-        if not abs(number) <= float_info.max and (finite or isinstance(number, int)):  # a whole number may be larger
+        if finite and abs(number) == inf:
             refuse(name, "finite", value)
+        if 0 < abs(number) < FLOAT32[0] or FLOAT32[1] < abs(number) < inf:
+            refuse(name, f"in the range of float32 ({FLOAT32[0]} to {FLOAT32[1]})", value)
         return number if abs(number) <= LARGEST else float(number)
 
     check.__doc__ = f"A number, {expected}."

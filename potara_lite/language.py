@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .data import MASK, PADDING
+from .data import MASK, PADDING, Inputs
 from .door import door, refuse, several, text, whole
 from .files import reading
 
@@ -171,6 +171,27 @@ def _no_bars(logging) -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def check_tokens(network: nn.Module, x: Inputs, ids: Sequence[int] | None = None) -> None:
+    """Raise ``ValueError`` for token ids, and for more positions, than a network of texts has embeddings of.
+
+    With ``ids``, the numbers of the clients, these are on dim 0 of the inputs.
+    """
+    if "input_ids" not in x or not hasattr(network, "get_input_embeddings"):
+        return
+    tokens, size = x["input_ids"], network.get_input_embeddings().num_embeddings
+    if (odd := ((tokens < 0) | (tokens >= size)).nonzero()).numel():
+        place, which = odd[0].tolist(), "" if ids is None else f"client {ids[int(odd[0, 0])]}: "
+        raise ValueError(f"{which}token id {int(tokens[tuple(place)])} is outside the vocabulary, 0 … {size - 1}")
+    for name, module in network.named_modules():
+        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
+            kept_back = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+            if tokens.shape[-1] > (longest := module.num_embeddings - kept_back):
+                raise ValueError(
+                    f"texts of {tokens.shape[-1]} tokens, the backbone has positions for {longest}: cut them "
+                    "(max_length)"
+                )
 
 
 @door(rows=several(several(whole(0), least=0)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,16 @@ def call_network(call: Callable, x: Inputs, below: Sequence[nn.Module]) -> Tenso
         with replaced_forwards(passing):
             output = call(*args, **named)
     return getattr(output, "logits", output)
+
+
+def check_names(network: nn.Module, x: Inputs) -> None:
+    """Raise ``ValueError`` for a mapping with a name that the network's ``forward`` does not know, and without one that
+    it needs."""
+    taken, named = signature(network.forward), dict.fromkeys(x.keys() - {ALONE, HIDDEN})
+    try:
+        taken.bind(*[None] * (ALONE in x), **named)
+    except TypeError as error:
+        raise ValueError(f"the backbone takes {', '.join(taken.parameters)}: {error}") from None
 
 
 @torch.no_grad()

@@ -392,7 +392,7 @@ def weights_of_clients(name: str, value: Any, given: Mapping[str, Any]) -> Tenso
 
 def mixing_weights(name: str, value: Any, given: Mapping[str, Any]) -> list:
     """As many weights as adapters, any finite ones."""
-    found = value.tolist() if isinstance(value, Tensor | np.ndarray) and value.ndim == 1 else value
+    found = as_numbers(name, value).tolist() if isinstance(value, Tensor | np.ndarray) and value.ndim == 1 else value
     found = plain.several(mixing_weight(None, None))(name, found, given)
     if len(found) != len(given["adapters"]):
         raise ValueError(f"{name}: {len(given['adapters'])} adapters, {len(found)} weights")

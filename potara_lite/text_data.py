@@ -37,8 +37,8 @@ def with_tokens(federation: Federation, texts: Sequence[str], tokenizer: Callabl
     """The federation whose examples are the numbers of ``texts``, with their tokens (see ``encode_texts``) instead."""
 
     def split(numbers: Split) -> Split:
-        if not isinstance(numbers.x, Tensor) or int(numbers.x.max()) >= len(texts):
-            raise ValueError(f"texts: the examples must be numbers of {len(texts)} texts, from 0 on")
+        if not isinstance(numbers.x, Tensor) or numbers.x.dim() != 2 or int(numbers.x.max()) >= len(texts):
+            raise ValueError(f"federation must be of numbers of the {len(texts)} texts, 0 … {len(texts) - 1}")
         clients = [numbers.client(i) for i in range(len(numbers))]
         return Split.of([(encode_texts(tokenizer, [texts[n] for n in x], longest), y) for x, y in clients], numbers.ids)
 

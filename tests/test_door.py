@@ -385,7 +385,7 @@ def plain(logits, y):
 
 WHOLE = [-1, 1.5, "2", True, NAN, 1j]
 SIZE = [0, *WHOLE]
-NUMBER = [NAN, "x", True, 1j, [1.0]]
+NUMBER = [NAN, "x", True, 1j, [1.0], 1e308, 1e-308]  # the last two are infinite and 0 in float32
 FLAG = [1, 0, "yes", NAN, None, (lambda v: torch.tensor(True), "tensor(True)")]
 TEXT, PATH, FUNCTION = [5, 1.5, None, b"x"], [5, 1.5, True, None], [5, "x", None]
 
@@ -646,6 +646,7 @@ BAD = {
         (lambda v: [(x.numpy(), y) for x, y in v], "ndarray"),
     ],
     "proportions": [(lambda v: 5, "()"), (lambda v: [[1.0], [1.0, 2.0]], "numbers"), (lambda v: "ab", "'ab'"),
+                    (lambda v: torch.ones(2, 4, requires_grad=True), "numbers"),
                     (lambda v: [[1.0, 0, 0, 0]], "(1, 4)"),
                     (lambda v: [[NAN] * 4] * 2, "proportions"), (lambda v: [[-1.0, 2, 0, 0]] * 2, "proportions"),
                     (lambda v: [[0.0] * 4] * 2, "proportions")],
@@ -781,7 +782,8 @@ BARE = {
         text_data.read_glosses field.algorithms.fedalt""",
     "checks themselves, tested in the rows below and where they are used": """
         data.rows_of data.check_alike data.check_examples data.check_pairs data.pool_of_examples
-        engine.training.check_clients engine.training.check_losses scoring.check_count
+        engine.training.check_clients engine.training.check_labels engine.training.check_losses
+        language.check_tokens prefix.check_names scoring.check_count
         language.check_source language.next_tokens
         engine.loss.checked_logits""",
     "what pictures are made of; losses in every step of a fit": """
@@ -977,6 +979,39 @@ WRONG = [
         t.adapted, t.local, split_of(t, x=t.split.x.double())), ("split", "float64", "float32")),
     ("a label of none", lambda t: potara_lite.evaluate(
         t.adapted, t.local, split_of(t, y=t.split.y + 9)), ("split", "0 … 3")),
+    *((f"a label of none in {name}", lambda t, f=f: f(t, split_of(t, y=t.split.y + 9)), ("split", "0 … 3"))
+      for name, f in {
+          "training": lambda t, split: potara_lite.train(t.adapted, t.local, split, steps=1),
+          "one after another": lambda t, split: potara_lite.train(
+              t.adapted, t.local, split, steps=1, execution=potara_lite.Execution(vectorize=False)),
+          "rounds": lambda t, split: fedit(t.adapted, split, rounds=1, local_steps=1),
+          "an algorithm": lambda t, split: potara_lite.run_algorithm(
+              t.fedit, t.adapted, split, rounds=1, local_steps=1),
+          "gradients": lambda t, split: potara_lite.per_sample_gradients(t.adapted, t.local, split),
+          "derivatives": lambda t, split: estimators.gauss_newton.directional_derivatives(
+              t.adapted, t.local, t.flat, split),
+          "moments": lambda t, split: estimators.estimate_gradient(t.adapted, t.federated, t.local, split),
+      }.items()),
+    ("a label of none instead", lambda t: potara_lite.per_sample_gradients(
+        t.adapted, t.local, t.split, labels=t.split.y.clamp_min(0) + 4), ("labels: label 7", "0 … 3")),
+    *((f"a grid {what}", lambda t, w=w: estimators.pooled_weight(w, t.losses, t.sizes), ("weights", "spaced", said))
+      for what, w, said in (("of five for three", torch.linspace(0, 1, 5), "be 3 equally"),
+                            ("that stands still", [0.5] * 3, "0.5"), ("that falls", [1.0, 0.5, 0.0], "[1.0"),
+                            ("with a gap", [0.0, 0.2, 1.0], "0.2"))),
+    ("two losses", lambda t: estimators.pooled_weight(t.grid[:2], t.losses[:, :2], t.sizes), ("weights", "3")),
+    ("a parabola of two points", lambda t: estimators.parabola_moments(
+        [0.0, 0.5, 0.5], t.losses[..., 0]), ("weights", "3 or more different", "0.5")),
+    ("infinite logits", lambda t: estimators.gauss_newton.directional_derivatives(
+        t.adapted, {n: x * 1e38 for n, x in t.local.items()}, t.flat, t.split), ("client 0", "finite")),
+    ("numbers of images", lambda t: potara_lite.text_data.with_tokens(
+        t.federation, ["a", "b"], LETTERS), ("federation", "numbers of the 2 texts")),
+    ("no damping", lambda t: estimators.gradient_moments(**gradients(t), damping=0), ("damping", "larger")),
+    ("no damping, cross-fit", lambda t: estimators.gradient_moments(
+        torch.ones(3, 6, 5), torch.ones(3, 6, 5), t.sizes, damping=0, cross_fit=True), ("damping", "larger")),
+    ("infinite inputs of a layer", lambda t: potara_lite.field.baselines.layer_grams(
+        t.adapted, {n: x * 1e38 for n, x in t.local.items()}, t.split), ("client 0", "finite")),
+    ("weights that are not there", lambda t: potara_lite.combine_adapters(
+        [t.local, t.federated], torch.ones(2).to("meta")), ("weights", "float32")),
     ("texts of fewer", lambda t: potara_lite.text_data.with_tokens(t.numbers, ["a"], LETTERS), ("texts", "1 texts")),
     # Federations
     ("no split", lambda t: federation_of(t, test=None), ("test", "None")),
@@ -1052,7 +1087,7 @@ WRONG = [
     ("three weights for one", lambda t: potara_lite.merge_exact(t.one, t.small, HALF), ("weight", "one adapter")),
     ("two weights for one of rank 2", lambda t: potara_lite.merge_factors(t.one, t.small, HALF[:2]), ("one adapter",)),
     ("a size of 30 digits", lambda t: Setting(clients=10**30), ("clients", "at most")),
-    ("a rate of 400 digits", lambda t: Setting(lr=10**400), ("lr", "finite")),
+    ("a rate of 400 digits", lambda t: Setting(lr=10**400), ("lr", "float32")),
     ("a state of two clients", lambda t: potara_lite.train(
         t.adapted, t.local, t.split, steps=1, state=short_state(2, 452)), ("state", "2 clients for 3")),
     ("a state of another rank", lambda t: potara_lite.train(

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from potara_lite import potara
 from potara_lite.adapters import attach, client_adapter, flatten, repeat_adapter, save_adapter, unflatten
@@ -430,6 +441,60 @@ def test_texts_are_dealt_out_by_their_labels():
 
 
 # Bad input.
+
+
+def gpt2(longest=24):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=longest, use_cache=False)
+    return GPT2LMHeadModel(config).eval()
+
+
+def roberta(longest=24):
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=longest + 2, pad_token_id=1, attn_implementation="eager",
+    )  # fmt: skip
+    return TextClassifier(RobertaModel(config), 3).eval()
+
+
+@pytest.mark.parametrize("network, targets, head", [
+    (tiny_encoder, ["query"], "head"), (roberta, ["query"], "head"), (gpt2, ["c_attn"], None)
+])  # fmt: skip
+def test_texts_longer_than_the_positions_are_refused_with_both_numbers(network, targets, head):
+    """A backbone with an embedding for every position has no more than these; RoBERTa keeps two of them back."""
+    adapted = attach(network(), targets=targets, head=head, rank=2)
+    stack = repeat_adapter(adapted.initial, 1)
+    for length in (24, 25):
+        rows = [list(range(2, 2 + length))]
+        x = pad_tokens(rows)
+        y = torch.tensor([1]) if head else next_tokens(x["input_ids"], x["attention_mask"])
+        split = Split.of([(x, y)])
+        if length == 24:
+            assert evaluate(adapted, stack, split)[0].isfinite().all()
+            continue
+        for call in (lambda s=split: evaluate(adapted, stack, s), lambda x=x: adapted.embed(x)):
+            with pytest.raises(ValueError, match="^texts of 25 tokens, the backbone has positions for 24: cut them"):
+                call()
+
+
+def test_rotary_positions_have_no_end():
+    adapted = attach(tiny_lm(), targets=["q_proj"], head=None, rank=2)
+    x = pad_tokens([list(range(2, 36))])
+    split = Split.of([(x, next_tokens(*x.values()))])
+    assert evaluate(adapted, repeat_adapter(adapted.initial, 1), split)[0].isfinite()
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda x: {"input_ids": x["input_ids"]}, "attention_mask"),
+    (lambda x: {"tokens": x["input_ids"], "attention_mask": x["attention_mask"]}, "input_ids"),
+    (lambda x: x | {"colour": x["input_ids"]}, "colour"),
+])  # fmt: skip
+def test_inputs_that_the_backbone_does_not_know_or_lacks_are_named(change, said):
+    adapted = attach(tiny_encoder(), targets=["query"], rank=2)
+    x = change(pad_tokens([[3, 4, 5]]))
+    with pytest.raises(ValueError, match=f"^the backbone takes input_ids, attention_mask: .*{said}"):
+        evaluate(adapted, repeat_adapter(adapted.initial, 1), Split.of([(x, torch.tensor([0]))]))
 
 
 @pytest.mark.parametrize("token", [VOCABULARY, -1])

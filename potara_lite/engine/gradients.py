@@ -30,7 +30,7 @@ from ..stacks import all_finite, direction, door, numbers, sizes_of
 from .batching import Execution, Plan, map_clients, plan
 from .loss import checked_logits, example_losses, token_mean
 from .one_batch import OneBatch, as_one_batch
-from .training import check_clients, check_losses, losses
+from .training import check_clients, check_labels, check_losses, losses
 
 
 @door()
@@ -53,6 +53,7 @@ def per_sample_gradients(
     """
     check_clients(adapted, adapters, split)
     y = split.y if labels is None else labels
+    check_labels(adapted, adapters, split, labels)
     flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
     gradients = flat.new_empty(*y.shape[:2], flat.shape[1])
     chosen = _plan_examples(adapted, adapters, split.x, execution)
@@ -146,6 +147,7 @@ def directional_derivatives(
     means over the targets of an example that has several. Padded examples give zeros.
     """
     check_clients(adapted, adapters, split)
+    check_labels(adapted, adapters, split)
     flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
 
     def logits_and_tangents(row: Tensor, tangent: Tensor, x: Inputs) -> Tensor:
@@ -161,7 +163,9 @@ def directional_derivatives(
         with torch.no_grad():
             z, u = map_clients(logits_and_tangents, *stacks, vectorize=chosen.vectorize).unbind(1)  # (K, N, classes)
             parts.append(torch.stack(_slope_and_curvature(z, u, split.y[rows])))
-    slope, curvature = torch.cat(parts, dim=1)
+    found = torch.cat(parts, dim=1)
+    check_losses(found.transpose(0, 1), split)
+    slope, curvature = found
     return slope, curvature
 
 

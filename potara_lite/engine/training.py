@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..adapters import AdaptedBackbone, Adapter, flatten, select_clients, unflatten
-from ..data import Inputs, Split, batch_indices, take
+from ..data import Inputs, Split, batch_indices, map_inputs, take
 from ..door import one_or_several, unchecked
 from ..door import seed as one_seed
 from ..stacks import door, fitting, trained_stack
@@ -136,6 +137,25 @@ def check_clients(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> 
     adapted.check_inputs(split.x, split.ids)
 
 
+CLASSES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # as many logits as a model has, while it lives
+
+
+@torch.no_grad()
+def check_labels(adapted: AdaptedBackbone, adapters: Adapter, split: Split, labels: Tensor | None = None) -> None:
+    """Raise ``ValueError`` for a label, of the split or of ``labels`` instead, that the backbone has no logit of.
+
+    How many logits a model has is seen once, on the first client's first example.
+    """
+    if adapted.model not in CLASSES:
+        one = {name: tensor[0].to(adapted.device) for name, tensor in adapters.items()}
+        x = map_inputs(lambda tensor: tensor[0, :1].to(adapted.device), split.x)
+        CLASSES[adapted.model] = adapted(one, x).shape[-1]
+    largest, classes = int((split.y if labels is None else labels).max()), CLASSES[adapted.model]
+    if largest >= classes:
+        name = "split has" if labels is None else "labels:"
+        raise ValueError(f"{name} label {largest}, the backbone has classes 0 … {classes - 1}")
+
+
 @door(adapters=trained_stack, seed=one_or_several(one_seed))
 def train(
     adapted: AdaptedBackbone,
@@ -168,9 +188,12 @@ def train(
     Raises ``ValueError`` for adapters, data, a state or numbers that do not fit, and ``DivergedError`` (one, too)
     naming the client and the step when a loss is not finite; the result for the other clients is in its ``trained``.
     """
-    if objective is plain_loss and not fixed:
+    is_adapter = objective is plain_loss and not fixed
+    if is_adapter:
         adapters = fitting("adapters", adapters, adapted)
     check_clients(adapted, adapters, split)
+    if is_adapter and loss is mean_loss:
+        check_labels(adapted, adapters, split)
     flat, like = flatten(adapters).detach().to(adapted.dtype), {name: tensor[0] for name, tensor in adapters.items()}
     state = OptimizerState.zeros(flat) if state is None else state.rows(torch.arange(len(split)))  # a copy
     curves = flat.new_zeros(len(split), steps)
@@ -279,6 +302,7 @@ def batched_logits(
     ``B`` is ``batch_size``, or what fits: a language model's logits are as many as its vocabulary for every token.
     """
     check_clients(adapted, adapters, split)
+    check_labels(adapted, adapters, split)
     most = min(batch_size, split.y.shape[1])
     chosen = plan(adapted, adapters, split.x, batch_size=most, backward=False, execution=execution)
     for rows in chosen.chunks:
@@ -288,6 +312,4 @@ def batched_logits(
             columns = slice(start, start + min(batch_size, chosen.examples))
             x = take(part.x, (slice(None), columns))
             logits = map_clients(chosen.forward, stack, x, vectorize=chosen.vectorize)
-            if start == 0 and (largest := int(part.y.max())) >= logits.shape[-1]:
-                raise ValueError(f"split has label {largest}, the backbone has classes 0 … {logits.shape[-1] - 1}")
             yield rows, columns, logits, part.y[:, columns]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..adapters import AdaptedBackbone, Adapter, layer_of
 from ..connectivity import weight_grid
 from ..data import Split
-from ..door import unchecked, whole
+from ..door import refuse, unchecked, whole
 from ..merging import merge_exact
 from ..stacks import door, numbers, shaped_like, sizes_of
 from .curve import client_losses, segment_losses
@@ -88,8 +88,13 @@ def pooled_weight(
 
     Padded samples must have loss zero. Around the point of the grid where the clients' mean losses, each as often as it
     has samples, are lowest together (of the two ends their neighbours), ``parabolas`` gives each client's slope ``g``
-    and the pool's curvature ``h`` and variance ``v`` of a sample's slope. Then ``weigh``.
+    and the pool's curvature ``h`` and variance ``v`` of a sample's slope. Then ``weigh``. Raises ``ValueError`` for
+    weights of another number or spacing.
     """
+    steps = weights.double().diff()
+    if not 3 <= len(weights) == losses.shape[1] or not (steps > 0).all() or not torch.allclose(steps, steps[0]):
+        expected = f"{max(3, losses.shape[1])} equally spaced ones, as losses has, the smallest first"
+        refuse("weights", expected, weights.tolist())
     mean = losses.double().cpu().sum(2) / sizes.unsqueeze(1)
     place = lowest_inside(mean, sizes)
     three, step = losses[:, place - 1 : place + 2].unbind(1), float(weights[1] - weights[0])

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..adapters import AdaptedBackbone, Adapter
 from ..connectivity import weight_grid
 from ..data import Split
-from ..door import unchecked
+from ..door import shown, unchecked
 from ..engine.batching import Execution
 from ..engine.loss import example_losses
 from ..engine.training import batched_logits, check_losses
@@ -46,9 +46,10 @@ def estimate_curve(
 
 @door(weights=numbers(1), loss=numbers(2))
 def parabola_moments(weights: Tensor, loss: Tensor) -> Moments:
-    """Moments from the least-squares parabola through the loss ``(C, W)`` at the weights ``(W,)``, W ≥ 3."""
-    if not 3 <= len(weights) == loss.shape[1]:
-        raise ValueError(f"weights must be 3 or more, as many as loss has, not {len(weights)} for {loss.shape[1]}")
+    """Moments from the least-squares parabola through the loss ``(C, W)`` at the weights ``(W,)``, three or more."""
+    if not 3 <= len(weights.unique()) <= len(weights) == loss.shape[1]:
+        text = f"3 or more different ones, as many as the {loss.shape[1]} of loss"
+        raise ValueError(f"weights must be {text}, not {shown(weights.tolist())}")
     design = torch.stack([weights**0, weights, weights**2], dim=1).double().cpu()
     _, slope, half = torch.linalg.lstsq(design, loss.double().cpu().mT).solution  # three (C,)
     slope = torch.where(half > 0, slope, slope + half)  # one that opens downwards: its lower end, by the chord

@@ -51,7 +51,7 @@ def gradient_moments(
         count = 2 * sizes.to(gram).view(-1, 1, 1)
         ridge = damping * gram.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1) / both.shape[2]  # count * mean(F)
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        gram = count * torch.linalg.solve(gram + ridge.clamp_min(1e-30) * eye, gram)
+        gram = count * _solved(gram + ridge.clamp_min(1e-30) * eye, gram, damping)
     n = sizes.to(gram)
     half = g_f.shape[1]
     blocks = gram[:, :half, :half], gram[:, half:, half:], gram[:, :half, half:]
@@ -61,6 +61,14 @@ def gradient_moments(
     else:
         a, b, c = (block.sum((1, 2)) / n**2 for block in blocks)
     return Moments(a.clamp_min(0).cpu(), b.clamp_min(0).cpu(), c.cpu())
+
+
+def _solved(metric: Tensor, right: Tensor, damping: float) -> Tensor:
+    """``metric⁻¹ right``. Raises ``ValueError`` where the ``damping`` in the metric is too small for it."""
+    try:
+        return torch.linalg.solve(metric, right)
+    except torch.linalg.LinAlgError:
+        raise ValueError(f"damping must be larger, not {damping}: the metric has no inverse") from None
 
 
 def _off_diagonal_sum(block: Tensor) -> Tensor:
@@ -83,7 +91,7 @@ def _cross_fitted(gram: Tensor, sizes: Tensor, damping: float, coordinates: int)
         trace = metric.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
         ridge = (damping * trace / coordinates).clamp_min(1e-30)  # count * δ
         eye = torch.eye(len(other), dtype=gram.dtype, device=gram.device)
-        rest = gram[:, inside][:, :, inside] - cross @ torch.linalg.solve(metric + ridge * eye, cross.mT)
+        rest = gram[:, inside][:, :, inside] - cross @ _solved(metric + ridge * eye, cross.mT, damping)
         inverse = 2 * given.to(gram).view(-1, 1, 1) / ridge * rest
         n, middle = (taken * (taken - 1) * (given > 0)).to(gram), len(inside) // 2
         blocks = inverse[:, :middle, :middle], inverse[:, middle:, middle:], inverse[:, :middle, middle:]

@@ -36,7 +36,7 @@ from ..adapters import (
 from ..data import Split, take
 from ..door import function as any_function
 from ..door import named, refuse, several, unchecked
-from ..engine.training import check_clients
+from ..engine.training import check_clients, check_losses
 from ..merging import combine_adapters
 from ..stacks import door, numbers
 
@@ -106,7 +106,10 @@ def layer_grams(
             for handle in handles:
                 handle.remove()
         grams.append(total)
-    return {layer: torch.stack([total[layer] for total in grams]) for layer in layers}
+    stacks = {layer: torch.stack([total[layer] for total in grams]) for layer in layers}
+    for stack in stacks.values():
+        check_losses(stack, split)
+    return stacks
 
 
 @door(grams=several(named(numbers(3))))

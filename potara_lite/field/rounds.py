@@ -36,7 +36,7 @@ from ..adapters import (
 from ..data import Split
 from ..door import check_fields, function, kind, options_of, several, unchecked, whole
 from ..engine.federated import Ledger, participants, weighted_average
-from ..engine.training import Objective, OptimizerState, train
+from ..engine.training import Objective, OptimizerState, check_labels, train
 from ..merging import merge_exact
 from ..stacks import door
 from .privacy import Privacy, private_average
@@ -291,6 +291,8 @@ def run_algorithm(
     >>> result.ledger.up.tolist(), result.by_round.up[:, 0].tolist()
     ([81920, 81920], [40960, 40960, 0])
     """
+    if "loss" not in training:
+        check_labels(adapted, repeat_adapter(adapted.initial, 1), split)
     order = torch.tensor(split.ids).argsort()  # sums of floats depend on the order: it is that of the ids
     is_sorted = bool((order.diff() > 0).all())
     options = dict(local_steps=local_steps, seed=seed, **training)
