@@ -357,6 +357,9 @@ def main() -> None:
     for part in args.part:
         rows = read_results(args.out / part)
         rows.to_csv(args.out.parent / f"paper-{part}.csv.gz", index=False, float_format="%.6g", compression=GZIP)
+    runs = {path.stem: json.loads(path.read_text()) for path in args.out.glob("*.json")}
+    ran = {part: runs[part] for part in SEEDS if part in runs}
+    (args.out.parent / "paper.json").write_text(json.dumps(ran, indent=1) + "\n")
 
 
 if __name__ == "__main__":

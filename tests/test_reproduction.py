@@ -1,5 +1,6 @@
 """The reproduction page: what its verdicts count, and that every table of it is what the committed rows say."""
 
+import json
 import re
 
 import numpy as np
@@ -42,6 +43,13 @@ def test_the_rise_is_above_the_straight_line_and_regret_above_the_best_of_the_se
     assert verdicts.rise(flat).tolist() == [0.0]
     regret = verdicts.regrets(rows).set_index("method").regret
     assert regret.to_dict() == {"own": 0.25, "lambda = 0.5": 1.0}
+
+
+def test_a_merge_beats_both_models_among_those_for_whom_one_does():
+    values = {"lambda = 0": [1.0, 1.0], "lambda = 0.5": [0.8, 1.3], "lambda = 1": [2.0, 1.2]}
+    found = verdicts.beating_both(rows_of(values | {"own": [0.9, 0.7], "other": [1.0, 0.7]}, "loss"))
+    assert found.index.get_level_values("seed").tolist() == [0]  # of seed 1, no λ is below the model at 0
+    assert found.loc[:, ["own", "other", "lambda = 0.5"]].iloc[0].tolist() == [True, False, True]
 
 
 def test_a_part_of_the_script_runs_and_is_resumed(tmp_path):
@@ -94,6 +102,15 @@ def test_the_page_says_what_the_rows_say(tmp_path, monkeypatch):
     verdicts.main()
     assert page.read_text() == committed
     assert not re.search(r"-->\n<!-- /", committed), "a table is missing"
+
+
+def test_all_parts_ran_within_an_hour_on_two_cores():
+    runs = json.loads((verdicts.HERE / "paper.json").read_text())
+    assert list(runs) == list(paper.SEEDS)
+    assert sum(run["minutes"] for run in runs.values()) <= 60
+    assert {run["processes"] for run in runs.values()} == {2} and not any(run["rows before"] for run in runs.values())
+    for part, seeds in paper.SEEDS.items():
+        assert sorted(verdicts.read(part).seed.unique()) == list(seeds), part
 
 
 def test_the_readme_says_what_the_budgets_say():
