@@ -69,7 +69,8 @@ def test_the_sources_are_what_they_are_called(other_data):
 def test_the_page_has_the_tables_of_the_committed_rows(other_data, committed, page):
     for seeds in (other_data.FRESH, other_data.DESIGN):
         some = committed[committed.seed.isin(seeds)]
-        assert some.empty or other_data.markdown(other_data.table(some), digits=4) in page
+        assert sorted(some.seed.unique()) == sorted(seeds)
+        assert other_data.markdown(other_data.table(some), digits=4) in page
     cells = committed.groupby(["source", "alpha", "shift", "local", "seed"]).estimator.nunique()
     assert (cells == len(other_data.NAMES)).all()
 
@@ -99,3 +100,7 @@ def test_what_the_page_says_of_the_default_is_in_the_rows(other_data, committed,
     assert f"merge does for {100 * shares[0]:.0f} %; of those who can gain more than 0.005 nats" in text
     assert f"nats for {100 * shares[1]:.1f} %" in text and other_data.WORTHWHILE == 0.005
     assert f"alone regrets {table.federated['digits']:.3f}" in text
+    design = other_data.table(committed[committed.seed.isin(other_data.DESIGN)]).default.mean()
+    assert f"four is {design:.4f} there and {table.default.mean():.4f} on the fresh seeds" in text
+    *few, many = 100 * script("verdicts").thirty().tables["samples-shares"].loc["calibrated"]
+    assert f"the share is {', '.join(f'{share:.0f}' for share in few)} and {many:.0f} % with 5, 10, 30 and 100" in text
