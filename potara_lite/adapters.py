@@ -184,6 +184,15 @@ class AdaptedBackbone:
         return hidden_below(network, x, self.blocks_below, owners)
 
     @cached_property
+    def dropouts(self) -> list[tuple[str, nn.Module]]:
+        """The modules, by name, that would drop at random in training mode."""
+        return [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.modules.dropout._DropoutNd) or hasattr(module, "attention_dropout")
+        ]
+
+    @cached_property
     def blocks_below(self) -> list[nn.Module]:
         """The frozen blocks below the first adapted one."""
         return blocks_below(self.model, list(self.scaling))
@@ -196,9 +205,9 @@ class AdaptedBackbone:
         """
         if not isinstance(x, Tensor | Mapping):
             refuse("x", "a tensor or a dictionary of tensors", x)
-        for name, module in self.model.named_modules():
-            rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
-            if module.training and (rate or getattr(module, "attention_dropout", 0.0)):
+        for name, module in self.dropouts:
+            rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else module.attention_dropout
+            if module.training and rate:
                 raise ValueError(f"dropout is active in {name}: call model.eval(), so that clients are independent")
         if isinstance(x, Mapping):
             check_names(self.model.get_base_model(), x)

@@ -11,6 +11,7 @@ values, the tensors of the backbone, as many adapters as clients, a mixing weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite: by their sum, one by one only where that says no."""
-    return is_traced(tensor) or bool(tensor.detach().sum().isfinite()) or bool(tensor.isfinite().all())
+    return is_traced(tensor) or isfinite(tensor.detach().sum().item()) or bool(tensor.isfinite().all())
 
 
 def numbers(*dims: int, whole: bool = False, least: float | None = None, most: float | None = None) -> Check:

@@ -254,8 +254,8 @@ def _clipped(grad: Tensor, clip: float | None) -> Tensor:
 
 def _check_finite(trained: Trained, ids: Sequence[int], start: int) -> Trained:
     """The run itself, unless a loss, or an adapter after the last update, is not finite: then ``DivergedError``."""
-    last = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in trained.adapters.values()]).all(0)
-    finite = torch.cat([trained.losses.isfinite(), last.unsqueeze(1)], dim=1)  # (C, steps + 1)
+    last = flatten(trained.adapters).isfinite().all(1, keepdim=True)
+    finite = torch.cat([trained.losses.isfinite(), last], dim=1)  # (C, steps + 1)
     if not finite.all():
         row = int((~finite.all(1)).nonzero()[0])
         raise DivergedError(ids[row], start + int((~finite[row]).nonzero()[0]), trained)

@@ -122,5 +122,5 @@ def estimate_gradient(
     g_f, g_l = (unchecked(per_sample_gradients)(adapted, stack, split) for stack in (federated, local))
     groups = group_coordinates(local, by)[1]
     options = dict(unbiased=unbiased, damping=damping, cross_fit=cross_fit, groups=groups)
-    moments = gradient_moments(g_f, g_l, split.sizes, **options)
+    moments = unchecked(gradient_moments)(g_f, g_l, split.sizes, **options)
     return from_moments(moments, local, by)

@@ -27,7 +27,7 @@ def laplace_moments(
 ) -> Moments:
     """Laplace style: ``Σ = 1 / (n F + δ)``, with the ``examples`` (federated, local) ``(C,)`` that each model was
     trained on and the precision ``prior`` of a Gaussian prior, so that flat directions count by the prior alone."""
-    f_f, f_l, rho = fisher_diagonals(g_f, g_l, sizes)
+    f_f, f_l, rho = unchecked(fisher_diagonals)(g_f, g_l, sizes)
     var_f, var_l = (1 / (n.to(f).unsqueeze(1) * f + prior) for n, f in zip(examples, (f_f, f_l)))
     return diagonal_moments(var_f, var_l, rho.clamp(*clip), groups)
 
@@ -52,5 +52,5 @@ def estimate_laplace(
     g_f, g_l = (unchecked(per_sample_gradients)(adapted, stack, split) for stack in (federated, local))
     examples = train_sizes.sum().expand(len(train_sizes)), train_sizes
     groups = group_coordinates(local, by)[1]
-    moments = laplace_moments(g_f, g_l, split.sizes, examples=examples, prior=prior, groups=groups)
+    moments = unchecked(laplace_moments)(g_f, g_l, split.sizes, examples=examples, prior=prior, groups=groups)
     return from_moments(moments, local, by)

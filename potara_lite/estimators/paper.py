@@ -35,7 +35,7 @@ def fisher_moments(
     times the mean of both Fishers, or ``damping`` itself with ``relative=False``. The paper's own damping and clipping
     are not known to us.
     """
-    f_f, f_l, rho = fisher_diagonals(g_f, g_l, sizes)
+    f_f, f_l, rho = unchecked(fisher_diagonals)(g_f, g_l, sizes)
     scale = (f_f + f_l).mean(1, keepdim=True) / 2 if relative else torch.ones_like(f_f[:, :1])
     delta = (damping * scale).clamp_min(1e-30)
     return diagonal_moments(1 / (f_f + delta), 1 / (f_l + delta), rho.clamp(*clip), groups)
@@ -82,12 +82,12 @@ def estimate_paper(
     if not on_delta:
         gradients = unchecked(per_sample_gradients)
         g_f, g_l = (gradients(adapted, m, split, labels=y) for m, y in zip((federated, local), labels))
-        return from_moments(fisher_moments(g_f, g_l, split.sizes, **options), local, by)
+        return from_moments(unchecked(fisher_moments)(g_f, g_l, split.sizes, **options), local, by)
     clients = []
     for rows in (slice(i, i + 1) for i in range(len(split))):
         part, stacks = split.rows(rows), (select_clients(stack, rows) for stack in (federated, local))
         g_f, g_l = (unchecked(delta_gradients)(adapted, one, part, labels=y[rows]) for one, y in zip(stacks, labels))
-        clients.append(fisher_moments(g_f, g_l, part.sizes, **options))
+        clients.append(unchecked(fisher_moments)(g_f, g_l, part.sizes, **options))
     moments = Moments(*(torch.cat([getattr(one, name) for one in clients]) for name in "abc"))
     return from_moments(moments, local, by)
 
