@@ -205,11 +205,8 @@ def test_the_page_says_what_the_rows_say(suite, committed, page):
     assert f"{100 * (1 - chosen.beats_both.mean()):.1f} % of those whom" in page
     assert f"by {worse.mean():.3f} nats on average, at worst by {worse.max():.2f}." in page
 
-    best = [
-        rows.loss - rows.regret for name in (DEFAULT, "uniform") for rows in [committed[committed.estimator == name]]
-    ]
-    again = abs(best[0].to_numpy() - best[1].to_numpy()).mean()
-    assert f"best losses differ by {again:.3f} nats on average" in page
+    best = (committed.loss - committed.regret).groupby([committed[name] for name in index])
+    assert (best.max() - best.min()).max() < 1e-3  # all of one training, to the digits of the rows
 
     regret = report["regret (nats)"]
     curvature = [n for n in regret.index if n.startswith(("fisher", "laplace", "gradient", "gauss", "james"))]
@@ -232,7 +229,7 @@ def test_the_page_says_what_the_rows_say(suite, committed, page):
     assert local["over-fitted"]["alpha1-plain-n100-r4"] > local["early-stopped"]["alpha1-plain-n100-r4"]
     worst = each[DEFAULT].sort_values().index[-5:]
     hard = [("alpha0.1" in data or "shift" in data) and local == "over-fitted" for data, _, local in worst]
-    assert sum(hard) == 3 and hard[-1]
+    assert sum(hard) == 4 and hard[-1]
 
 
 def test_the_page_quotes_the_measured_cost(page):
@@ -249,6 +246,7 @@ def test_the_readme_says_of_the_suite_what_its_rows_say(suite, committed):
     assert f"Over {count} of them" in text
     quoted = (f"{regret[name]:.3f}" for name in (DEFAULT, "uniform", PAPER))
     assert "loses {} nats to the oracle λ, λ = ½ {}, the paper's estimator {};".format(*quoted) in text
-    elsewhere = load("other_data", "other_data").table(pd.read_csv(BENCHMARKS / "other_data.csv.gz")).default
+    other, rows = load("other_data", "other_data"), pd.read_csv(BENCHMARKS / "other_data.csv.gz")
+    elsewhere = other.table(rows[rows.seed.isin(other.FRESH)]).default
     words = load("language", "language").regrets(pd.read_csv(BENCHMARKS / "language-weights.csv.gz")).default["all"]
     assert f"fresh seeds {elsewhere.min():.3f} to {elsewhere.max():.3f}, on text {words:.3f}:" in text
