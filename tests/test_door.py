@@ -1,6 +1,7 @@
 """The door: every public function against bad input, argument by argument; what is taken; memory; order of clients."""
 
 import importlib
+import json
 import warnings
 from functools import cache
 from inspect import isfunction, signature
@@ -16,12 +17,16 @@ from conftest import tiny_federation, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_project import FILES, module_name
+from test_results import ROOT, script
 
 import potara_lite
+from potara_lite import door as plain_door
 from potara_lite import estimators, fedit, next_tokens
 from potara_lite.adapters import attach, client_adapter, repeat_adapter
 from potara_lite.data import Split
 from potara_lite.door import door, options_of, shown, unchecked
+from potara_lite.engine import gradients as gradients_of
+from potara_lite.engine import training
 from potara_lite.engine.training import OptimizerState
 from potara_lite.experiment import initial_adapter
 from potara_lite.setting import Setting
@@ -1176,6 +1181,30 @@ def test_what_is_wrong_in_other_ways_is_refused_in_one_line(make, said):
 def test_the_table_is_as_large_as_it_says():
     rows = sum(len(wrong_for(function, argument)) for function, argument in CASES)
     assert len(CALLS) > 100 and rows > 3000 and len(WRONG) > 250
+
+
+def test_what_the_checks_cost_is_less_than_a_hundredth_of_a_run():
+    found = json.loads((ROOT / "benchmarks" / "door.json").read_text())
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    shares = sorted(run["in checks"] / run["seconds"] for run in found["runs"])
+    assert shares[len(shares) // 2] == found["share"] and shares[-1] < 0.01
+    (number,) = {run["checks"] for run in found["runs"]}
+    said = f"The {number:,} checks of arguments and data take {100 * found['share']:.1f} % of the command's default run"
+    assert said in page
+
+
+def test_checks_are_timed_wherever_the_library_calls_them_and_once():
+    t, benchmark = things(), script("door")
+    before = training.check_clients, gradients_of.check_clients, plain_door.checked
+    with benchmark.timed((training.check_clients,)) as calls:
+        potara_lite.evaluate(t.adapted, t.local, t.split)
+        potara_lite.per_sample_gradients(t.adapted, t.local, t.split)
+    assert len(calls) == 2 and min(calls) > 0
+    with benchmark.timed((plain_door.checked,)) as calls:
+        options = plain_door.options_of(potara_lite.train)  # checks inside a check
+        assert plain_door.checked({"all": {"lr": 1}}, {}, {"all": options}) == {"all": {"lr": 1}}
+    assert len(calls) == 1
+    assert before == (training.check_clients, gradients_of.check_clients, plain_door.checked)
 
 
 # What is right, in other forms.
