@@ -29,6 +29,8 @@ from potara_lite.engine import gradients as gradients_of
 from potara_lite.engine import training
 from potara_lite.engine.training import OptimizerState
 from potara_lite.experiment import initial_adapter
+from potara_lite.field.baselines import layer_grams, merge_deltas
+from potara_lite.field.privacy import with_noise
 from potara_lite.setting import Setting
 from potara_lite.text_data import Question
 
@@ -984,7 +986,7 @@ WRONG = [
         t.adapted, t.local, split_of(t, x=t.split.x.double())), ("split", "float64", "float32")),
     ("a label of none", lambda t: potara_lite.evaluate(
         t.adapted, t.local, split_of(t, y=t.split.y + 9)), ("split", "0 … 3")),
-    *((f"a label of none in {name}", lambda t, f=f: f(t, split_of(t, y=t.split.y + 9)), ("split", "0 … 3"))
+    *((f"a label of none in {name}", lambda t, f=f: f(t, split_of(t, y=t.split.y + 1)), ("split", "0 … 3"))
       for name, f in {
           "training": lambda t, split: potara_lite.train(t.adapted, t.local, split, steps=1),
           "one after another": lambda t, split: potara_lite.train(
@@ -998,7 +1000,7 @@ WRONG = [
           "moments": lambda t, split: estimators.estimate_gradient(t.adapted, t.federated, t.local, split),
       }.items()),
     ("a label of none instead", lambda t: potara_lite.per_sample_gradients(
-        t.adapted, t.local, t.split, labels=t.split.y.clamp_min(0) + 4), ("labels: label 7", "0 … 3")),
+        t.adapted, t.local, t.split, labels=t.split.y.clamp_min(0) + 1), ("labels: label 4", "0 … 3")),
     *((f"a grid {what}", lambda t, w=w: estimators.pooled_weight(w, t.losses, t.sizes), ("weights", "spaced", said))
       for what, w, said in (("of five for three", torch.linspace(0, 1, 5), "be 3 equally"),
                             ("that stands still", [0.5] * 3, "0.5"), ("that falls", [1.0, 0.5, 0.0], "[1.0"),
@@ -1013,7 +1015,7 @@ WRONG = [
     ("no damping", lambda t: estimators.gradient_moments(**gradients(t), damping=0), ("damping", "larger")),
     ("no damping, cross-fit", lambda t: estimators.gradient_moments(
         torch.ones(3, 6, 5), torch.ones(3, 6, 5), t.sizes, damping=0, cross_fit=True), ("damping", "larger")),
-    ("infinite inputs of a layer", lambda t: potara_lite.field.baselines.layer_grams(
+    ("infinite inputs of a layer", lambda t: layer_grams(
         t.adapted, {n: x * 1e38 for n, x in t.local.items()}, t.split), ("client 0", "finite")),
     ("weights that are not there", lambda t: potara_lite.combine_adapters(
         [t.local, t.federated], torch.ones(2).to("meta")), ("weights", "float32")),
@@ -1119,10 +1121,10 @@ WRONG = [
     ("a mean of other tensors", lambda t: private(t, lambda v: v | {"x": v["base_model.model.head.bias"]}), ("'x'",)),
     ("a mean of fewer", lambda t: private(t, lambda v: dict(list(v.items())[1:])), ("uploads",)),
     ("a mean of turned ones", lambda t: private(t, entry(lambda x: x.mT, 0)), ("uploads", "lora_A")),
-    ("noise of three", lambda t: potara_lite.field.privacy.with_noise(
+    ("noise of three", lambda t: with_noise(
         t.moments, [1.0, 2.0, 3.0]), ("variance", "(2,)")),
     ("bounds at three", lambda t: t.moments.bound([0.1, 0.2, 0.3]), ("weight", "(2,)")),
-    ("a merge that is none", lambda t: potara_lite.field.baselines.merge_deltas(
+    ("a merge that is none", lambda t: merge_deltas(
         [t.local], t.adapted.scaling, len), ("function", "1")),
     ("tokens of true and false", lambda t: next_tokens(torch.ones(1, 2) > 0, torch.ones(1, 2)), ("input_ids", "bool")),
     ("an adapter of numbers", lambda t: t.adapted(entry(torch.Tensor.long)(t.one), t.split.x[0]), ("adapter",)),
