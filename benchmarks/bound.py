@@ -18,10 +18,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from potara_lite import Moments, Setting, evaluate, fedit, merge_exact, prepare, repeat_adapter, train, weight_grid
-from potara_lite.data import Split
+from potara_lite import (
+    Moments,
+    Setting,
+    evaluate,
+    fedit,
+    merge_exact,
+    plots,
+    prepare,
+    repeat_adapter,
+    train,
+    weight_grid,
+)
 from potara_lite.estimators import estimate_ensemble
-from potara_lite.teaching import plots
+from potara_lite.federation.split import Split
 
 HERE = Path(__file__).parent
 SEED, RUNS, POOL = 0, 8, 1000

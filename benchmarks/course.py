@@ -23,9 +23,7 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from potara_lite import Setting, evaluate, fedit, merge_exact, per_sample_gradients, prepare, repeat_adapter, train
-from potara_lite.adapters import AdaptedBackbone, Adapter
-from potara_lite.connectivity import along_segment, weight_grid
-from potara_lite.data import Federation
+from potara_lite.adapters.lora import AdaptedBackbone, Adapter
 from potara_lite.estimators import (
     estimate_calibrated,
     estimate_curve,
@@ -33,6 +31,8 @@ from potara_lite.estimators import (
     fisher_moments,
     gradient_moments,
 )
+from potara_lite.federation.split import Federation
+from potara_lite.merging.connectivity import along_segment, weight_grid
 
 HERE = Path(__file__).parent
 CELLS = HERE / "course"

@@ -19,9 +19,11 @@ from types import FunctionType
 
 from pages import facts
 
-from potara_lite import Setting, compare, door, stacks
-from potara_lite.data import check_alike, check_examples, check_pairs
-from potara_lite.engine import training
+from potara_lite import Setting, compare
+from potara_lite import checks as door
+from potara_lite.adapters.lora import state as stacks
+from potara_lite.federation.split import check_alike, check_examples, check_pairs
+from potara_lite.training import train as training
 
 CHECKS = (
     door.checked, check_alike, check_examples, check_pairs, training.check_clients, training.check_labels,

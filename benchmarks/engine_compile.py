@@ -22,9 +22,9 @@ import torch
 from workload import HERE, Load, apart, compared, make, paired, write
 
 from potara_lite import repeat_adapter
-from potara_lite.adapters import flatten, unflatten
-from potara_lite.engine.one_batch import as_one_batch
-from potara_lite.engine.training import compiled_losses, losses
+from potara_lite.adapters.lora import flatten, unflatten
+from potara_lite.training.grouped_lora import as_one_batch
+from potara_lite.training.train import compiled_losses, losses
 
 TOLERANCE = 1e-5  # of losses and gradients
 

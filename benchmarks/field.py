@@ -1,4 +1,4 @@
-"""The field, side by side: every method of ``potara_lite.field.methods`` on the same federations, at the same steps.
+"""The field, side by side: every method of ``potara_lite.baselines.methods`` on the same federations, at the same steps.
 
     python benchmarks/field.py --processes 2      # lab: Fashion-MNIST, the lab ViT, two CPU cores
     python benchmarks/field.py --scale quick      # seconds; its figures mean nothing
@@ -28,11 +28,11 @@ from other_data import grey_cifar10
 from pages import facts, fill, markdown
 
 from potara_lite import Setting, attach, from_torchvision, lab_vit, prepare, torchvision_vit
+from potara_lite.baselines.methods import FAMILIES, METHODS, REFERENCES
+from potara_lite.baselines.sweep import read_results, sweep
 from potara_lite.experiment import Method, Result, Trial
-from potara_lite.field.methods import FAMILIES, METHODS, REFERENCES
-from potara_lite.field.sweep import read_results, sweep
+from potara_lite.plots import frontiers
 from potara_lite.results import leaderboard, paired_differences, pareto_front
-from potara_lite.teaching.plots import frontiers
 
 HERE = Path(__file__).parent
 LAB = Setting(

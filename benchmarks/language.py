@@ -27,13 +27,13 @@ from safetensors.torch import load_file, save_file
 from suite import COLUMNS, ESTIMATORS, judge
 
 from potara_lite import Setting, prepare, train_pair
-from potara_lite.adapters import Adapter
-from potara_lite.connectivity import along_segment, weight_grid
+from potara_lite.adapters.lora import Adapter
+from potara_lite.baselines.methods import FAMILIES, REFERENCES
+from potara_lite.baselines.sweep import read_results, sweep
 from potara_lite.experiment import Method
-from potara_lite.field.methods import FAMILIES, REFERENCES
-from potara_lite.field.sweep import read_results, sweep
+from potara_lite.merging.connectivity import along_segment, weight_grid
+from potara_lite.plots import frontiers
 from potara_lite.results import leaderboard, paired_differences, pareto_front
-from potara_lite.teaching.plots import frontiers
 
 HERE = Path(__file__).parent
 DONE = HERE / "language"

@@ -27,17 +27,17 @@ from pages import facts
 
 from potara_lite import Setting, attach, causal_lm, client_adapter, save_adapter
 from potara_lite.__main__ import check_device
-from potara_lite.adapters import AdaptedBackbone, select_clients
-from potara_lite.data import Federation, from_tensors
+from potara_lite.adapters.lora import AdaptedBackbone, select_clients
+from potara_lite.baselines import algorithms
+from potara_lite.baselines.methods import from_algorithm, local_training
 from potara_lite.experiment import PAIR_METHODS, Method, Result, Trial
-from potara_lite.field import algorithms
-from potara_lite.field.methods import from_algorithm, local_training
+from potara_lite.federation.split import Federation, from_tensors
+from potara_lite.federation.tasks import Question, read_task
 from potara_lite.files import one_line, write_atomically
-from potara_lite.language import check_source, encode_answers, text_tokenizer
-from potara_lite.prefix import linear_layers
+from potara_lite.models.frozen_trunk import linear_layers
+from potara_lite.models.language import check_source, encode_answers, text_tokenizer
 from potara_lite.results import result_rows
-from potara_lite.scoring import exact_match, multiple_choice, write_answers
-from potara_lite.text_data import Question, read_task
+from potara_lite.training.scoring import exact_match, multiple_choice, write_answers
 
 REPORTED = dict(train_size=1000, calibration_size=30, test_size=500)
 SHARES = {name: size / sum(REPORTED.values()) for name, size in REPORTED.items()}

@@ -39,9 +39,10 @@ from peft import LoraConfig
 from suite import few
 
 from potara_lite import Setting, attach, fashion_mnist, lab_vit, merge_factors
-from potara_lite.adapters import adapter_bytes, stack_adapters
-from potara_lite.data import Federation
-from potara_lite.engine.federated import Ledger, fedit
+from potara_lite.adapters.lora import adapter_bytes, stack_adapters
+from potara_lite.baselines.clusters import three_models
+from potara_lite.baselines.methods import FAMILIES, REFERENCES
+from potara_lite.baselines.sweep import read_results, sweep
 from potara_lite.estimators import Estimate, estimate_calibrated, estimate_curve, estimate_paper, estimate_uniform
 from potara_lite.experiment import (
     Method,
@@ -52,10 +53,9 @@ from potara_lite.experiment import (
     training_options,
     with_estimator,
 )
-from potara_lite.field.clusters import three_models
-from potara_lite.field.methods import FAMILIES, REFERENCES
-from potara_lite.field.sweep import read_results, sweep
-from potara_lite.prefix import linear_layers
+from potara_lite.federation.split import Federation
+from potara_lite.models.frozen_trunk import linear_layers
+from potara_lite.training.fedavg import Ledger, fedit
 
 HERE = Path(__file__).parent
 INF = float("inf")

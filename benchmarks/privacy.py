@@ -25,15 +25,15 @@ from pages import facts, fill, markdown
 from torch import Tensor
 
 from potara_lite import Setting, estimate_calibrated, evaluate, merge_exact, prepare, repeat_adapter, run_algorithm
-from potara_lite.adapters import AdaptedBackbone, Adapter, client_adapter, delta, flatten
-from potara_lite.data import Federation
-from potara_lite.engine.gradients import directional_derivatives
+from potara_lite.adapters.lora import AdaptedBackbone, Adapter, client_adapter, delta, flatten
+from potara_lite.baselines.algorithms import FFA
+from potara_lite.baselines.privacy import Privacy, noise_moment, noise_multiplier_for, with_noise
+from potara_lite.baselines.rounds import client_step
 from potara_lite.estimators import estimate_gauss_newton
 from potara_lite.estimators.gauss_newton import example_mean
 from potara_lite.experiment import train_local, training_options
-from potara_lite.field.algorithms import FFA
-from potara_lite.field.privacy import Privacy, noise_moment, noise_multiplier_for, with_noise
-from potara_lite.field.rounds import client_step
+from potara_lite.federation.split import Federation
+from potara_lite.training.gradients import directional_derivatives
 
 HERE = Path(__file__).parent
 SETTING = Setting(clients=32, train_size=100, test_size=50, rounds=6, round_steps=10, local_steps=60)

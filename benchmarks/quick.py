@@ -22,8 +22,8 @@ from pages import fill, markdown
 
 from potara_lite import ESTIMATORS, Setting, Trial, prepare
 from potara_lite.experiment import oracle_weight
+from potara_lite.plots import along_weight
 from potara_lite.results import paired_differences, summary
-from potara_lite.teaching.plots import along_weight
 
 HERE = Path(__file__).parent
 MERGES = "uniform", "potara-paper", "potara-calibrated"

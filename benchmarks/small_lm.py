@@ -38,11 +38,11 @@ from potara_lite import (
     repeat_adapter,
     train_pair,
 )
-from potara_lite.adapters import AdaptedBackbone, Adapter
-from potara_lite.data import PADDING, Federation, Split
-from potara_lite.engine.training import batched_logits
-from potara_lite.language import text_tokenizer
-from potara_lite.text_data import read_glosses
+from potara_lite.adapters.lora import AdaptedBackbone, Adapter
+from potara_lite.federation.split import PADDING, Federation, Split
+from potara_lite.federation.tasks import read_glosses
+from potara_lite.models.language import text_tokenizer
+from potara_lite.training.train import batched_logits
 
 HERE = Path(__file__).parent
 DONE = HERE / "small_lm"

@@ -41,9 +41,7 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from potara_lite import Setting, estimators, evaluate, fedit, merge_exact, prepare, repeat_adapter, train, train_pair
-from potara_lite.adapters import Adapter
-from potara_lite.connectivity import along_segment, weight_grid
-from potara_lite.data import Split, take
+from potara_lite.adapters.lora import Adapter
 from potara_lite.estimators import (
     Estimate,
     by_layer,
@@ -57,6 +55,8 @@ from potara_lite.estimators import (
     estimate_shrinkage,
     estimate_uniform,
 )
+from potara_lite.federation.split import Split, take
+from potara_lite.merging.connectivity import along_segment, weight_grid
 
 HERE = Path(__file__).parent
 MODELS = HERE / "models"

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from potara_lite import AdaptedBackbone, Split, attach, lab_vit
-from potara_lite.backbones import LabViT
-from potara_lite.data import check_file, data_path
+from potara_lite.federation.split import check_file, data_path
+from potara_lite.models.vit import LabViT
 
 HERE = Path(__file__).parent
 LR = 2e-3

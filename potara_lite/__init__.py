@@ -5,18 +5,18 @@ Each client of a federation gets a model merged from a federated LoRA model (gen
 order:
 
     potara.py, door.py, setting.py, files.py, data.py, backbones.py, language.py, text_data.py, prefix.py,
-    stacks.py, adapters.py, merging.py, moments.py, engine/loss.py, engine/one_batch.py, engine/batching.py,
-    engine/training.py, engine/federated.py, engine/gradients.py, scoring.py, connectivity.py,
+    stacks.py, adapters.py, merging.py, moments.py, training/loss.py, training/grouped_lora.py, training/batching.py,
+    training/train.py, training/fedavg.py, training/gradients.py, scoring.py, connectivity.py,
     estimators/estimate.py, estimators/gauss_newton.py, estimators/curve.py, estimators/combination.py,
     estimators/calibrated.py, estimators/paper.py, estimators/laplace.py, estimators/gradient.py,
-    estimators/shrinkage.py, estimators/ensemble.py, experiment.py, results.py, run_folder.py, field/privacy.py,
-    field/rounds.py, field/algorithms.py, field/baselines.py, field/methods.py, field/clusters.py, field/sweep.py,
-    flower/plan.py, flower/client.py, flower/server.py, teaching/rows.py, teaching/plots.py,
-    teaching/convex_head.py, teaching/widgets.py, teaching/explorers.py, teaching/bound_explorer.py,
-    teaching/estimator_explorer.py, teaching/seeds_explorer.py, teaching/exercises/checking.py,
-    teaching/exercises/quickstart.py, teaching/exercises/federated_lora.py, teaching/exercises/connectivity.py,
-    teaching/exercises/bound.py, teaching/exercises/estimating.py, teaching/exercises/benchmark.py,
-    teaching/exercises/your_own.py, teaching/exercises/language.py, __main__.py
+    estimators/shrinkage.py, estimators/ensemble.py, experiment.py, results.py, run_folder.py, baselines/privacy.py,
+    baselines/rounds.py, baselines/algorithms.py, baselines/merges.py, baselines/methods.py, baselines/clusters.py, baselines/sweep.py,
+    deployment/run_config.py, deployment/client.py, deployment/server.py, course/rows.py, plots.py,
+    course/convex_head.py, course/widgets.py, course/explorers.py, course/bound_explorer.py,
+    course/estimator_explorer.py, course/seeds_explorer.py, course/exercises/checking.py,
+    course/exercises/quickstart.py, course/exercises/federated_lora.py, course/exercises/connectivity.py,
+    course/exercises/bound.py, course/exercises/estimating.py, course/exercises/benchmark.py,
+    course/exercises/your_own.py, course/exercises/language.py, __main__.py
 
 What is below is imported when it is first used, so that ``import potara_lite`` costs nothing.
 """
@@ -28,12 +28,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "setting": ["Setting"],
     "files": ["FileError"],
-    "data": ["Federation", "Split", "fashion_mnist", "from_tensors", "from_torchvision", "partition"],
-    "backbones": ["lab_vit", "torchvision_vit"],
-    "language": ["causal_lm", "encode_answers", "encode_texts", "next_tokens", "text_encoder"],
-    "text_data": ["Question", "read_task", "wordnet_glosses"],
-    "prefix": ["linear_layers"],
-    "adapters": [
+    "federation.split": ["Federation", "Split", "fashion_mnist", "from_tensors", "from_torchvision", "partition"],
+    "models.vit": ["lab_vit", "torchvision_vit"],
+    "models.language": ["causal_lm", "encode_answers", "encode_texts", "next_tokens", "text_encoder"],
+    "federation.tasks": ["Question", "read_task", "wordnet_glosses"],
+    "models.frozen_trunk": ["linear_layers"],
+    "adapters.lora": [
         "AdaptedBackbone",
         "adapter_bytes",
         "attach",
@@ -44,14 +44,14 @@ _PUBLIC = {
         "save_adapter",
         "stack_adapters",
     ],
-    "merging": ["change_basis", "combine_adapters", "compress", "merge_exact", "merge_factors"],
-    "moments": ["Moments", "combination_weights"],
-    "engine.batching": ["Execution"],
-    "engine.training": ["DivergedError", "evaluate", "train"],
-    "engine.federated": ["Ledger", "fedit"],
-    "engine.gradients": ["diagonal_fisher", "per_sample_gradients"],
-    "scoring": ["exact_match", "multiple_choice", "write_answers"],
-    "connectivity": ["along_plane", "along_segment", "barrier", "weight_grid"],
+    "merging.merge": ["change_basis", "combine_adapters", "compress", "merge_exact", "merge_factors"],
+    "estimators.moments": ["Moments", "combination_weights"],
+    "training.batching": ["Execution"],
+    "training.train": ["DivergedError", "evaluate", "train"],
+    "training.fedavg": ["Ledger", "fedit"],
+    "training.gradients": ["diagonal_fisher", "per_sample_gradients"],
+    "training.scoring": ["exact_match", "multiple_choice", "write_answers"],
+    "merging.connectivity": ["along_plane", "along_segment", "barrier", "weight_grid"],
     "estimators": [
         "ESTIMATORS",
         "Estimate",
@@ -63,9 +63,9 @@ _PUBLIC = {
     ],
     "experiment": ["Pair", "Result", "Trial", "prepare", "train_pair"],
     "results": ["compare", "leaderboard", "paired_differences", "summary"],
-    "field.rounds": ["Algorithm", "Phase", "run_algorithm"],
-    "field.methods": ["METHODS"],
-    "field.sweep": ["sweep"],
+    "baselines.rounds": ["Algorithm", "Phase", "run_algorithm"],
+    "baselines.methods": ["METHODS"],
+    "baselines.sweep": ["sweep"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_MODULE_OF)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import __version__
 from .files import one_line
-from .setting import DATA, Setting  # torch and the rest are imported once the options are known to be good
+from .setting import DATA, Setting
 
 DEVICES = r"(cpu|cuda|mps|xpu)(:\d+)?"
 
@@ -106,7 +106,7 @@ def configuration(setting: Setting, seeds: list[int]) -> str:
 
 def save_models(out: Path, name: str, trial, result) -> None:
     """A seed's adapters as PEFT folders: ``federated``, and ``client-i/local`` and ``client-i/potara-calibrated``."""
-    from .adapters import client_adapter, save_adapter
+    from .adapters.lora import client_adapter, save_adapter
 
     folder = out / "adapters" / f"seed-{trial.seed}"
     if name == "federated":
@@ -119,8 +119,8 @@ def save_models(out: Path, name: str, trial, result) -> None:
 def draw_figure(out: Path, trial, rows) -> None:
     """A seed's curves with the weights that were chosen, and accuracy against bytes."""
     from .experiment import ORACLE
+    from .plots import overview
     from .results import summary
-    from .teaching.plots import overview
 
     chosen = {}
     for name in ("potara-paper", "potara-calibrated", ORACLE):

@@ -1,7 +1,7 @@
 """One federation and seed: prepare it, train the two models of every client, and see what methods make of them.
 
 A *method* is a function of a ``Trial`` that returns a ``Result``: the clients' models and what they cost. The merges of
-the two models are here; ``field.methods`` has the rest of the field in the same form.
+the two models are here; ``baselines.methods`` has the rest of the field in the same form.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .adapters import AdaptedBackbone, Adapter, attach, repeat_adapter
-from .backbones import lab_vit
-from .connectivity import along_segment, weight_grid
-from .data import Federation, Split, fashion_mnist
-from .door import check_fields, kind, named, not_negative, several, whole
-from .door import function as any_function
-from .engine.batching import Execution
-from .engine.federated import Ledger, fedit
-from .engine.training import evaluate, train
+from .adapters.lora import AdaptedBackbone, Adapter, attach, repeat_adapter
+from .adapters.state import door, like_federated, numbers, stack, weights_of_clients
+from .checks import check_fields, kind, named, not_negative, several, whole
+from .checks import function as any_function
 from .estimators import ESTIMATORS, Estimate
-from .language import installed_minilm, text_encoder, text_tokenizer
-from .merging import merge_exact
-from .prefix import linear_layers
+from .federation.split import Federation, Split, fashion_mnist
+from .federation.tasks import wordnet_glosses
+from .merging.connectivity import along_segment, weight_grid
+from .merging.merge import merge_exact
+from .models.frozen_trunk import linear_layers
+from .models.language import installed_minilm, text_encoder, text_tokenizer
+from .models.vit import lab_vit
 from .setting import Setting
-from .stacks import door, like_federated, numbers, stack, weights_of_clients
-from .text_data import wordnet_glosses
+from .training.batching import Execution
+from .training.fedavg import Ledger, fedit
+from .training.train import evaluate, train
 
 ORACLE = "oracle weight (test data, reference)"
 

@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from .data import Split
-from .door import Check, door, function, kind, named, several, shown, table, text
+from .checks import Check, door, function, kind, named, several, shown, table, text
 from .experiment import ORACLE, PAIR_METHODS, Method, Result, Trial, run_methods
+from .federation.split import Split
 from .setting import Setting
 
 COLUMNS = ["method", "seed", "client", "accuracy", "loss", "weight", "bytes_up", "bytes_down", "steps", "seconds"]

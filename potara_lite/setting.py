@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .door import check_fields, shown, text
+from .checks import check_fields, shown, text
 
 DATA = "fashion-mnist", "wordnet", "wordnet-domains"
 

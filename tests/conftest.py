@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from potara_lite import potara
-from potara_lite.adapters import attach, delta, repeat_adapter
-from potara_lite.backbones import LabViT
-from potara_lite.data import batch_indices, from_tensors
+from potara_lite.adapters.lora import attach, delta, repeat_adapter
+from potara_lite.federation.split import batch_indices, from_tensors
+from potara_lite.models.vit import LabViT
 
 SIZES = (5, 13, 9)
 

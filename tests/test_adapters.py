@@ -8,7 +8,7 @@ from conftest import tiny_vit
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from potara_lite.adapters import (
+from potara_lite.adapters.lora import (
     adapter_bytes,
     adapter_from_delta,
     attach,
@@ -27,7 +27,7 @@ from potara_lite.adapters import (
     stack_adapters,
     unflatten,
 )
-from potara_lite.merging import compress, merge_exact
+from potara_lite.merging.merge import compress, merge_exact
 
 CONFIGS = {
     "alpha differs from r": dict(r=2, lora_alpha=5),
@@ -262,7 +262,7 @@ def test_what_peft_itself_saved_is_loaded(any_config, random_adapter, tmp_path):
 
 
 def test_a_folder_of_another_base_rank_or_scaling_is_refused(adapted, random_adapter, tmp_path):
-    from potara_lite.backbones import LabViT
+    from potara_lite.models.vit import LabViT
 
     def saved(name, backbone, **options):
         other = attach(backbone, **options)
@@ -277,7 +277,7 @@ def test_a_folder_of_another_base_rank_or_scaling_is_refused(adapted, random_ada
 
 
 def test_a_folder_for_other_classes_is_refused(adapted, random_adapter, tmp_path):
-    from potara_lite.backbones import LabViT
+    from potara_lite.models.vit import LabViT
 
     other = attach(LabViT(classes=7, dim=16, depth=1, heads=2), rank=2, alpha=3)
     with pytest.raises(ValueError, match="head"):

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn import functional as F
 
-from potara_lite.adapters import (
+from potara_lite.adapters.lora import (
     AdaptedBackbone,
     adapter_bytes,
     attach,
@@ -23,11 +23,7 @@ from potara_lite.adapters import (
     repeat_adapter,
     save_adapter,
 )
-from potara_lite.data import batch_indices
-from potara_lite.engine.batching import Execution
-from potara_lite.engine.federated import fedit, weighted_average
-from potara_lite.engine.training import evaluate, train
-from potara_lite.field.algorithms import (
+from potara_lite.baselines.algorithms import (
     FEDEX,
     FEDIT,
     FEDPER,
@@ -46,8 +42,8 @@ from potara_lite.field.algorithms import (
     gated,
     wise_ft,
 )
-from potara_lite.field.privacy import Privacy
-from potara_lite.field.rounds import (
+from potara_lite.baselines.privacy import Privacy
+from potara_lite.baselines.rounds import (
     Algorithm,
     Phase,
     add_prefix,
@@ -57,7 +53,11 @@ from potara_lite.field.rounds import (
     run_algorithm,
     select_prefix,
 )
-from potara_lite.merging import limit_rank
+from potara_lite.federation.split import batch_indices
+from potara_lite.merging.merge import limit_rank
+from potara_lite.training.batching import Execution
+from potara_lite.training.fedavg import fedit, weighted_average
+from potara_lite.training.train import evaluate, train
 
 LR, BATCH, SEED = 1e-2, 4, 6
 OPTIONS = dict(local_steps=3, batch_size=BATCH, lr=LR, seed=SEED)

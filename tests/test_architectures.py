@@ -10,17 +10,17 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from potara_lite import potara
-from potara_lite.adapters import attach, client_adapter, delta, delta_added, flatten, repeat_adapter, save_adapter
-from potara_lite.data import Split, batch_indices
-from potara_lite.engine.batching import Execution, plan
-from potara_lite.engine.gradients import directional_derivatives, per_sample_gradients
-from potara_lite.engine.loss import example_losses, mean_loss
-from potara_lite.engine.one_batch import OneBatch
-from potara_lite.engine.training import evaluate, train
-from potara_lite.field.baselines import layer_grams
-from potara_lite.language import TextClassifier, causal_lm, next_tokens, pad_tokens, text_encoder
-from potara_lite.merging import merge_exact
-from potara_lite.prefix import HIDDEN, linear_layers, replaced_forwards
+from potara_lite.adapters.lora import attach, client_adapter, delta, delta_added, flatten, repeat_adapter, save_adapter
+from potara_lite.baselines.merges import layer_grams
+from potara_lite.federation.split import Split, batch_indices
+from potara_lite.merging.merge import merge_exact
+from potara_lite.models.frozen_trunk import HIDDEN, linear_layers, replaced_forwards
+from potara_lite.models.language import TextClassifier, causal_lm, next_tokens, pad_tokens, text_encoder
+from potara_lite.training.batching import Execution, plan
+from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
+from potara_lite.training.grouped_lora import OneBatch
+from potara_lite.training.loss import example_losses, mean_loss
+from potara_lite.training.train import evaluate, train
 
 VOCABULARY, BLOCKS = 40, 3
 SIZES = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=BLOCKS, num_attention_heads=2,

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from potara_lite import backbones
-from potara_lite.adapters import attach, lora_layers
-from potara_lite.backbones import Attention, LabViT, lab_vit, torchvision_vit
+from potara_lite.adapters.lora import attach, lora_layers
 from potara_lite.files import FileError, data_path
+from potara_lite.models import vit as backbones
+from potara_lite.models.vit import Attention, LabViT, lab_vit, torchvision_vit
 
 
 def test_the_shipped_checkpoint_loads_and_its_new_head_is_zero():

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from potara_lite.adapters import adapter_from_delta, attach, client_adapter, delta, flatten, lora_layers, unflatten
-from potara_lite.engine.gradients import diagonal_fisher, per_sample_gradients
-from potara_lite.field.baselines import dare, fisher_merge, layer_grams, merge_deltas, regmean, task_arithmetic, ties
-from potara_lite.merging import compress
+from potara_lite.adapters.lora import adapter_from_delta, attach, client_adapter, delta, flatten, lora_layers, unflatten
+from potara_lite.baselines.merges import dare, fisher_merge, layer_grams, merge_deltas, regmean, task_arithmetic, ties
+from potara_lite.merging.merge import compress
+from potara_lite.training.gradients import diagonal_fisher, per_sample_gradients
 
 
 def close(one, two):

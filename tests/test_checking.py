@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from potara_lite.teaching import exercises
-from potara_lite.teaching.exercises.checking import check, difference
+from potara_lite.course import exercises
+from potara_lite.course.exercises.checking import check, difference
 
 INPUTS = [(torch.tensor([1.0, 2.0]), 3), (torch.tensor([0.5, -1.0]), 2)]
 SLIPS = {

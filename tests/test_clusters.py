@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from potara_lite import Setting, fedit, repeat_adapter
-from potara_lite.adapters import adapter_bytes, client_adapter, delta, stack_adapters
+from potara_lite.adapters.lora import adapter_bytes, client_adapter, delta, stack_adapters
+from potara_lite.baselines.clusters import cluster_clients, similarity, three_models, train_clusters
 from potara_lite.estimators import estimate_combination, estimate_curve, simplex_moments
+from potara_lite.estimators.moments import combination_weights
 from potara_lite.experiment import Trial
-from potara_lite.field.clusters import cluster_clients, similarity, three_models, train_clusters
-from potara_lite.moments import combination_weights
 
 
 def close(found, expected):

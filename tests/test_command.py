@@ -16,9 +16,10 @@ import torch
 from peft import PeftModel
 
 from potara_lite import __main__ as command
-from potara_lite import backbones, experiment, prepare
+from potara_lite import experiment, prepare
 from potara_lite.experiment import ORACLE
 from potara_lite.files import write_atomically
+from potara_lite.models import vit as backbones
 from potara_lite.results import COLUMNS
 from potara_lite.run_folder import run_folder
 from potara_lite.setting import Setting
@@ -253,7 +254,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(out, tmp_path, caps
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("potara_lite.adapters.write_atomically", full)
+        patch.setattr("potara_lite.adapters.lora.write_atomically", full)
         assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "No space left on device" in said and said.count("\n") == 1

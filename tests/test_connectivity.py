@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from potara_lite.adapters import client_adapter, delta
-from potara_lite.connectivity import along_segment, barrier, weight_grid
-from potara_lite.engine.batching import Execution
-from potara_lite.engine.training import evaluate
-from potara_lite.merging import merge_exact, merge_factors
+from potara_lite.adapters.lora import client_adapter, delta
+from potara_lite.merging.connectivity import along_segment, barrier, weight_grid
+from potara_lite.merging.merge import merge_exact, merge_factors
+from potara_lite.training.batching import Execution
+from potara_lite.training.train import evaluate
 
 
 def test_a_grid_has_both_ends():

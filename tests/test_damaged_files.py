@@ -26,17 +26,19 @@ from conftest import tiny_text_encoder, tiny_vit, within
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from potara_lite import data, language, text_data
-from potara_lite.adapters import attach, load_adapter, pattern, rank_dim, save_adapter, stack_adapters
-from potara_lite.backbones import lab_vit
-from potara_lite.engine.federated import Ledger
+from potara_lite.adapters.lora import attach, load_adapter, pattern, rank_dim, save_adapter, stack_adapters
+from potara_lite.baselines.sweep import read_results, sweep
 from potara_lite.experiment import Result
-from potara_lite.field.sweep import read_results, sweep
+from potara_lite.federation import split as data
+from potara_lite.federation import tasks as text_data
+from potara_lite.federation.tasks import Question, read_task
 from potara_lite.files import FileError, check_file, reading, write_atomically
-from potara_lite.merging import merge_exact
+from potara_lite.merging.merge import merge_exact
+from potara_lite.models import language
+from potara_lite.models.vit import lab_vit
 from potara_lite.run_folder import run_folder
 from potara_lite.setting import Setting
-from potara_lite.text_data import Question, read_task
+from potara_lite.training.fedavg import Ledger
 
 MUTATIONS = 500 if os.environ.get("POTARA_THOROUGH") else 50
 HOSTILE = [None, True, False, 0, -1, 1, 3, 0.5, 1e308, float("nan"), float("inf"), "", "x", "(", "\ud800", [], {}, [[]],

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potara_lite import data
-from potara_lite.data import (
+from potara_lite.federation import split as data
+from potara_lite.federation.split import (
     Federation,
     Split,
     check_file,

@@ -19,8 +19,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
 
 from potara_lite import Setting, compare
+from potara_lite.deployment import Patience, Plan
 from potara_lite.experiment import PAIR_METHODS
-from potara_lite.flower import Patience, Plan
 
 try:
     import tomllib

@@ -20,19 +20,19 @@ from test_project import FILES, module_name
 from test_results import ROOT, script
 
 import potara_lite
-from potara_lite import door as plain_door
+from potara_lite import checks as plain_door
 from potara_lite import estimators, fedit, next_tokens
-from potara_lite.adapters import attach, client_adapter, repeat_adapter
-from potara_lite.data import Split
-from potara_lite.door import door, options_of, shown, unchecked
-from potara_lite.engine import gradients as gradients_of
-from potara_lite.engine import training
-from potara_lite.engine.training import OptimizerState
+from potara_lite.adapters.lora import attach, client_adapter, repeat_adapter
+from potara_lite.baselines.merges import layer_grams, merge_deltas
+from potara_lite.baselines.privacy import with_noise
+from potara_lite.checks import door, options_of, shown, unchecked
 from potara_lite.experiment import initial_adapter
-from potara_lite.field.baselines import layer_grams, merge_deltas
-from potara_lite.field.privacy import with_noise
+from potara_lite.federation.split import Split
+from potara_lite.federation.tasks import Question
 from potara_lite.setting import Setting
-from potara_lite.text_data import Question
+from potara_lite.training import gradients as gradients_of
+from potara_lite.training import train as training
+from potara_lite.training.train import OptimizerState
 
 NAN, INF = float("nan"), float("inf")
 TINY = Setting(clients=3, train_size=8, calibration_size=4, test_size=8, rounds=1, round_steps=1, local_steps=1)
@@ -76,10 +76,10 @@ def random_like(adapter, clients, seed, scale=0.2):
 @cache
 def things():
     """A tiny backbone, three clients and everything that public functions ask for besides."""
+    from potara_lite.baselines.algorithms import FEDIT
+    from potara_lite.baselines.privacy import Privacy
+    from potara_lite.estimators.moments import Moments
     from potara_lite.experiment import Pair, Result, Trial
-    from potara_lite.field.algorithms import FEDIT
-    from potara_lite.field.privacy import Privacy
-    from potara_lite.moments import Moments
 
     t = SimpleNamespace(backbone=tiny_vit(), federation=tiny_federation(torch.float32))
     t.adapted, t.split = attach(t.backbone, rank=2, alpha=3), t.federation.calibration
@@ -121,7 +121,7 @@ def curves(t):
 
 @cache
 def course():
-    from potara_lite.teaching.rows import committed_rows
+    from potara_lite.course.rows import committed_rows
 
     return committed_rows("course.csv").query("alpha == 0.5 and seed == 0")
 
@@ -149,85 +149,85 @@ def spoken(t):
 # A call of every public function that is right: a function of ``things()`` to its arguments.
 
 CALLS = {
-    "data.batch_indices": lambda t: dict(size=5, start=0, steps=2, batch_size=2, seed=0),
-    "data.dirichlet_proportions": lambda t: dict(clients=2, classes=3, alpha=1.0, rng=np.random.default_rng(0)),
-    "data.shift_images": lambda t: dict(x=t.pool[0], client=1, clients=2),
-    "data.partition": lambda t: dict(
+    "federation.split.batch_indices": lambda t: dict(size=5, start=0, steps=2, batch_size=2, seed=0),
+    "federation.split.dirichlet_proportions": lambda t: dict(clients=2, classes=3, alpha=1.0, rng=np.random.default_rng(0)),
+    "federation.split.shift_images": lambda t: dict(x=t.pool[0], client=1, clients=2),
+    "federation.split.partition": lambda t: dict(
         pool=t.pool, test_pool=t.pool, classes=4, proportions=np.full((2, 4), 0.25), clients=2,
         train_size=3, calibration_size=2, test_size=2, alpha=INF,
         shift=False, seed=0, name="x",
     ),
-    "data.fashion_mnist": lambda t: dict(clients=2, train_size=2, calibration_size=2, test_size=2, alpha=1.0, seed=0),
-    "data.from_torchvision": lambda t: dict(dataset="CIFAR10", root="nowhere", download=False, clients=2, alpha=1.0),
-    "data.from_tensors": lambda t: dict(
+    "federation.split.fashion_mnist": lambda t: dict(clients=2, train_size=2, calibration_size=2, test_size=2, alpha=1.0, seed=0),
+    "federation.split.from_torchvision": lambda t: dict(dataset="CIFAR10", root="nowhere", download=False, clients=2, alpha=1.0),
+    "federation.split.from_tensors": lambda t: dict(
         train=[t.split.client(i) for i in range(3)], test=[t.split.client(i) for i in range(3)], calibration_size=1,
         classes=4, seed=0, name="x",
     ),
-    "backbones.lab_vit": lambda t: dict(classes=4, checkpoint=None),
-    "backbones.torchvision_vit": lambda t: dict(name="vit_b_32", classes=4, weights=None),
-    "language.text_encoder": lambda t: dict(name_or_path="nowhere", classes=4),
-    "language.causal_lm": lambda t: dict(name_or_path="nowhere"),
-    "language.text_tokenizer": lambda t: dict(name_or_path="nowhere"),
-    "language.pad_tokens": lambda t: dict(rows=[[1, 2], [3]]),
-    "language.encode_texts": lambda t: dict(tokenizer=Letters(), texts=["a b", "c"], max_length=8),
-    "language.encode_answers": lambda t: dict(tokenizer=Letters(), prompts=["a"], answers=[" b"], max_length=8),
-    "text_data.with_tokens": lambda t: dict(federation=t.numbers, texts=["a", "b", "c"], tokenizer=LETTERS, longest=4),
-    "text_data.domain_proportions": lambda t: dict(names=["animal", "act", "shape"], clients=2),
-    "text_data.wordnet_glosses": lambda t: dict(tokenizer=Letters(), longest=4, domains=False, clients=2, test_size=4),
+    "models.vit.lab_vit": lambda t: dict(classes=4, checkpoint=None),
+    "models.vit.torchvision_vit": lambda t: dict(name="vit_b_32", classes=4, weights=None),
+    "models.language.text_encoder": lambda t: dict(name_or_path="nowhere", classes=4),
+    "models.language.causal_lm": lambda t: dict(name_or_path="nowhere"),
+    "models.language.text_tokenizer": lambda t: dict(name_or_path="nowhere"),
+    "models.language.pad_tokens": lambda t: dict(rows=[[1, 2], [3]]),
+    "models.language.encode_texts": lambda t: dict(tokenizer=Letters(), texts=["a b", "c"], max_length=8),
+    "models.language.encode_answers": lambda t: dict(tokenizer=Letters(), prompts=["a"], answers=[" b"], max_length=8),
+    "federation.tasks.with_tokens": lambda t: dict(federation=t.numbers, texts=["a", "b", "c"], tokenizer=LETTERS, longest=4),
+    "federation.tasks.domain_proportions": lambda t: dict(names=["animal", "act", "shape"], clients=2),
+    "federation.tasks.wordnet_glosses": lambda t: dict(tokenizer=Letters(), longest=4, domains=False, clients=2, test_size=4),
         "prefix.linear_layers": lambda t: dict(network=t.backbone, last=1),
-    "adapters.attach": lambda t: dict(
+    "adapters.lora.attach": lambda t: dict(
         backbone=t.backbone, rank=2, alpha=3.0, targets=["fc1"], head="head", seed=0, config=None
     ),
-    "adapters.save_adapter": lambda t: dict(adapted=t.adapted, adapter=t.one, folder=mkdtemp()),
-    "adapters.load_adapter": lambda t: dict(adapted=t.adapted, folder=t.folder),
-    "text_data.read_task": lambda t: dict(path=t.task, seed=0),
-    "adapters.delta": lambda t: dict(adapter=t.one, scaling=t.adapted.scaling),
-    "adapters.delta_inner_products": lambda t: dict(adapters=[t.local, t.federated], scaling=t.adapted.scaling),
-    "adapters.stack_adapters": lambda t: dict(adapters=[t.one, t.small]),
-    "adapters.repeat_adapter": lambda t: dict(adapter=t.one, clients=2),
-    "adapters.client_adapter": lambda t: dict(stack=t.local, client=1),
-    "adapters.adapter_bytes": lambda t: dict(adapter=t.one),
-    "merging.combine_adapters": lambda t: dict(adapters=[t.local, t.federated], weights=[0.5, -1.0]),
-    "merging.merge_exact": lambda t: merged_pair(t) | dict(weight=0.5),
-    "merging.merge_factors": lambda t: merged_pair(t) | dict(weight=torch.tensor([0.1, 0.5, 1.0])),
-    "merging.change_basis": lambda t: dict(adapter=t.one, matrix=torch.tensor([[0.0, 1.0], [1.0, 0.0]])),
-    "merging.compress": lambda t: dict(adapter=t.one, rank=1),
-    "moments.combination_weights": lambda t: dict(moments=torch.tensor([[2.0, 0.0], [0.0, 1.0]]), nonnegative=True),
-    "engine.federated.weighted_average": lambda t: dict(stack=t.local, weights=t.sizes),
-    "engine.federated.participants": lambda t: dict(ids=[0, 1, 2], participation=0.5, seed=0, number=0),
-    "engine.federated.fedit": lambda t: dict(
+    "adapters.lora.save_adapter": lambda t: dict(adapted=t.adapted, adapter=t.one, folder=mkdtemp()),
+    "adapters.lora.load_adapter": lambda t: dict(adapted=t.adapted, folder=t.folder),
+    "federation.tasks.read_task": lambda t: dict(path=t.task, seed=0),
+    "adapters.lora.delta": lambda t: dict(adapter=t.one, scaling=t.adapted.scaling),
+    "adapters.lora.delta_inner_products": lambda t: dict(adapters=[t.local, t.federated], scaling=t.adapted.scaling),
+    "adapters.lora.stack_adapters": lambda t: dict(adapters=[t.one, t.small]),
+    "adapters.lora.repeat_adapter": lambda t: dict(adapter=t.one, clients=2),
+    "adapters.lora.client_adapter": lambda t: dict(stack=t.local, client=1),
+    "adapters.lora.adapter_bytes": lambda t: dict(adapter=t.one),
+    "merging.merge.combine_adapters": lambda t: dict(adapters=[t.local, t.federated], weights=[0.5, -1.0]),
+    "merging.merge.merge_exact": lambda t: merged_pair(t) | dict(weight=0.5),
+    "merging.merge.merge_factors": lambda t: merged_pair(t) | dict(weight=torch.tensor([0.1, 0.5, 1.0])),
+    "merging.merge.change_basis": lambda t: dict(adapter=t.one, matrix=torch.tensor([[0.0, 1.0], [1.0, 0.0]])),
+    "merging.merge.compress": lambda t: dict(adapter=t.one, rank=1),
+    "estimators.moments.combination_weights": lambda t: dict(moments=torch.tensor([[2.0, 0.0], [0.0, 1.0]]), nonnegative=True),
+    "training.fedavg.weighted_average": lambda t: dict(stack=t.local, weights=t.sizes),
+    "training.fedavg.participants": lambda t: dict(ids=[0, 1, 2], participation=0.5, seed=0, number=0),
+    "training.fedavg.fedit": lambda t: dict(
         adapted=t.adapted, split=t.split, rounds=1, local_steps=1, participation=1.0, keep_optimizer=True,
         adapter=t.one, start=0, state=short_state(3, 452), seed=0, progress=False, lr=0.01, batch_size=2,
     ),
-    "engine.training.train": lambda t: run(t) | dict(
+    "training.train.train": lambda t: run(t) | dict(
         steps=1, batch_size=2, lr=0.01, weight_decay=0.0, clip=1.0, seed=0, start=0, state=None, loss=plain,
         execution=potara_lite.Execution(), progress=False,
     ),
-    "engine.training.evaluate": lambda t: run(t) | dict(batch_size=4, execution=potara_lite.Execution()),
-    "engine.gradients.per_sample_gradients": lambda t: run(t) | dict(
+    "training.train.evaluate": lambda t: run(t) | dict(batch_size=4, execution=potara_lite.Execution()),
+    "training.gradients.per_sample_gradients": lambda t: run(t) | dict(
         labels=t.split.y, execution=potara_lite.Execution()
     ),
-    "engine.gradients.delta_gradients": lambda t: run(t) | dict(labels=t.split.y),
-    "engine.gradients.diagonal_fisher": lambda t: dict(gradients=t.gradients, sizes=t.sizes),
-    "engine.gradients.directional_derivatives": lambda t: run(t) | dict(
+    "training.gradients.delta_gradients": lambda t: run(t) | dict(labels=t.split.y),
+    "training.gradients.diagonal_fisher": lambda t: dict(gradients=t.gradients, sizes=t.sizes),
+    "training.gradients.directional_derivatives": lambda t: run(t) | dict(
         direction=t.flat, execution=potara_lite.Execution()
     ),
-    "scoring.log_likelihoods": lambda t: run(t) | dict(batch_size=4, execution=potara_lite.Execution()),
-    "scoring.multiple_choice": lambda t: spoken(t) | dict(questions=t.questions, tokenizer=Letters(), max_length=16),
-    "scoring.greedy_tokens": lambda t: spoken(t) | dict(
+    "training.scoring.log_likelihoods": lambda t: run(t) | dict(batch_size=4, execution=potara_lite.Execution()),
+    "training.scoring.multiple_choice": lambda t: spoken(t) | dict(questions=t.questions, tokenizer=Letters(), max_length=16),
+    "training.scoring.greedy_tokens": lambda t: spoken(t) | dict(
         prompts=[{"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 1]])}] * 2, steps=1, end=0,
         batch_size=2, execution=potara_lite.Execution(),
     ),
-    "scoring.write_answers": lambda t: spoken(t) | dict(
+    "training.scoring.write_answers": lambda t: spoken(t) | dict(
         prompts=[["ab"], ["b"]], tokenizer=Letters(), steps=1, until="!", max_length=8
     ),
-    "scoring.exact_match": lambda t: dict(found=["a"], expected=[["a", "b"]]),
-    "connectivity.weight_grid": lambda t: dict(points=3),
-    "connectivity.along_segment": lambda t: estimated(t) | dict(
+    "training.scoring.exact_match": lambda t: dict(found=["a"], expected=[["a", "b"]]),
+    "merging.connectivity.weight_grid": lambda t: dict(points=3),
+    "merging.connectivity.along_segment": lambda t: estimated(t) | dict(
         weights=t.grid, merge=potara_lite.merge_exact, batch_size=4
     ),
-    "connectivity.barrier": lambda t: dict(loss=t.losses[..., 0], weights=t.grid),
-    "connectivity.along_plane": lambda t: estimated(t) | dict(x=[0.0, 1.0], y=[0.5], batch_size=4),
+    "merging.connectivity.barrier": lambda t: dict(loss=t.losses[..., 0], weights=t.grid),
+    "merging.connectivity.along_plane": lambda t: estimated(t) | dict(x=[0.0, 1.0], y=[0.5], batch_size=4),
     "estimators.calibrated.estimate_calibrated": estimated,
     "estimators.calibrated.estimate_pooled": lambda t: estimated(t) | dict(
         points=3, probe=0.3, by=estimators.head_and_body
@@ -301,86 +301,86 @@ CALLS = {
     "results.leaderboard": lambda t: dict(rows=t.rows, local="local"),
     "results.pareto_front": lambda t: dict(board=potara_lite.leaderboard(t.rows), references=()),
     "results.paired_differences": lambda t: dict(rows=t.rows, method="local", score="loss"),
-    "field.privacy.private_average": lambda t: dict(uploads=t.local, sent=t.one, privacy=t.privacy, number=0),
-    "field.privacy.epsilon": lambda t: dict(noise_multiplier=1.0, rounds=2, delta=1e-5),
-    "field.privacy.noise_multiplier_for": lambda t: dict(target=8.0, rounds=2, delta=1e-5),
-    "field.privacy.noise_moment": lambda t: dict(adapter=t.one, scaling=t.adapted.scaling, std=0.1, noisy=bool),
-    "field.privacy.with_noise": lambda t: dict(moments=t.moments, variance=1.0),
-    "field.rounds.run_algorithm": lambda t: dict(
+    "baselines.privacy.private_average": lambda t: dict(uploads=t.local, sent=t.one, privacy=t.privacy, number=0),
+    "baselines.privacy.epsilon": lambda t: dict(noise_multiplier=1.0, rounds=2, delta=1e-5),
+    "baselines.privacy.noise_multiplier_for": lambda t: dict(target=8.0, rounds=2, delta=1e-5),
+    "baselines.privacy.noise_moment": lambda t: dict(adapter=t.one, scaling=t.adapted.scaling, std=0.1, noisy=bool),
+    "baselines.privacy.with_noise": lambda t: dict(moments=t.moments, variance=1.0),
+    "baselines.rounds.run_algorithm": lambda t: dict(
         algorithm=t.fedit, adapted=t.adapted, split=t.split, rounds=1, local_steps=1, participation=1.0, seed=0,
         progress=False, lr=0.01, batch_size=2,
     ),
-    "field.algorithms.fedprox": lambda t: dict(mu=0.1),
-    "field.algorithms.finetuned": lambda t: dict(algorithm=t.fedit, steps=1),
-    "field.algorithms.wise_ft": lambda t: dict(algorithm=t.fedit, steps=1, weight=0.5),
-    "field.algorithms.flexlora": lambda t: dict(ranks=[1, 2]),
-    "field.algorithms.fedrep": lambda t: dict(head_share=0.5),
-    "field.algorithms.ditto": lambda t: dict(strength=0.1),
-    "field.algorithms.apfl": lambda t: dict(weight=0.5, adaptive=True),
-    "field.algorithms.feddpa": lambda t: dict(weight=0.5),
-    "field.algorithms.gated": lambda t: dict(adapted=t.adapted),
-    "field.baselines.task_arithmetic": lambda t: dict(models=[t.federated, t.local], coefficient=0.5),
-    "field.baselines.fisher_merge": lambda t: dict(
+    "baselines.algorithms.fedprox": lambda t: dict(mu=0.1),
+    "baselines.algorithms.finetuned": lambda t: dict(algorithm=t.fedit, steps=1),
+    "baselines.algorithms.wise_ft": lambda t: dict(algorithm=t.fedit, steps=1, weight=0.5),
+    "baselines.algorithms.flexlora": lambda t: dict(ranks=[1, 2]),
+    "baselines.algorithms.fedrep": lambda t: dict(head_share=0.5),
+    "baselines.algorithms.ditto": lambda t: dict(strength=0.1),
+    "baselines.algorithms.apfl": lambda t: dict(weight=0.5, adaptive=True),
+    "baselines.algorithms.feddpa": lambda t: dict(weight=0.5),
+    "baselines.algorithms.gated": lambda t: dict(adapted=t.adapted),
+    "baselines.merges.task_arithmetic": lambda t: dict(models=[t.federated, t.local], coefficient=0.5),
+    "baselines.merges.fisher_merge": lambda t: dict(
         models=[t.federated, t.local], fishers=[t.flat.square(), t.flat.square()]
     ),
-    "field.baselines.layer_grams": lambda t: run(t) | dict(batch_size=4),
-    "field.baselines.regmean": lambda t: dict(
+    "baselines.merges.layer_grams": lambda t: run(t) | dict(batch_size=4),
+    "baselines.merges.regmean": lambda t: dict(
         models=[t.federated, t.local], grams=[t.grams] * 2, off_diagonal=0.9
     ),
-    "field.baselines.merge_deltas": lambda t: dict(
+    "baselines.merges.merge_deltas": lambda t: dict(
         models=[t.federated, t.local], scaling=t.adapted.scaling, function=lambda vectors: vectors.mean(0)
     ),
-    "field.baselines.ties": lambda t: dict(vectors=t.gradients, density=0.5, coefficient=1.0),
-    "field.baselines.dare": lambda t: dict(vectors=t.gradients, drop=0.5, seed=0),
-    "field.methods.finetuned_after": lambda t: dict(algorithm=t.fedit, lr_scale=1.0, rounds_scale=1.0),
-    "field.methods.from_algorithm": lambda t: dict(algorithm=t.fedit, lr_scale=1.0),
-    "field.methods.wise_ft": lambda t: dict(weight=0.5, lr_scale=1.0, rounds_scale=1.0),
-    "field.methods.local_training": lambda t: dict(lr_scale=1.0),
-    "field.methods.merging_entries": lambda t: dict(function=len),
-    "field.clusters.similarity": lambda t: dict(stack=t.local, scaling=t.adapted.scaling),
-    "field.clusters.cluster_clients": lambda t: dict(similar=torch.eye(3).double(), clusters=2),
-    "field.clusters.three_models": lambda t: dict(clusters=2, own=0.5, share=0.5),
-    "field.sweep.union": lambda t: dict(split=t.split, per_client=2),
-    "field.sweep.sweep": lambda t: dict(
+    "baselines.merges.ties": lambda t: dict(vectors=t.gradients, density=0.5, coefficient=1.0),
+    "baselines.merges.dare": lambda t: dict(vectors=t.gradients, drop=0.5, seed=0),
+    "baselines.methods.finetuned_after": lambda t: dict(algorithm=t.fedit, lr_scale=1.0, rounds_scale=1.0),
+    "baselines.methods.from_algorithm": lambda t: dict(algorithm=t.fedit, lr_scale=1.0),
+    "baselines.methods.wise_ft": lambda t: dict(weight=0.5, lr_scale=1.0, rounds_scale=1.0),
+    "baselines.methods.local_training": lambda t: dict(lr_scale=1.0),
+    "baselines.methods.merging_entries": lambda t: dict(function=len),
+    "baselines.clusters.similarity": lambda t: dict(stack=t.local, scaling=t.adapted.scaling),
+    "baselines.clusters.cluster_clients": lambda t: dict(similar=torch.eye(3).double(), clusters=2),
+    "baselines.clusters.three_models": lambda t: dict(clusters=2, own=0.5, share=0.5),
+    "baselines.sweep.union": lambda t: dict(split=t.split, per_client=2),
+    "baselines.sweep.sweep": lambda t: dict(
         methods={"x": len}, settings={"x": TINY}, seeds=[0], folder="nowhere", eval_split=len, union_size=2,
         prepare=len, shard=(0, 1), progress=False,
     ),
-    "field.sweep.read_results": lambda t: dict(folder="nowhere"),
-    "teaching.rows.committed_rows": lambda t: dict(name="bound.csv"),
-    "teaching.plots.label_counts": lambda t: dict(split=t.split, names=list("abcd")),
-    "teaching.plots.along_weight": lambda t: curves(t) | dict(chosen=t.chosen, label="x", also={"x": t.curves}),
-    "teaching.plots.frontier": lambda t: dict(points=t.points),
-    "teaching.plots.frontiers": lambda t: dict(board=t.board, front=t.front, highlight="local", references=()),
-    "teaching.plots.overview": lambda t: dict(
+    "baselines.sweep.read_results": lambda t: dict(folder="nowhere"),
+    "course.rows.committed_rows": lambda t: dict(name="bound.csv"),
+    "plots.label_counts": lambda t: dict(split=t.split, names=list("abcd")),
+    "plots.along_weight": lambda t: curves(t) | dict(chosen=t.chosen, label="x", also={"x": t.curves}),
+    "plots.frontier": lambda t: dict(points=t.points),
+    "plots.frontiers": lambda t: dict(board=t.board, front=t.front, highlight="local", references=()),
+    "plots.overview": lambda t: dict(
         weights=t.grid, loss=t.curves, accuracy=t.curves, chosen={"oracle": (t.curves[0],) * 3}, points=t.points
     ),
-    "teaching.widgets.weight_slider": lambda t: dict(
+    "course.widgets.weight_slider": lambda t: dict(
         weights=t.grid, loss=t.curves, accuracy=t.curves, chosen=t.chosen
     ),
-    "teaching.explorers.heterogeneity_explorer": lambda t: dict(
+    "course.explorers.heterogeneity_explorer": lambda t: dict(
         alphas=[0.1, INF], splits=[t.split] * 2, names=list("abcd")
     ),
-    "teaching.explorers.basis_explorer": lambda t: dict(
+    "course.explorers.basis_explorer": lambda t: dict(
         degrees=t.grid, loss=t.curves, accuracy=t.curves, level_loss=t.curves[0], level_accuracy=t.curves[0]
     ),
-    "teaching.bound_explorer.bound_explorer": lambda t: dict(a=1.0, b=1.0, rho=0.0),
-    "teaching.estimator_explorer.loss_along": lambda t: dict(rows=course()),
-    "teaching.estimator_explorer.estimator_explorer": lambda t: dict(rows=course()),
-    "teaching.seeds_explorer.seeds_explorer": lambda t: dict(
+    "course.bound_explorer.bound_explorer": lambda t: dict(a=1.0, b=1.0, rho=0.0),
+    "course.estimator_explorer.loss_along": lambda t: dict(rows=course()),
+    "course.estimator_explorer.estimator_explorer": lambda t: dict(rows=course()),
+    "course.seeds_explorer.seeds_explorer": lambda t: dict(
         scores=pd.DataFrame({0: [0.8, 0.7], 1: [0.6, 0.7]}, index=["a", "b"]), chosen=1
     ),
-    "teaching.convex_head.head_inputs": lambda t: dict(features=t.gradients),
-    "teaching.convex_head.draw_sample": lambda t: dict(x=t.gradients, y=t.numbered, size=2, seed=0),
-    "teaching.convex_head.fit_heads": lambda t: dict(
+    "course.convex_head.head_inputs": lambda t: dict(features=t.gradients),
+    "course.convex_head.draw_sample": lambda t: dict(x=t.gradients, y=t.numbered, size=2, seed=0),
+    "course.convex_head.fit_heads": lambda t: dict(
         x=t.gradients.double(), y=t.numbered, classes=2, ridge=0.5, tolerance=1e-3
     ),
-    "teaching.convex_head.head_smoothness": lambda t: dict(x=t.gradients.double(), ridge=0.5),
+    "course.convex_head.head_smoothness": lambda t: dict(x=t.gradients.double(), ridge=0.5),
 }  # fmt: skip
 NOT_RUN = {  # right, but slow, in need of a download or of more than a tiny stub
     "data.from_torchvision", "language.text_encoder", "language.causal_lm", "language.text_tokenizer",
     "experiment.prepare_text", "experiment.run_methods",
-    "backbones.torchvision_vit", "scoring.log_likelihoods", "field.privacy.epsilon",
-    "field.privacy.noise_multiplier_for", "field.sweep.sweep",
+    "backbones.torchvision_vit", "scoring.log_likelihoods", "baselines.privacy.epsilon",
+    "baselines.privacy.noise_multiplier_for", "baselines.sweep.sweep",
 }  # fmt: skip
 
 
@@ -662,21 +662,21 @@ BAD = {
 
 MEANT = {
     ("results.leaderboard", "local"): "local_name",
-    ("teaching.plots.along_weight", "weights"): "g_f",
-    ("teaching.plots.along_weight", "values"): "curves",
-    ("teaching.plots.overview", "weights"): "g_f",
+    ("plots.along_weight", "weights"): "g_f",
+    ("plots.along_weight", "values"): "curves",
+    ("plots.overview", "weights"): "g_f",
     **{(f"teaching.{name}", "loss"): "curves"
        for name in ("plots.overview", "widgets.weight_slider", "explorers.basis_explorer")},
-    ("teaching.widgets.weight_slider", "weights"): "weights_grid",
-    ("teaching.plots.frontiers", "board"): "means",
-    ("teaching.plots.frontier", "points"): "means",
-    ("teaching.plots.overview", "points"): "means",
-    ("teaching.seeds_explorer.seeds_explorer", "chosen"): "chosen_seeds",
-    **{(f"teaching.estimator_explorer.{name}", "rows"): "course" for name in ("loss_along", "estimator_explorer")},
+    ("course.widgets.weight_slider", "weights"): "weights_grid",
+    ("plots.frontiers", "board"): "means",
+    ("plots.frontier", "points"): "means",
+    ("plots.overview", "points"): "means",
+    ("course.seeds_explorer.seeds_explorer", "chosen"): "chosen_seeds",
+    **{(f"course.estimator_explorer.{name}", "rows"): "course" for name in ("loss_along", "estimator_explorer")},
     ("experiment.train_local", "start"): "adapters",
-    ("field.methods.from_algorithm", "algorithm"): "algorithm_of",
-    ("engine.training.train", "loss"): "loss_of",
-    ("engine.training.train", "clip"): "lr",
+    ("baselines.methods.from_algorithm", "algorithm"): "algorithm_of",
+    ("training.train.train", "loss"): "loss_of",
+    ("training.train.train", "clip"): "lr",
     ("adapters.adapter_bytes", "adapter"): "weighed",
     ("adapters.save_adapter", "adapter"): "saved",
     ("adapters.client_adapter", "stack"): "taken_apart",
@@ -687,25 +687,25 @@ MEANT = {
     ("adapters.stack_adapters", "adapters"): "several",
     ("adapters.delta_inner_products", "adapters"): "several",
     ("merging.combine_adapters", "weights"): "mixing",
-    ("engine.federated.weighted_average", "weights"): "weights_of",
-    ("field.privacy.with_noise", "moments"): "moments_of",
+    ("training.fedavg.weighted_average", "weights"): "weights_of",
+    ("baselines.privacy.with_noise", "moments"): "moments_of",
     ("estimators.shrinkage.shrinkage_moments", "variance"): "variance_of",
     ("scoring.write_answers", "prompts"): "prompts_of",
     **{(f"scoring.{name}", "adapters"): "voices" for name in ("multiple_choice", "greedy_tokens", "write_answers")},
     ("scoring.greedy_tokens", "prompts"): "inputs_of",
     **{(f"merging.merge_{kind}", name): name_ for kind in ("exact", "factors")
        for name, name_ in (("federated", "merged_model"), ("local", "merged_model"), ("weight", "lambda"))},
-    **{(f"field.algorithms.{name}", "weight"): "head_share" for name in ("wise_ft", "apfl", "feddpa")},
-    ("field.methods.wise_ft", "weight"): "head_share",
-    **{(f"field.baselines.{name}", "models"): "several"
+    **{(f"baselines.algorithms.{name}", "weight"): "head_share" for name in ("wise_ft", "apfl", "feddpa")},
+    ("baselines.methods.wise_ft", "weight"): "head_share",
+    **{(f"baselines.merges.{name}", "models"): "several"
        for name in ("task_arithmetic", "fisher_merge", "regmean", "merge_deltas")},
     ("estimators.combination.estimate_combination", "models"): "several",
     ("estimators.combination.estimate_combination", "own"): "head_share",
-    ("field.clusters.three_models", "own"): "head_share",
-    ("field.clusters.three_models", "share"): "head_share",
-    ("field.clusters.cluster_clients", "clusters"): "clients",
-    ("field.clusters.three_models", "clusters"): "clients",
-    ("field.clusters.cluster_clients", "similar"): "g_f",
+    ("baselines.clusters.three_models", "own"): "head_share",
+    ("baselines.clusters.three_models", "share"): "head_share",
+    ("baselines.clusters.cluster_clients", "clusters"): "clients",
+    ("baselines.clusters.three_models", "clusters"): "clients",
+    ("baselines.clusters.cluster_clients", "similar"): "g_f",
     **{(name, "loss"): "loss_curve"
        for name in ("connectivity.barrier", "estimators.curve.parabola_moments", "experiment.oracle_weight")},
     **{(name, "weights"): "weights_grid"
@@ -784,20 +784,20 @@ def test_what_is_right_is_taken(function):
 BARE = {
     "what a name or a shape says": """
         adapters.is_dense_factor estimators.estimate.by_layer estimators.estimate.head_and_body
-        estimators.calibrated.two_groups field.rounds.is_head field.rounds.is_shared field.algorithms.is_own
+        estimators.calibrated.two_groups baselines.rounds.is_head baselines.rounds.is_shared baselines.algorithms.is_own
         data.kind_of data.any_tensor results.rows_with language.installed_minilm
-        text_data.read_glosses field.algorithms.fedalt""",
+        text_data.read_glosses baselines.algorithms.fedalt""",
     "checks themselves, tested in the rows below and where they are used": """
         data.rows_of data.check_alike data.check_examples data.check_pairs data.pool_of_examples
-        engine.training.check_clients engine.training.check_labels engine.training.check_losses
+        training.train.check_clients training.train.check_labels training.train.check_losses
         language.check_tokens prefix.check_names scoring.check_count
         language.check_source language.next_tokens
-        engine.loss.checked_logits""",
+        training.loss.checked_logits""",
     "what pictures are made of; losses in every step of a fit": """
-        teaching.convex_head.head_loss teaching.convex_head.head_product teaching.convex_head.labels_of
-        teaching.estimator_explorer.rows_of_course teaching.plots.colour teaching.plots.front_of_board
-        teaching.plots.marks teaching.plots.names_of_labels teaching.seeds_explorer.scores_of_seeds
-        teaching.widgets.as_svg teaching.widgets.places_in teaching.widgets.with_rings""",
+        course.convex_head.head_loss course.convex_head.head_product course.convex_head.labels_of
+        course.estimator_explorer.rows_of_course plots.colour plots.front_of_board
+        plots.marks plots.names_of_labels course.seeds_explorer.scores_of_seeds
+        course.widgets.as_svg course.widgets.places_in course.widgets.with_rings""",
     "files and their patterns, tested with their loaders": """
         adapters.check_patterns adapters.pattern language.check_sizes""",
     "dictionaries of tensors and batches taken apart and put together, in every step": """
@@ -807,30 +807,30 @@ BARE = {
         estimators.estimate.from_moments estimators.estimate.group_coordinates estimators.estimate.group_sum
         estimators.gauss_newton.example_mean estimators.paper.diagonal_moments""",
     "the engine room: every step and every example goes through it": """
-        engine.batching.map_clients engine.batching.plan engine.batching.with_autocast engine.one_batch.as_one_batch
-        engine.loss.example_accuracies engine.loss.example_losses engine.loss.mean_loss engine.loss.token_mean
-        engine.training.adamw_step engine.training.batched_logits engine.training.losses
-        engine.training.plain_loss""",
+        training.batching.map_clients training.batching.plan training.batching.with_autocast training.grouped_lora.as_one_batch
+        training.loss.example_accuracies training.loss.example_losses training.loss.mean_loss training.loss.token_mean
+        training.train.adamw_step training.train.batched_logits training.train.losses
+        training.train.plain_loss""",
     "what the clients' numbers are made of and weighed by; they come over the network, too": """
         estimators.calibrated.lowest_inside estimators.calibrated.offset_weights estimators.calibrated.parabolas
         estimators.calibrated.pooled_mean estimators.calibrated.weigh estimators.calibrated.weigh_offset
         estimators.combination.simplex_moments""",
     "parts of methods, which `run_algorithm`, `run_methods` and `sweep` call": """
         results.holm experiment.best_on_test experiment.independent_pair experiment.initial_adapter
-        field.algorithms.fold
-        field.algorithms.fold_and_redraw field.algorithms.folded field.algorithms.keep_anchor
-        field.algorithms.mean_and_residual field.algorithms.mean_product field.algorithms.others
-        field.algorithms.own field.algorithms.shared_loss field.algorithms.shares
-        field.algorithms.squared_distance field.algorithms.stacked field.algorithms.with_folded
-        field.methods.fisher_merge_of_pair field.methods.merged_from_federated field.methods.regmean_of_pair
-        field.methods.remaining_steps field.clusters.train_clusters
-        field.rounds.add_prefix field.rounds.client_step field.rounds.fedavg
-        field.rounds.finetune_step field.rounds.first_client field.rounds.message_bytes field.rounds.select_prefix
-        field.rounds.server_step field.sweep.fingerprint""",
+        baselines.algorithms.fold
+        baselines.algorithms.fold_and_redraw baselines.algorithms.folded baselines.algorithms.keep_anchor
+        baselines.algorithms.mean_and_residual baselines.algorithms.mean_product baselines.algorithms.others
+        baselines.algorithms.own baselines.algorithms.shared_loss baselines.algorithms.shares
+        baselines.algorithms.squared_distance baselines.algorithms.stacked baselines.algorithms.with_folded
+        baselines.methods.fisher_merge_of_pair baselines.methods.merged_from_federated baselines.methods.regmean_of_pair
+        baselines.methods.remaining_steps baselines.clusters.train_clusters
+        baselines.rounds.add_prefix baselines.rounds.client_step baselines.rounds.fedavg
+        baselines.rounds.finetune_step baselines.rounds.first_client baselines.rounds.message_bytes baselines.rounds.select_prefix
+        baselines.rounds.server_step baselines.sweep.fingerprint""",
 }
 APART = (
     "flower/",
-    "teaching/exercises/",  # whose checkers answer whatever they are given: test_checking.py
+    "course/exercises/",  # whose checkers answer whatever they are given: test_checking.py
     "__main__.py",
     "potara.py",
     "door.py",
@@ -1010,7 +1010,7 @@ WRONG = [
         [0.0, 0.5, 0.5], t.losses[..., 0]), ("weights", "3 or more different", "0.5")),
     ("infinite logits", lambda t: estimators.gauss_newton.directional_derivatives(
         t.adapted, {n: x * 1e38 for n, x in t.local.items()}, t.flat, t.split), ("client 0", "finite")),
-    ("numbers of images", lambda t: potara_lite.text_data.with_tokens(
+    ("numbers of images", lambda t: potara_lite.federation.tasks.with_tokens(
         t.federation, ["a", "b"], LETTERS), ("federation", "numbers of the 2 texts")),
     ("no damping", lambda t: estimators.gradient_moments(**gradients(t), damping=0), ("damping", "larger")),
     ("no damping, cross-fit", lambda t: estimators.gradient_moments(
@@ -1019,7 +1019,7 @@ WRONG = [
         t.adapted, {n: x * 1e38 for n, x in t.local.items()}, t.split), ("client 0", "finite")),
     ("weights that are not there", lambda t: potara_lite.combine_adapters(
         [t.local, t.federated], torch.ones(2).to("meta")), ("weights", "float32")),
-    ("texts of fewer", lambda t: potara_lite.text_data.with_tokens(t.numbers, ["a"], LETTERS), ("texts", "1 texts")),
+    ("texts of fewer", lambda t: potara_lite.federation.tasks.with_tokens(t.numbers, ["a"], LETTERS), ("texts", "1 texts")),
     # Federations
     ("no split", lambda t: federation_of(t, test=None), ("test", "None")),
     ("no classes", lambda t: federation_of(t, classes=0), ("classes", "0")),
@@ -1116,7 +1116,7 @@ WRONG = [
                             ("of two dtypes", entry(torch.Tensor.double, 0), "one dtype"),
                             ("of two ranks", entry(lambda x: x[:1], 0), "one rank"),
                             ("of vectors", lambda v: {n: x[0] for n, x in v.items()}, "two factors"))),
-    ("stacks of three and two", lambda t: potara_lite.adapters.delta_inner_products(
+    ("stacks of three and two", lambda t: potara_lite.adapters.lora.delta_inner_products(
         [t.local, {n: x[:2] for n, x in t.local.items()}], t.adapted.scaling), ("adapters[1]", "2 adapters for 3")),
     ("a mean of other tensors", lambda t: private(t, lambda v: v | {"x": v["base_model.model.head.bias"]}), ("'x'",)),
     ("a mean of fewer", lambda t: private(t, lambda v: dict(list(v.items())[1:])), ("uploads",)),
@@ -1162,7 +1162,7 @@ def broken(t):
 
 
 def private(t, change):
-    from potara_lite.field.privacy import private_average
+    from potara_lite.baselines.privacy import private_average
 
     return private_average(change(t.local), t.one, t.privacy, 0)
 
@@ -1256,7 +1256,7 @@ def test_a_checksum_in_capitals_is_one(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x")
     digest = "2D711642B726B04401627CA9FBAC32F5C8530FB1903CC4DB02258717921A4881"
     (tmp_path / "a.sha256").write_text(f"{digest}  a.bin\n")
-    assert potara_lite.data.check_file(tmp_path / "a.bin") == tmp_path / "a.bin"
+    assert potara_lite.federation.split.check_file(tmp_path / "a.bin") == tmp_path / "a.bin"
 
 
 def test_a_check_cannot_look_inside_a_transform():

@@ -21,12 +21,12 @@ from test_results import script
 from torch import nn
 from torch.nn import functional as F
 
-from potara_lite.adapters import attach, client_adapter, flatten, repeat_adapter
-from potara_lite.data import Split
-from potara_lite.engine import batching
-from potara_lite.engine.batching import Execution, map_clients, plan
-from potara_lite.engine.gradients import directional_derivatives, per_sample_gradients
-from potara_lite.engine.training import DivergedError, OptimizerState, compiled_losses, evaluate, losses, train
+from potara_lite.adapters.lora import attach, client_adapter, flatten, repeat_adapter
+from potara_lite.federation.split import Split
+from potara_lite.training import batching
+from potara_lite.training.batching import Execution, map_clients, plan
+from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
+from potara_lite.training.train import DivergedError, OptimizerState, compiled_losses, evaluate, losses, train
 
 OPTIONS = dict(steps=6, batch_size=4, lr=2e-3, seed=3)
 
@@ -305,11 +305,11 @@ MEASURE = """
 import re, sys, torch
 sys.path.insert(0, "tests")
 from conftest import tiny_vit
-from potara_lite.adapters import attach, repeat_adapter
-from potara_lite.data import Split
-from potara_lite.engine.batching import Execution
-from potara_lite.engine.gradients import per_sample_gradients
-from potara_lite.engine.training import evaluate, train
+from potara_lite.adapters.lora import attach, repeat_adapter
+from potara_lite.federation.split import Split
+from potara_lite.training.batching import Execution
+from potara_lite.training.gradients import per_sample_gradients
+from potara_lite.training.train import evaluate, train
 
 def status(key):
     return 1024 * int(re.search(key + r":\\s*(\\d+)", open("/proc/self/status").read())[1])

@@ -8,10 +8,7 @@ import torch
 from scipy.optimize import minimize
 from torch.nn import functional as F
 
-from potara_lite.adapters import attach, client_adapter, delta, flatten, repeat_adapter
-from potara_lite.data import Split
-from potara_lite.engine.gradients import delta_gradients, per_sample_gradients
-from potara_lite.engine.training import evaluate
+from potara_lite.adapters.lora import attach, client_adapter, delta, flatten, repeat_adapter
 from potara_lite.estimators import (
     by_layer,
     estimate_calibrated,
@@ -35,8 +32,11 @@ from potara_lite.estimators import (
     segment_losses,
     shrinkage_moments,
 )
-from potara_lite.merging import combine_adapters, merge_exact
-from potara_lite.moments import Moments, combination_weights
+from potara_lite.estimators.moments import Moments, combination_weights
+from potara_lite.federation.split import Split
+from potara_lite.merging.merge import combine_adapters, merge_exact
+from potara_lite.training.gradients import delta_gradients, per_sample_gradients
+from potara_lite.training.train import evaluate
 
 TRAINED = torch.tensor([5, 13, 9])  # the sizes of conftest's train split
 ESTIMATORS = {

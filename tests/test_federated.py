@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import SIZES, train_one_by_one
 
-from potara_lite.adapters import flatten, repeat_adapter
-from potara_lite.engine.batching import Execution
-from potara_lite.engine.federated import Ledger, fedit, participants, weighted_average
-from potara_lite.engine.training import train
-from potara_lite.field.algorithms import FEDIT
-from potara_lite.field.rounds import run_algorithm
+from potara_lite.adapters.lora import flatten, repeat_adapter
+from potara_lite.baselines.algorithms import FEDIT
+from potara_lite.baselines.rounds import run_algorithm
+from potara_lite.training.batching import Execution
+from potara_lite.training.fedavg import Ledger, fedit, participants, weighted_average
+from potara_lite.training.train import train
 
 OPTIONS = dict(batch_size=4, lr=2e-3)
 BYTES = 1808  # of one float32 adapter, see test_nbytes_counted_by_hand

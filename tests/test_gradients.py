@@ -6,10 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from potara_lite.adapters import client_adapter, delta, flatten, unflatten
-from potara_lite.data import Split
-from potara_lite.engine.batching import Execution
-from potara_lite.engine.gradients import delta_gradients, diagonal_fisher, directional_derivatives, per_sample_gradients
+from potara_lite.adapters.lora import client_adapter, delta, flatten, unflatten
+from potara_lite.federation.split import Split
+from potara_lite.training.batching import Execution
+from potara_lite.training.gradients import (
+    delta_gradients,
+    diagonal_fisher,
+    directional_derivatives,
+    per_sample_gradients,
+)
 
 
 @pytest.fixture(scope="module")

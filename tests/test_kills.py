@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 
 from potara_lite import __main__ as command
-from potara_lite.field.methods import METHODS
-from potara_lite.field.sweep import sweep
+from potara_lite.baselines.methods import METHODS
+from potara_lite.baselines.sweep import sweep
 from potara_lite.setting import Setting
 
 KILLS = 20 if os.environ.get("POTARA_THOROUGH") else 2

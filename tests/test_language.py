@@ -27,23 +27,23 @@ from transformers import (
 )
 
 from potara_lite import potara
-from potara_lite.adapters import attach, client_adapter, flatten, repeat_adapter, save_adapter, unflatten
-from potara_lite.data import Federation, Split, batch_indices, from_tensors, partition, take
-from potara_lite.engine.batching import Execution, plan
-from potara_lite.engine.gradients import directional_derivatives, per_sample_gradients
-from potara_lite.engine.loss import example_accuracies, example_losses, mean_loss
-from potara_lite.engine.one_batch import OneBatch, as_one_batch
-from potara_lite.engine.training import evaluate, train
+from potara_lite.adapters.lora import attach, client_adapter, flatten, repeat_adapter, save_adapter, unflatten
+from potara_lite.baselines.merges import layer_grams
+from potara_lite.baselines.methods import METHODS
+from potara_lite.baselines.sweep import union
 from potara_lite.estimators import ESTIMATORS, estimate_gauss_newton
 from potara_lite.estimators.curve import client_logits
 from potara_lite.experiment import Trial
-from potara_lite.field.baselines import layer_grams
-from potara_lite.field.methods import METHODS
-from potara_lite.field.sweep import union
-from potara_lite.language import TextClassifier, causal_lm, encode_texts, next_tokens, pad_tokens, text_encoder
-from potara_lite.merging import merge_exact
-from potara_lite.prefix import HIDDEN, linear_layers
+from potara_lite.federation.split import Federation, Split, batch_indices, from_tensors, partition, take
+from potara_lite.merging.merge import merge_exact
+from potara_lite.models.frozen_trunk import HIDDEN, linear_layers
+from potara_lite.models.language import TextClassifier, causal_lm, encode_texts, next_tokens, pad_tokens, text_encoder
 from potara_lite.setting import Setting
+from potara_lite.training.batching import Execution, plan
+from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
+from potara_lite.training.grouped_lora import OneBatch, as_one_batch
+from potara_lite.training.loss import example_accuracies, example_losses, mean_loss
+from potara_lite.training.train import evaluate, train
 
 SIZES, VOCABULARY = (5, 11, 8), 40
 
@@ -237,8 +237,8 @@ def test_per_sample_gradients_are_those_of_each_example_alone(kind, random_stack
             oracle = torch.cat([model.get_parameter(adapted.parameter_names[k]).grad.flatten() for k in stack])
             torch.testing.assert_close(gradients[client, i], oracle, **kind[4])
         assert not gradients[client, n:].any()
-    monkeypatch.setattr("potara_lite.engine.gradients.as_one_batch", lambda adapted: adapted)
-    monkeypatch.setattr("potara_lite.engine.batching.as_one_batch", lambda adapted: adapted)
+    monkeypatch.setattr("potara_lite.training.gradients.as_one_batch", lambda adapted: adapted)
+    monkeypatch.setattr("potara_lite.training.batching.as_one_batch", lambda adapted: adapted)
     torch.testing.assert_close(per_sample_gradients(adapted, stack, split), gradients, **kind[4])
 
 
@@ -648,7 +648,7 @@ def test_a_block_of_logits_is_no_larger_than_the_memory(kind, random_stack, monk
     stack, sizes = random_stack(adapted, 3, seed=1), []
     whole = evaluate(adapted, stack, split)
     monkeypatch.setattr(
-        "potara_lite.engine.training.example_losses",
+        "potara_lite.training.train.example_losses",
         lambda logits, *args, **options: sizes.append(logits.shape[1]) or example_losses(logits, *args, **options),
     )
     copies = 2 * sum(tensor.numel() * tensor.element_size() for tensor in adapted.initial.values())
@@ -656,5 +656,5 @@ def test_a_block_of_logits_is_no_larger_than_the_memory(kind, random_stack, monk
     assert set(sizes) == {1}
     torch.testing.assert_close(parts, whole, **kind[4])
     logits = client_logits(adapted, stack, split)
-    monkeypatch.setattr("potara_lite.engine.batching.CPU_MEMORY", copies + 1)
+    monkeypatch.setattr("potara_lite.training.batching.CPU_MEMORY", copies + 1)
     torch.testing.assert_close(client_logits(adapted, stack, split), logits, **kind[4])

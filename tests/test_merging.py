@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-from potara_lite.adapters import attach, client_adapter, delta, lora_layers
-from potara_lite.merging import combine_adapters, compress, merge_exact, merge_factors
+from potara_lite.adapters.lora import attach, client_adapter, delta, lora_layers
+from potara_lite.merging.merge import combine_adapters, compress, merge_exact, merge_factors
 
 CONFIGS = {
     "alpha differs from r": dict(r=2, lora_alpha=5, target_modules=["qkv", "proj", "fc1", "fc2"]),

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from potara_lite import Moments, estimate_curve, estimate_paper, estimate_uniform
-from potara_lite.adapters import client_adapter, delta, flatten
-from potara_lite.data import Split
-from potara_lite.door import unchecked
+from potara_lite.adapters.lora import client_adapter, delta, flatten
+from potara_lite.checks import unchecked
+from potara_lite.federation.split import Split
 
 GRID = torch.linspace(0, 1, 20_001, dtype=torch.float64)
 POSITIVE = st.floats(1e-3, 1e3)

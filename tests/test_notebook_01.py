@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from potara_lite import fashion_mnist
-from potara_lite.engine.federated import weighted_average
-from potara_lite.teaching.exercises import federated_lora as checkers
-from potara_lite.teaching.explorers import heterogeneity_explorer
+from potara_lite.course.exercises import federated_lora as checkers
+from potara_lite.course.explorers import heterogeneity_explorer
+from potara_lite.training.fedavg import weighted_average
 
 EXERCISES = {
     checkers.check_fedavg: (checkers.FEDAVG_SLIPS, weighted_average),

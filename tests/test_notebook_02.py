@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from potara_lite.adapters import client_adapter, delta, lora_layers
-from potara_lite.connectivity import along_plane, along_segment, barrier
-from potara_lite.merging import change_basis, merge_factors
-from potara_lite.teaching.exercises import connectivity as checkers
-from potara_lite.teaching.explorers import basis_explorer
+from potara_lite.adapters.lora import client_adapter, delta, lora_layers
+from potara_lite.course.exercises import connectivity as checkers
+from potara_lite.course.explorers import basis_explorer
+from potara_lite.merging.connectivity import along_plane, along_segment, barrier
+from potara_lite.merging.merge import change_basis, merge_factors
 
 A, B, HEAD = "layer.lora_A.weight", "layer.lora_B.weight", "head.weight"
 

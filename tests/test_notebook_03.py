@@ -7,23 +7,16 @@ import pytest
 import torch
 
 from potara_lite import files
-from potara_lite.moments import Moments, combination_weights
-from potara_lite.teaching import rows
-from potara_lite.teaching.bound_explorer import bound_explorer
-from potara_lite.teaching.convex_head import (
-    draw_sample,
-    fit_heads,
-    head_inputs,
-    head_loss,
-    head_product,
-    head_smoothness,
-)
-from potara_lite.teaching.exercises.bound import (
+from potara_lite.course import rows
+from potara_lite.course.bound_explorer import bound_explorer
+from potara_lite.course.convex_head import draw_sample, fit_heads, head_inputs, head_loss, head_product, head_smoothness
+from potara_lite.course.exercises.bound import (
     check_metric_moments,
     check_second_moment,
     check_three_models,
     check_weight_from_distance,
 )
+from potara_lite.estimators.moments import Moments, combination_weights
 
 
 def raising(error):

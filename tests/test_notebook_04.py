@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from potara_lite import Setting
-from potara_lite.engine.gradients import diagonal_fisher
-from potara_lite.estimators import fisher_moments
-from potara_lite.teaching.estimator_explorer import METHODS, estimator_explorer, loss_along
-from potara_lite.teaching.exercises.estimating import (
+from potara_lite.course.estimator_explorer import METHODS, estimator_explorer, loss_along
+from potara_lite.course.exercises.estimating import (
     check_damped_weight,
     check_diagonal_fisher,
     check_regret,
     check_shrink,
 )
-from potara_lite.teaching.rows import committed_rows
+from potara_lite.course.rows import committed_rows
+from potara_lite.estimators import fisher_moments
+from potara_lite.training.gradients import diagonal_fisher
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from potara_lite.field.methods import METHODS
-from potara_lite.teaching.exercises import benchmark as checkers
-from potara_lite.teaching.seeds_explorer import seeds_explorer
+from potara_lite.baselines.methods import METHODS
+from potara_lite.course.exercises import benchmark as checkers
+from potara_lite.course.seeds_explorer import seeds_explorer
 
 ROOT = Path(__file__).parents[1]
 EXERCISES = {

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from potara_lite.adapters import repeat_adapter
-from potara_lite.field.algorithms import FEDPER
-from potara_lite.field.rounds import fedavg
-from potara_lite.teaching.exercises.your_own import check_sends, check_trimmed_mean, check_wrap
+from potara_lite.adapters.lora import repeat_adapter
+from potara_lite.baselines.algorithms import FEDPER
+from potara_lite.baselines.rounds import fedavg
+from potara_lite.course.exercises.your_own import check_sends, check_trimmed_mean, check_wrap
 
 
 def raising(error):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from potara_lite.teaching.exercises.language import (
+from potara_lite.course.exercises.language import (
     check_best_option,
     check_mean_pool,
     check_next_tokens,

@@ -10,9 +10,9 @@ import nbformat
 import pytest
 import torch
 
-from potara_lite.teaching.exercises.quickstart import check_best_single_weight
-from potara_lite.teaching.plots import label_counts
-from potara_lite.teaching.widgets import weight_slider
+from potara_lite.course.exercises.quickstart import check_best_single_weight
+from potara_lite.course.widgets import weight_slider
+from potara_lite.plots import label_counts
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))

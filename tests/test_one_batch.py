@@ -10,14 +10,14 @@ from torch import nn
 from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
 
-from potara_lite.adapters import attach, client_adapter, flatten, repeat_adapter, unflatten
-from potara_lite.engine.batching import Execution, map_clients, plan
-from potara_lite.engine.gradients import per_sample_gradients
-from potara_lite.engine.one_batch import OneBatch, as_one_batch
-from potara_lite.engine.training import evaluate, train
-from potara_lite.field.algorithms import fedalt, gated
-from potara_lite.field.rounds import run_algorithm
-from potara_lite.merging import merge_exact
+from potara_lite.adapters.lora import attach, client_adapter, flatten, repeat_adapter, unflatten
+from potara_lite.baselines.algorithms import fedalt, gated
+from potara_lite.baselines.rounds import run_algorithm
+from potara_lite.merging.merge import merge_exact
+from potara_lite.training.batching import Execution, map_clients, plan
+from potara_lite.training.gradients import per_sample_gradients
+from potara_lite.training.grouped_lora import OneBatch, as_one_batch
+from potara_lite.training.train import evaluate, train
 
 OPTIONS = dict(steps=4, batch_size=4, lr=2e-3, seed=3)
 
@@ -134,7 +134,7 @@ def test_per_sample_gradients_are_those_of_each_example_alone(kind, federation64
 
 def test_a_network_that_disagrees_gets_chunks_for_copies_of_the_adapter(federation64, random_stack, monkeypatch):
     """Ten rows of the adapter for each sample, as for a network that is refused at sight."""
-    from potara_lite.engine import gradients
+    from potara_lite.training import gradients
 
     refused, own, chunks = attached(SequenceFirst), gradients.losses, []
     refused.model.get_submodule("base_model.model.fc1").register_forward_hook(lambda module, inputs, output: None)

@@ -10,10 +10,17 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from potara_lite import Moments
-from potara_lite.adapters import client_adapter, delta, flatten, is_lora, repeat_adapter
-from potara_lite.field.algorithms import FEDEX, FEDIT, FFA
-from potara_lite.field.privacy import Privacy, epsilon, noise_moment, noise_multiplier_for, private_average, with_noise
-from potara_lite.field.rounds import run_algorithm, server_step
+from potara_lite.adapters.lora import client_adapter, delta, flatten, is_lora, repeat_adapter
+from potara_lite.baselines.algorithms import FEDEX, FEDIT, FFA
+from potara_lite.baselines.privacy import (
+    Privacy,
+    epsilon,
+    noise_moment,
+    noise_multiplier_for,
+    private_average,
+    with_noise,
+)
+from potara_lite.baselines.rounds import run_algorithm, server_step
 
 OPTIONS = dict(rounds=2, local_steps=3, batch_size=4, lr=1e-2, seed=6)
 

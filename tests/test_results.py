@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from potara_lite.experiment import ORACLE, prepare
+from potara_lite.plots import along_weight
 from potara_lite.results import COLUMNS, summary
 from potara_lite.setting import Setting
-from potara_lite.teaching.plots import along_weight
 
 ROOT = Path(__file__).parents[1]
 

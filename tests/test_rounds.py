@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from potara_lite.adapters import adapter_bytes, client_adapter, delta, flatten, repeat_adapter
-from potara_lite.engine.federated import fedit, participants
-from potara_lite.engine.training import train
-from potara_lite.field.algorithms import FEDEX, FEDIT, FEDSA, FFA, FLORA, LOCAL, ditto, fedalt, finetuned, flexlora
-from potara_lite.field.rounds import run_algorithm, select_prefix
+from potara_lite.adapters.lora import adapter_bytes, client_adapter, delta, flatten, repeat_adapter
+from potara_lite.baselines.algorithms import FEDEX, FEDIT, FEDSA, FFA, FLORA, LOCAL, ditto, fedalt, finetuned, flexlora
+from potara_lite.baselines.rounds import run_algorithm, select_prefix
+from potara_lite.training.fedavg import fedit, participants
+from potara_lite.training.train import train
 
 OPTIONS = dict(local_steps=3, batch_size=4, lr=1e-2, seed=6)
 SOME = dict(participation=0.67, **OPTIONS)  # two of the three

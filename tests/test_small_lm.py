@@ -7,9 +7,9 @@ from test_results import ROOT, script
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from potara_lite import Question, attach, encode_answers, evaluate, linear_layers, multiple_choice, repeat_adapter
-from potara_lite.data import PADDING, Split
+from potara_lite.federation.split import PADDING, Split
+from potara_lite.federation.tasks import read_glosses
 from potara_lite.setting import Setting
-from potara_lite.text_data import read_glosses
 
 WORDS = "it is a kind of thing that one sees or eats cat dog oak fir pie tea".split()
 KINDS = "animal", "plant", "food"

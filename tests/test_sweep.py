@@ -19,18 +19,18 @@ from scipy import stats
 from test_results import ROOT, script
 from torch.nn import functional as F
 
-from potara_lite.adapters import adapter_bytes, client_adapter, delta, flatten
-from potara_lite.engine.federated import fedit
-from potara_lite.engine.training import evaluate, train
+from potara_lite.adapters.lora import adapter_bytes, client_adapter, delta, flatten
+from potara_lite.baselines import algorithms
+from potara_lite.baselines import methods as M
+from potara_lite.baselines.sweep import COLUMNS, fingerprint, read_results, sweep, union
 from potara_lite.estimators import ESTIMATORS, Estimate
 from potara_lite.experiment import ORACLE, Trial, local_from_federated, one_of_pair, train_pair, with_estimator
-from potara_lite.field import algorithms
-from potara_lite.field import methods as M
-from potara_lite.field.sweep import COLUMNS, fingerprint, read_results, sweep, union
-from potara_lite.merging import merge_exact
+from potara_lite.merging.merge import merge_exact
+from potara_lite.plots import frontiers
 from potara_lite.results import leaderboard, paired_differences, pareto_front
 from potara_lite.setting import Setting
-from potara_lite.teaching.plots import frontiers
+from potara_lite.training.fedavg import fedit
+from potara_lite.training.train import evaluate, train
 
 SETTING = Setting(clients=3, batch_size=4, lr=1e-2, rounds=2, round_steps=2, local_steps=4)
 ALL = M.METHODS | M.REFERENCES
@@ -149,7 +149,7 @@ def test_learning_rates_are_in_units_of_the_settings(trial):
 
 def test_fisher_merging_of_one_client_is_fisher_merging(adapted64, federation64):
     """By hand: both deltas in full, the Fisher of every entry, their weighted mean; their mean where both are zero."""
-    from potara_lite.engine.gradients import delta_gradients
+    from potara_lite.training.gradients import delta_gradients
 
     trial = Trial(adapted64, federation64, SETTING, 0)
     pair, adapted = trial.pair, trial.adapted
@@ -278,7 +278,7 @@ def test_a_cell_is_computed_anew_when_what_made_it_changes(tmp_path, prepared, m
     assert [once(method(1)), once(method(1)), once(method(2)), once(method(2))] == [1, 0, 1, 0]
     assert once(method(2), eval_split=lambda data: data.calibration) == 1
     assert once(method(2), prepare=lambda setting, seed: prepared(setting, seed)) == 1
-    monkeypatch.setattr("potara_lite.field.sweep.__version__", "0.0")
+    monkeypatch.setattr("potara_lite.baselines.sweep.__version__", "0.0")
     assert [once(method(2)), once(method(2))] == [1, 0]
 
 

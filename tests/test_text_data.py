@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import tiny_text_encoder
 
-from potara_lite import data, experiment, language, text_data
-from potara_lite.data import Federation, Split, partition
-from potara_lite.files import FileError
-from potara_lite.setting import Setting
-from potara_lite.text_data import (
+from potara_lite import experiment
+from potara_lite.federation import split as data
+from potara_lite.federation import tasks as text_data
+from potara_lite.federation.split import Federation, Split, partition
+from potara_lite.federation.tasks import (
     DOMAINS,
     Question,
     domain_proportions,
@@ -24,6 +24,9 @@ from potara_lite.text_data import (
     with_tokens,
     wordnet_glosses,
 )
+from potara_lite.files import FileError
+from potara_lite.models import language
+from potara_lite.setting import Setting
 
 ROOT = Path(__file__).parent.parent
 

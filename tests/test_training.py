@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from potara_lite.adapters import client_adapter, flatten, repeat_adapter
-from potara_lite.data import Split, batch_indices
-from potara_lite.engine import training
-from potara_lite.engine.batching import Execution
-from potara_lite.engine.training import DivergedError, OptimizerState, adamw_step, evaluate, losses, train
+from potara_lite.adapters.lora import client_adapter, flatten, repeat_adapter
+from potara_lite.federation.split import Split, batch_indices
+from potara_lite.training import train as training
+from potara_lite.training.batching import Execution
+from potara_lite.training.train import DivergedError, OptimizerState, adamw_step, evaluate, losses, train
 
 OPTIONS = dict(batch_size=4, lr=2e-3, seed=3)
 

@@ -6,10 +6,10 @@ federated stack, local stack, federation) that picks its samples itself.
 
 from collections.abc import Callable
 
-from ..adapters import AdaptedBackbone, Adapter
-from ..data import Federation
-from ..door import function
-from ..stacks import door
+from ..adapters.lora import AdaptedBackbone, Adapter
+from ..adapters.state import door
+from ..checks import function
+from ..federation.split import Federation
 from .calibrated import estimate_calibrated, estimate_pooled, lowest_inside, pooled_offset, pooled_weight
 from .combination import estimate_combination, simplex_moments
 from .curve import estimate_curve, parabola_moments, segment_losses

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters import AdaptedBackbone, Adapter, layer_of
-from ..connectivity import weight_grid
-from ..data import Split
-from ..door import refuse, unchecked, whole
-from ..merging import merge_exact
-from ..stacks import door, numbers, shaped_like, sizes_of
+from ..adapters.lora import AdaptedBackbone, Adapter, layer_of
+from ..adapters.state import door, numbers, shaped_like, sizes_of
+from ..checks import refuse, unchecked, whole
+from ..federation.split import Split
+from ..merging.connectivity import weight_grid
+from ..merging.merge import merge_exact
 from .curve import client_losses, segment_losses
 from .estimate import Estimate, Grouping, head_and_body
 

@@ -8,13 +8,13 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..adapters import AdaptedBackbone, Adapter
-from ..data import Split
-from ..door import fraction
-from ..merging import combine_adapters
-from ..moments import combination_weights
-from ..stacks import door, stacks
+from ..adapters.lora import AdaptedBackbone, Adapter
+from ..adapters.state import door, stacks
+from ..checks import fraction
+from ..federation.split import Split
+from ..merging.merge import combine_adapters
 from .curve import client_losses
+from .moments import combination_weights
 
 
 @door(models=stacks, own=fraction)

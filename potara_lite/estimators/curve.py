@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters import AdaptedBackbone, Adapter
-from ..connectivity import weight_grid
-from ..data import Split
-from ..door import shown, unchecked
-from ..engine.batching import Execution
-from ..engine.loss import example_losses
-from ..engine.training import batched_logits, check_losses
-from ..merging import merge_exact
-from ..moments import Moments
-from ..stacks import door, numbers
+from ..adapters.lora import AdaptedBackbone, Adapter
+from ..adapters.state import door, numbers
+from ..checks import shown, unchecked
+from ..federation.split import Split
+from ..merging.connectivity import weight_grid
+from ..merging.merge import merge_exact
+from ..training.batching import Execution
+from ..training.loss import example_losses
+from ..training.train import batched_logits, check_losses
 from .estimate import Estimate
 from .gauss_newton import moments_from_slopes
+from .moments import Moments
 
 
 @door()
@@ -59,7 +59,7 @@ def parabola_moments(weights: Tensor, loss: Tensor) -> Moments:
 @torch.no_grad()
 @door()
 def client_losses(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
-    """Each example's loss ``(C, N)`` in nats (``engine/loss.py``); zeros for padding.
+    """Each example's loss ``(C, N)`` in nats (``training/loss.py``); zeros for padding.
 
     Raises ``ValueError`` for a client with a loss that is not finite.
     """

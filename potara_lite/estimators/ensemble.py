@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from ..adapters import AdaptedBackbone, Adapter, delta_inner_products, flatten
-from ..data import Split
-from ..door import several
-from ..engine.gradients import directional_derivatives
-from ..merging import combine_adapters
-from ..moments import Moments
-from ..stacks import door, stack
+from ..adapters.lora import AdaptedBackbone, Adapter, delta_inner_products, flatten
+from ..adapters.state import door, stack
+from ..checks import several
+from ..federation.split import Split
+from ..merging.merge import combine_adapters
+from ..training.gradients import directional_derivatives
 from .estimate import Estimate
 from .gauss_newton import example_mean
+from .moments import Moments
 
 TINY = torch.finfo(torch.float64).tiny
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters import AdaptedBackbone, Adapter, flatten
-from ..data import Split
-from ..door import unchecked
-from ..engine.gradients import directional_derivatives
-from ..merging import merge_exact
-from ..moments import Moments
-from ..stacks import door, numbers, shaped_like
+from ..adapters.lora import AdaptedBackbone, Adapter, flatten
+from ..adapters.state import door, numbers, shaped_like
+from ..checks import unchecked
+from ..federation.split import Split
+from ..merging.merge import merge_exact
+from ..training.gradients import directional_derivatives
 from .estimate import Estimate, Grouping, from_moments, group_coordinates
+from .moments import Moments
 
 
 @door(at_local=numbers(1, 2), curvature=shaped_like("at_local", 1, 2))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters import AdaptedBackbone, Adapter
-from ..data import Split
-from ..door import not_negative, optional, unchecked
-from ..engine.gradients import per_sample_gradients
-from ..moments import Moments
-from ..stacks import door, groups_of, sizes_of
+from ..adapters.lora import AdaptedBackbone, Adapter
+from ..adapters.state import door, groups_of, sizes_of
+from ..checks import not_negative, optional, unchecked
+from ..federation.split import Split
+from ..training.gradients import per_sample_gradients
 from .estimate import Estimate, Grouping, from_moments, group_coordinates
+from .moments import Moments
 
 
 @door(sizes=sizes_of("g_f", 1), groups=groups_of("g_f"))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..adapters import AdaptedBackbone, Adapter
-from ..data import Split
-from ..door import several, unchecked
-from ..engine.gradients import per_sample_gradients
-from ..moments import Moments
-from ..stacks import door, groups_of, interval, sizes_of
+from ..adapters.lora import AdaptedBackbone, Adapter
+from ..adapters.state import door, groups_of, interval, sizes_of
+from ..checks import several, unchecked
+from ..federation.split import Split
+from ..training.gradients import per_sample_gradients
 from .estimate import Estimate, Grouping, from_moments, group_coordinates
+from .moments import Moments
 from .paper import diagonal_moments, fisher_diagonals
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters import AdaptedBackbone, Adapter, select_clients
-from ..data import Split
-from ..door import unchecked
-from ..engine.gradients import delta_gradients, per_sample_gradients
-from ..moments import Moments
-from ..stacks import door, groups_of, interval, sizes_of
+from ..adapters.lora import AdaptedBackbone, Adapter, select_clients
+from ..adapters.state import door, groups_of, interval, sizes_of
+from ..checks import unchecked
+from ..federation.split import Split
+from ..training.gradients import delta_gradients, per_sample_gradients
 from .curve import client_logits
 from .estimate import Estimate, Grouping, from_moments, group_coordinates, group_sum
+from .moments import Moments
 
 TINY = torch.finfo(torch.float64).tiny
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters import AdaptedBackbone, Adapter, flatten
-from ..data import Split
-from ..door import unchecked
-from ..engine.gradients import directional_derivatives, per_sample_gradients
-from ..merging import merge_exact
-from ..moments import Moments
-from ..stacks import door, numbers, shaped_like
+from ..adapters.lora import AdaptedBackbone, Adapter, flatten
+from ..adapters.state import door, numbers, shaped_like
+from ..checks import unchecked
+from ..federation.split import Split
+from ..merging.merge import merge_exact
+from ..training.gradients import directional_derivatives, per_sample_gradients
 from .estimate import Estimate
 from .gauss_newton import example_mean
+from .moments import Moments
 
 
 @door(variance=numbers(1, least=0), distance=shaped_like("variance", 1))

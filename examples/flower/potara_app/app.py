@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from potara_lite import AdaptedBackbone, Federation, attach, from_tensors, lab_vit
-from potara_lite.flower import Plan, client_app, load_lab_client, server_app
-from potara_lite.flower.plan import Config
+from potara_lite.deployment import Plan, client_app, load_lab_client, server_app
+from potara_lite.deployment.run_config import Config
 
 torch.set_num_threads(1)  # several clients share this machine's cores
 

@@ -1,0 +1,1 @@
+"""LoRA adapters: put on a backbone, as dictionaries of tensors, as folders."""

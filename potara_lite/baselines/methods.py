@@ -1,0 +1,192 @@
+"""The field as one table of methods, each a function of a ``Trial``: a federation, a seed and a budget of steps.
+
+Every method gets the same optimiser steps per client: those of Potara's federated and local training together. A round
+of a method that trains two models costs twice the steps, so it plays half as many rounds. All methods see the same
+initial adapter and the same training examples; federated ones read one batch stream, training alone has another.
+Calibration examples train nobody.
+
+``FAMILIES`` holds each method as a function of its options, with those defaults that did best among what
+``benchmarks/field.py --tune`` tries, on calibration examples of a seed that no table reports. ``lr_scale`` multiplies
+the setting's learning rate, ``rounds_scale`` its rounds; a ``weight`` is λ, on the federated model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..adapters.lora import Adapter, adapter_from_delta, delta, repeat_adapter, select_clients
+from ..checks import door, fraction, refuse
+from ..checks import function as any_function
+from ..estimators import ESTIMATORS, by_layer, estimate_paper, estimate_pooled, on_calibration, on_train
+from ..experiment import (
+    ORACLE,
+    PAIR_METHODS,
+    Method,
+    Pair,
+    Result,
+    Trial,
+    local_from_federated,
+    merging,
+    one_of_pair,
+    training_options,
+    with_estimator,
+)
+from ..merging.merge import merge_factors
+from ..setting import Setting
+from ..training.fedavg import Ledger
+from ..training.gradients import diagonal_fisher, per_sample_gradients
+from ..training.train import train
+from . import algorithms
+from . import merges as baselines
+from .rounds import Algorithm, run_algorithm
+
+
+@door(algorithm=lambda name, value, given: value)
+def from_algorithm(algorithm: Algorithm | Callable[[Setting], Algorithm], lr_scale: float = 1.0) -> Method:
+    """An algorithm, for as many rounds as the trial's steps allow.
+
+    Raises ``ValueError`` for what is neither an algorithm nor a function, and where whole rounds do not add up to the
+    budget.
+    """
+    if not isinstance(algorithm, Algorithm) and not callable(algorithm):
+        refuse("algorithm", "an Algorithm or a function of a setting", algorithm)
+
+    def method(trial: Trial) -> Result:
+        setting = trial.setting
+        one = algorithm if isinstance(algorithm, Algorithm) else algorithm(setting)
+        round_cost = one.local_cost(setting.round_steps)
+        rounds, rest = divmod(setting.total_steps - one.local_cost(one.finetune_steps), round_cost)
+        if rounds < 0 or rest:
+            raise ValueError(f"{one.name}: rounds of {round_cost} steps do not make {setting.total_steps}")
+        began, options = time.perf_counter(), training_options(setting, lr_scale)
+        options |= dict(rounds=rounds, local_steps=setting.round_steps, seed=trial.seed)
+        result = run_algorithm(one, trial.adapted, trial.federation.train, **options)
+        return Result(result.adapted, result.personal, result.ledger, time.perf_counter() - began)
+
+    return method
+
+
+def remaining_steps(setting: Setting, rounds_scale: float) -> int:
+    """The local steps that are left after ``rounds_scale`` times the setting's rounds."""
+    return setting.local_steps + (setting.rounds - round(rounds_scale * setting.rounds)) * setting.round_steps
+
+
+@door()
+def finetuned_after(algorithm: Algorithm, lr_scale: float = 1.0, rounds_scale: float = 1.0) -> Method:
+    """The algorithm with local steps after its rounds; both are Potara's, or ``rounds_scale`` times as many rounds and
+    what is left of the steps."""
+    return from_algorithm(
+        lambda setting: algorithms.finetuned(algorithm, remaining_steps(setting, rounds_scale)), lr_scale
+    )
+
+
+@door(weight=fraction)
+def wise_ft(weight: float, lr_scale: float, rounds_scale: float) -> Method:
+    """The straight line between FedIT and what the fine-tuning makes of it; ``weight`` is on FedIT's model."""
+    return from_algorithm(
+        lambda setting: algorithms.wise_ft(algorithms.FEDIT, remaining_steps(setting, rounds_scale), weight), lr_scale
+    )
+
+
+@door()
+def local_training(lr_scale: float = 1.0) -> Method:
+    """Every client alone, for all of the steps."""
+
+    def method(trial: Trial) -> Result:
+        clients, steps, began = len(trial.federation), trial.setting.total_steps, time.perf_counter()
+        options = training_options(trial.setting, lr_scale) | dict(steps=steps, seed=(trial.seed, 1))
+        initial = repeat_adapter(trial.adapted.initial, clients)
+        trained = train(trial.adapted, initial, trial.federation.train, **options)
+        ledger = Ledger.zeros(clients).add(torch.arange(clients), steps=steps)
+        return Result(trial.adapted, trained.adapters, ledger, time.perf_counter() - began)
+
+    return method
+
+
+def fisher_merge_of_pair(trial: Trial, pair: Pair) -> Adapter:
+    """Fisher merging of the deltas, coordinate by coordinate, on the calibration examples; a client at a time."""
+    adapted, samples, merged = trial.adapted, trial.federation.calibration, []
+    for row in (slice(i, i + 1) for i in range(len(samples))):
+        models = [select_clients(model, row) for model in pair.models]
+        dense = [adapter_from_delta(delta(one, adapted.scaling), adapted.scaling, one) for one in models]
+        split = samples.rows(row)
+        fishers = [diagonal_fisher(per_sample_gradients(adapted, one, split), split.sizes) for one in dense]
+        merged.append(baselines.fisher_merge(dense, fishers))
+    return {name: torch.cat([one[name] for one in merged]) for name in merged[0]}
+
+
+def regmean_of_pair(trial: Trial, pair: Pair) -> Adapter:
+    """RegMean on the client's training examples, as each of the two models sees them."""
+    models = pair.models
+    grams = [baselines.layer_grams(trial.adapted, model, trial.federation.train) for model in models]
+    return baselines.regmean(models, grams)
+
+
+@door(function=any_function)
+def merging_entries(function: Callable[[Tensor], Tensor]) -> Method:
+    """A merge of the task vectors entry by entry."""
+    return merging(lambda trial, pair: baselines.merge_deltas(pair.models, trial.adapted.scaling, function))
+
+
+def merged_from_federated(estimator: str) -> Callable[..., Method]:
+    """A merge whose local models start from the federated one; all such merges share them."""
+    return lambda lr_scale=2: with_estimator(ESTIMATORS[estimator], pair_of=local_from_federated(lr_scale))
+
+
+FAMILIES: dict[str, Callable[..., Method]] = {
+    "local": lambda lr_scale=0.5: local_training(lr_scale),
+    "local part": lambda: one_of_pair(1),
+    "federated part": lambda: one_of_pair(0),
+    "FedIT": lambda lr_scale=4: from_algorithm(algorithms.FEDIT, lr_scale),
+    "FedIT, fine-tuned": lambda lr_scale=0.5, rounds_scale=1: finetuned_after(algorithms.FEDIT, lr_scale, rounds_scale),
+    "WiSE-FT": lambda weight=0.5, lr_scale=2, rounds_scale=1.5: wise_ft(weight, lr_scale, rounds_scale),
+    "FedProx": lambda mu=0.1, lr_scale=8: from_algorithm(algorithms.fedprox(mu), lr_scale),
+    "FedProx, fine-tuned": lambda mu=0.01, lr_scale=0.5, rounds_scale=1.5: finetuned_after(
+        algorithms.fedprox(mu), lr_scale, rounds_scale
+    ),
+    "FFA-LoRA": lambda lr_scale=2: from_algorithm(algorithms.FFA, lr_scale),
+    "FFA-LoRA, fine-tuned": lambda lr_scale=2, rounds_scale=1: finetuned_after(algorithms.FFA, lr_scale, rounds_scale),
+    "FedEx-LoRA": lambda lr_scale=2: from_algorithm(algorithms.FEDEX, lr_scale),
+    "FedEx-LoRA, fine-tuned": lambda lr_scale=0.5, rounds_scale=1: finetuned_after(
+        algorithms.FEDEX, lr_scale, rounds_scale
+    ),
+    "FLoRA": lambda lr_scale=2: from_algorithm(algorithms.FLORA, lr_scale),
+    "FLoRA, fine-tuned": lambda lr_scale=1, rounds_scale=1: finetuned_after(algorithms.FLORA, lr_scale, rounds_scale),
+    "FlexLoRA": lambda lr_scale=2: from_algorithm(algorithms.flexlora(), lr_scale),
+    "FlexLoRA, fine-tuned": lambda lr_scale=0.5, rounds_scale=1: finetuned_after(
+        algorithms.flexlora(), lr_scale, rounds_scale
+    ),
+    "FedSA-LoRA": lambda lr_scale=2: from_algorithm(algorithms.FEDSA, lr_scale),
+    "FedPer": lambda lr_scale=2: from_algorithm(algorithms.FEDPER, lr_scale),
+    "FedRep": lambda head_share=0.5, lr_scale=2: from_algorithm(algorithms.fedrep(head_share), lr_scale),
+    "Ditto": lambda strength=0.01, lr_scale=1: from_algorithm(algorithms.ditto(strength), lr_scale),
+    "APFL": lambda weight=0.5, lr_scale=2: from_algorithm(algorithms.apfl(weight), lr_scale),
+    "FedDPA-T": lambda weight=0.5, lr_scale=1: from_algorithm(algorithms.feddpa(weight), lr_scale),
+    "FedALT": lambda lr_scale=1: from_algorithm(algorithms.fedalt(), lr_scale),
+    "uniform": lambda: with_estimator(ESTIMATORS["uniform"]),
+    "task arithmetic": lambda coefficient=0.5: merging(
+        lambda trial, pair: baselines.task_arithmetic(pair.models, coefficient)
+    ),
+    "Fisher merging": lambda: merging(fisher_merge_of_pair),
+    "RegMean": lambda: merging(regmean_of_pair),
+    "TIES": lambda density=0.2, coefficient=0.7: merging_entries(
+        partial(baselines.ties, density=density, coefficient=coefficient)
+    ),
+    "DARE": lambda drop=0.2: merging_entries(lambda vectors: baselines.dare(vectors, drop).mean(0)),
+    "potara-paper": lambda: with_estimator(ESTIMATORS["potara-paper"]),
+    "potara-paper, factors": lambda: with_estimator(ESTIMATORS["potara-paper"], merge_factors),
+    "potara-paper, by layer": lambda: with_estimator(on_train(estimate_paper, by=by_layer)),
+    "potara-calibrated, one weight": lambda: with_estimator(on_calibration(estimate_pooled)),
+    "potara-calibrated": lambda: with_estimator(ESTIMATORS["potara-calibrated"]),
+    "uniform, local from federated": merged_from_federated("uniform"),
+    "potara-paper, local from federated": merged_from_federated("potara-paper"),
+    "potara-calibrated, local from federated": merged_from_federated("potara-calibrated"),
+    "potara-calibrated, factors": lambda: with_estimator(ESTIMATORS["potara-calibrated"], merge_factors),
+}
+METHODS: dict[str, Method] = {name: family() for name, family in FAMILIES.items()}
+REFERENCES: dict[str, Method] = {ORACLE: PAIR_METHODS[ORACLE]}

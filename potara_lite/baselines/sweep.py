@@ -1,0 +1,200 @@
+"""Methods × federations × seeds → one tidy table, method by method on disk.
+
+Every finished (federation, seed, method) is a CSV file of its own, a *cell*, put in place in one step: an interrupted
+sweep goes on where it stopped, nothing finished is computed again, and a half-written file is never read. A cell's
+first line has the digest of its rows and that of what made them: a damaged cell is refused, that of another method or
+version is computed anew. ``results`` reads such tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from types import CodeType, FunctionType
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..adapters.lora import AdaptedBackbone
+from ..checks import door, function, kind, named, several, whole
+from ..experiment import Method, Trial, prepare
+from ..federation.split import Federation, Split, map_inputs
+from ..files import FileError, reading, write_atomically
+from ..results import result_rows
+from ..setting import Setting
+
+COLUMNS = ["federation", "method", "seed", "client", "accuracy", "loss", "union_accuracy", "union_loss", "weight",
+           "bytes_up", "bytes_down", "steps", "seconds"]  # fmt: skip
+
+
+@door(split=kind("Split"))
+def union(split: Split, per_client: int) -> Split:
+    """The first examples of every client, given to all of them: what a personalised model costs elsewhere.
+
+    Raises ``ValueError`` for ``per_client`` below 1.
+    """
+    sizes = split.sizes.clamp_max(per_client)
+
+    def all_together(tensor: Tensor) -> Tensor:
+        together = torch.cat([tensor[i, : int(n)] for i, n in enumerate(sizes)])
+        return together.expand(len(split), *together.shape)
+
+    x, y = map_inputs(all_together, split.x), all_together(split.y)
+    return Split(x, y, torch.full_like(split.sizes, y.shape[1]), split.ids)
+
+
+@door(methods=named(function), settings=named(kind("Setting")), shard=several(whole(0), least=2))
+def sweep(
+    methods: Mapping[str, Method],
+    settings: Mapping[str, Setting],
+    seeds: Sequence[int],
+    folder: str | Path,
+    *,
+    eval_split: Callable[[Federation], Split] = lambda federation: federation.test,
+    union_size: int = 25,
+    prepare: Callable[[Setting, int], tuple[AdaptedBackbone, Federation]] = prepare,
+    shard: tuple[int, int] = (0, 1),
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Run every method on every federation and seed that ``folder`` does not hold yet; all rows that it holds then.
+
+    A row per client, in the order of ``COLUMNS``: accuracy and loss (nats) on the client's own examples and on the
+    ``union`` of ``union_size`` examples of every client; the mixing weight, where there is one; what the client paid.
+    ``eval_split`` picks the examples: the test split, or the calibration split to choose options by. ``shard=(i, n)``
+    does every n-th pair of federation and seed from the i-th (0 ≤ i < n), to share the work between processes. A cell
+    is computed anew when its method, ``prepare``, ``eval_split`` or the version of the library is another one
+    (``fingerprint``).
+
+    Raises ``ValueError`` when the folder holds a federation of the same name and another setting or a damaged cell (a
+    ``FileError``), for names that would share a file or make none, for a seed given twice, and for no such shard.
+
+    A method of your own beside one of the field (LG-FedAvg shares the head and keeps the rest; arXiv 2001.01523):
+
+    >>> import tempfile
+    >>> from potara_lite import leaderboard
+    >>> from potara_lite.baselines.methods import METHODS, from_algorithm
+    >>> from potara_lite.baselines.rounds import Algorithm, is_head
+    >>> lg_fedavg = from_algorithm(Algorithm("LG-FedAvg", is_uploaded=is_head))
+    >>> mine = {"LG-FedAvg": lg_fedavg, "local": METHODS["local"]}
+    >>> tiny = Setting(clients=2, train_size=8, calibration_size=4, test_size=8, rounds=1, round_steps=1, local_steps=1)
+    >>> rows = sweep(mine, {"tiny": tiny}, seeds=[0, 1], folder=tempfile.mkdtemp())
+    >>> leaderboard(rows).loc["tiny", "bytes"].sort_index().tolist()
+    [25800.0, 0.0]
+    """
+    _check_names(methods, settings)
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard {shard}: the first number must be at least 0 and below the second")
+    folder, cells = Path(folder), [(name, seed) for name in settings for seed in seeds][shard[0] :: shard[1]]
+    for name, setting in settings.items():
+        _remember_setting(folder / _slug(name), setting, union_size)
+    common = fingerprint((__version__, prepare, eval_split))
+    keys = {method: fingerprint((common, function)) for method, function in methods.items()}
+    with tqdm(total=len(methods) * len(cells), disable=not progress, unit="run") as bar:
+        for name, seed in cells:
+            trial, place = None, folder / _slug(name) / f"seed-{seed}"
+            place.mkdir(exist_ok=True)
+            for method, function in methods.items():
+                path = place / f"{_slug(method)}.csv"
+                bar.set_description(f"{name}, seed {seed}, {method}")
+                if not path.is_file() or _read_cell(path)[0] != keys[method]:
+                    trial = trial or Trial(*prepare(settings[name], seed), settings[name], seed)
+                    rows = _rows(method, function, trial, eval_split(trial.federation), union_size)
+                    _write_cell(path, keys[method], rows.assign(federation=name)[COLUMNS])
+                bar.update()
+    return read_results(folder)
+
+
+@door()
+def read_results(folder: str | Path) -> pd.DataFrame:
+    """All rows that a sweep's folder holds, by federation, seed and method.
+
+    Raises ``FileError`` (a ``ValueError``) for a damaged cell.
+    """
+    frames = [_read_cell(path)[1] for path in sorted(Path(folder).glob("*/seed-*/*.csv"))]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
+
+
+def fingerprint(thing: object) -> str:
+    """A digest of a function and of what it holds: its code, defaults, closure and arguments, as far as these are
+    numbers, strings, tuples, dictionaries, functions and dataclasses; not of the functions that it calls."""
+    return hashlib.sha256(repr(_contents(thing, ())).encode()).hexdigest()[:16]
+
+
+def _contents(thing: object, above: tuple[int, ...]) -> object:
+    """What ``fingerprint`` sees: plain values, whose text is the same everywhere. ``above``: what it is inside of."""
+    if id(thing) in above:
+        return "itself"
+    if isinstance(thing, FunctionType):
+        closure = tuple(cell.cell_contents for cell in thing.__closure__ or ())
+        parts = thing.__code__, thing.__defaults__, thing.__kwdefaults__, closure
+    elif isinstance(thing, CodeType):
+        parts = thing.co_code, thing.co_names, *thing.co_consts
+    elif isinstance(thing, partial):
+        parts = thing.func, thing.args, thing.keywords
+    elif is_dataclass(thing) and not isinstance(thing, type):
+        parts = tuple(getattr(thing, field.name) for field in fields(thing))
+    elif isinstance(thing, dict):
+        parts = tuple(thing.items())
+    elif isinstance(thing, tuple):
+        parts = thing
+    else:
+        plain = str | bytes | int | float | complex | None
+        return thing if isinstance(thing, plain) else getattr(thing, "__qualname__", type(thing).__qualname__)
+    return tuple(_contents(part, (*above, id(thing))) for part in parts)
+
+
+def _write_cell(path: Path, key: str, rows: pd.DataFrame) -> None:
+    text = rows.to_csv(index=False)
+    write_atomically(path, f"# {key} {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+
+def _read_cell(path: Path) -> tuple[str, pd.DataFrame]:
+    """The fingerprint of what made a cell, and its rows."""
+    with reading(path):
+        first, _, text = path.read_text().partition("\n")
+        sign, _, rest = first.partition(" ")
+        key, _, digest = rest.partition(" ")
+        if sign != "#" or hashlib.sha256(text.encode()).hexdigest() != digest:
+            raise FileError(f"{path} is damaged or was changed by hand: delete it, and it is computed again")
+        rows = pd.read_csv(StringIO(text))
+        federation, method, seed = rows.loc[0, ["federation", "method", "seed"]].astype(str)
+        if path.parts[-3:] != (_slug(federation), f"seed-{seed}", f"{_slug(method)}.csv"):
+            raise FileError(f"{path} holds the rows of another cell: delete it, and it is computed again")
+    return key, rows
+
+
+def _slug(name: str) -> str:
+    """A name as a file name."""
+    return re.sub(r"[^\w.=-]+", "-", name).strip("-.")
+
+
+def _check_names(*collections: Mapping[str, object]) -> None:
+    for names in collections:
+        if empty := [name for name in names if not _slug(name)]:
+            raise ValueError(f"{empty[0]!r} can name no file: a name needs a letter or a digit")
+        if len({_slug(name).lower() for name in names}) < len(names):
+            raise ValueError(f"names must differ in letters or digits, unlike some of {list(names)}")
+
+
+def _remember_setting(folder: Path, setting: Setting, union_size: int) -> None:
+    path, text = folder / "setting.json", json.dumps(asdict(setting) | {"union": union_size}, indent=1) + "\n"
+    if path.is_file() and path.read_bytes() != text.encode():
+        raise ValueError(f"{folder} holds results of another setting; take another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+
+
+def _rows(name: str, method: Method, trial: Trial, split: Split, union_size: int) -> pd.DataFrame:
+    result = method(trial)
+    rows = result_rows(name, trial, result, split)
+    loss, accuracy = result.evaluate(union(split, union_size), trial.setting.chunk_size)
+    return rows.assign(union_loss=loss.cpu().numpy(), union_accuracy=accuracy.cpu().numpy())

@@ -1,0 +1,162 @@
+"""Checkers for notebook 06: a backbone of one's own, a declaration, a robust aggregate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.lora import Adapter, repeat_adapter
+from .checking import check
+
+
+class Output(NamedTuple):
+    """What the checker's encoder returns, in the manner of transformers' model outputs."""
+
+    last_hidden_state: Tensor  # (B, tokens, 8)
+
+
+class Encoder(nn.Module):
+    """Tokens ``(B, tokens, 5)`` to an ``Output``, with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(5, 8), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.dropout(self.layer(x).tanh()))
+
+
+def check_wrap(function: Callable[[nn.Module, nn.Module], nn.Module]) -> str:
+    """Exercise 1: from an encoder that returns an output object, and a head, a module that returns logits ``(B, 3)``.
+
+    The tokens are averaged. Those who take the first token instead are told so and count as correct.
+
+    >>> check_wrap(lambda encoder, head: nn.Sequential(encoder, head))[:36]
+    'hint: your module stopped with TypeE'
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder, head, x = Encoder().eval(), nn.Linear(8, 3), torch.randn(4, 6, 5)
+        try:
+            module = function(deepcopy(encoder).train(), deepcopy(head))
+        except NotImplementedError:
+            return "not attempted"
+        except Exception as error:  # whatever a reader's code may raise
+            return f"hint: your function stopped with {type(error).__name__}: {error}"
+        if module is None or module is ...:
+            return "not attempted"
+        if not isinstance(module, nn.Module):
+            return f"hint: attach wants an nn.Module; yours is a {type(module).__name__}"
+        found = sum(parameter.numel() for parameter in module.parameters())
+        wanted = sum(parameter.numel() for part in (encoder, head) for parameter in part.parameters())
+        if found != wanted:
+            return f"hint: {found} parameters, encoder and head have {wanted}: make both attributes of your module"
+        try:
+            answer = module(x)
+        except Exception as error:
+            return f"hint: your module stopped with {type(error).__name__}: {error}"
+        if isinstance(answer, (tuple, dict)):
+            return (
+                f"hint: the module returns a {type(answer).__name__}, not a tensor; logits are one tensor (B, classes)"
+            )
+        if module.training:
+            return "hint: the module is in training mode, where dropout makes its logits random: call .eval() on it"
+
+        def tokens(x: Tensor) -> Tensor:
+            return encoder(x).last_hidden_state
+
+        slips = {
+            "every row adds up to 1: that is a softmax; cross-entropy takes logits and does it itself": (
+                lambda x: head(tokens(x).mean(1)).softmax(-1)
+            ),
+            "that is a log-softmax; cross-entropy takes logits and does it itself": (
+                lambda x: head(tokens(x).mean(1)).log_softmax(-1)
+            ),
+            "the head is missing: these are features": lambda x: tokens(x).mean(1),
+            "one row of logits for each token; average the tokens (dim 1) first": lambda x: head(tokens(x)),
+            "you average over the batch (dim 0); the tokens are dim 1": lambda x: head(tokens(x).mean(0)),
+        }
+        first = {"from the first token; the mean of all is as good a choice": lambda x: head(tokens(x)[:, 0])}
+        return check(module, lambda x: head(tokens(x).mean(1)), [(x,)], slips, first)
+
+
+def check_sends(function: Callable[[str], bool]) -> str:
+    """Exercise 2: does FedPer send the tensor of this name? The body travels, the head stays.
+
+    >>> check_sends(lambda name: True)
+    'hint: everything travels: that is FedIT'
+    """
+    layer = "base_model.model.encoder.layers.0.mlp.fc1"
+    names = [f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", "base_model.model.head.weight"]
+    names += ["base_model.model.head.bias", "base_model.model.classifier.weight"]  # not every head is called head
+    slips = {
+        "only the head travels: that is LG-FedAvg, the other way round": lambda name: ".lora_" not in name,
+        "everything travels: that is FedIT": lambda name: True,
+        "nothing travels: that is local training": lambda name: False,
+        "only A travels: that is FedSA-LoRA": lambda name: "lora_A" in name,
+        "only B travels; A and B are both the body's": lambda name: "lora_B" in name,
+        "a head need not be called head: what is no LoRA factor is trained directly": lambda name: "head" not in name,
+    }
+    return check(function, lambda name: ".lora_" in name, [(name,) for name in names], slips)
+
+
+def check_trimmed_mean(function: Callable[[Adapter, Tensor], Adapter]) -> str:
+    """Exercise 3: from a stack and the clients' sizes, the mean of every entry without its smallest and its largest
+    value, unweighted, for each client.
+
+    >>> check_trimmed_mean(lambda stack, sizes: repeat_adapter({n: t.mean(0) for n, t in stack.items()}, len(sizes)))
+    'hint: nothing is trimmed: that is the plain mean'
+    """
+    random = torch.Generator().manual_seed(5)
+    shapes = {"layer.lora_A.weight": (2, 3), "layer.lora_B.weight": (4, 2), "head.bias": (3,)}
+    inputs = []
+    for sizes in ([10, 20, 30, 40, 50], [7, 7, 9]):
+        stack = {n: torch.randn(len(sizes), *s, generator=random, dtype=torch.float64) for n, s in shapes.items()}
+        stack["head.bias"][0] += 100  # one client is off
+        inputs.append((stack, torch.tensor(sizes)))
+
+    def each(rule: Callable[[Tensor, Tensor], Tensor], repeat: bool = True) -> Callable[[Adapter, Tensor], Adapter]:
+        def function(stack: Adapter, sizes: Tensor) -> Adapter:
+            mean = {name: rule(tensor, sizes) for name, tensor in stack.items()}
+            return repeat_adapter(mean, len(sizes)) if repeat else mean
+
+        return function
+
+    def trimmed(tensor: Tensor, sizes: Tensor) -> Tensor:
+        return tensor.sort(dim=0).values[1:-1].mean(0)
+
+    def weighted(tensor: Tensor, sizes: Tensor) -> Tensor:
+        share = (sizes / sizes.sum()).to(tensor)
+        return torch.einsum("c,c...->...", share, tensor)
+
+    def whole_clients(tensor: Tensor, sizes: Tensor) -> Tensor:
+        order = tensor.flatten(1).mean(1).argsort()
+        return tensor[order[1:-1]].mean(0)
+
+    def plain(tensor: Tensor, sizes: Tensor) -> Tensor:
+        return tensor.mean(0)
+
+    def late(tensor: Tensor, sizes: Tensor) -> Tensor:
+        return tensor.mean(0).flatten().sort().values[1:-1]
+
+    rows = "every client gets a row of its own: repeat_adapter(…, len(sizes))"
+    after = "you average first and trim then; sort over the clients (dim 0) before the mean"
+    slips = {
+        f"one row for all; {rows}": each(trimmed, repeat=False),
+        f"one row for all, and nothing is trimmed; {rows}": each(plain, repeat=False),
+        f"one row for all, the weighted mean, and nothing is trimmed; {rows}": each(weighted, repeat=False),
+        "nothing is trimmed: that is the plain mean": each(plain),
+        "nothing is trimmed: that is FedAvg": each(weighted),
+        after: each(late),
+        f"{after}; {rows}": each(late, repeat=False),
+        "you leave out whole clients; every entry has its own smallest and largest": each(whole_clients),
+        "the first and the last client are left out: sort over the clients first": (
+            each(lambda tensor, sizes: tensor[1:-1].mean(0))
+        ),
+        "that is the median, which trims all but the middle": each(lambda tensor, sizes: tensor.median(0).values),
+    }
+    return check(function, each(trimmed), inputs, slips)

@@ -1,0 +1,97 @@
+"""Choose seeds; see how the ranking of methods on them differs from their ranking on the other seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+
+from ..adapters.state import door, numbers
+from ..checks import table, whole
+from ..plots import colour
+
+WIDTH, LINE, TOP = 760, 26, 44  # of the picture: its width, and the height of a line and of the headings
+LEFT, RIGHT = 250, 510  # where the lines between the two rankings begin and end
+
+
+def scores_of_seeds(name: str, value: Any, given: Mapping[str, Any]) -> pd.DataFrame:
+    """A row per method and a column per seed, all finite numbers."""
+    found = table()(name, value, given)
+    numbers(2)(name, found.to_numpy(), given)
+    return found
+
+
+@door(scores=scores_of_seeds, chosen=whole(None))
+def seeds_explorer(scores: pd.DataFrame, chosen: int = 1) -> ipywidgets.VBox:
+    """Switch seeds on and off; methods are ranked by the chosen seeds at the left, by the others at the right.
+
+    ``scores`` has a row per method and a column per seed: the clients' mean accuracy. The first ``chosen`` seeds are on
+    at the start. A line that is not level is a method that changes its place. Nothing is computed but means, so a
+    switch answers at once. The children of the box are the row of switches, the text and the picture.
+
+    Raises ``ValueError`` for fewer than two seeds, or a start that leaves no seed on one of the two sides.
+
+    >>> scores = pd.DataFrame({0: [0.8, 0.7], 1: [0.6, 0.7], 2: [0.7, 0.9]}, index=["FedIT", "local"])
+    >>> switches, text, picture = seeds_explorer(scores).children
+    >>> text.value
+    'best on seed 0: FedIT; best on seeds 1, 2: local; 2 of 2 methods change places'
+    """
+    if not 0 < chosen < scores.shape[1]:
+        raise ValueError(f"chosen: {chosen} of {scores.shape[1]} seeds chosen: at least one on each side is needed")
+    switches = [
+        ipywidgets.ToggleButton(value=i < chosen, description=f"seed {seed}", layout={"width": "90px"})
+        for i, seed in enumerate(scores)
+    ]
+    text = ipywidgets.Label()
+    picture = ipywidgets.Image(format="svg+xml", layout={"width": "760px", "max_width": "98%"})
+
+    def update(_=None) -> None:
+        on = np.array([switch.value for switch in switches])
+        if on.all() or not on.any():
+            text.value = "leave at least one seed on and one off"
+            return
+        left, right = (_ranking(scores.loc[:, side]) for side in (on, ~on))
+        names = [_seeds(scores.columns[side]) for side in (on, ~on)]
+        moved = sum(one != other for one, other in zip(left.index, right.index))
+        text.value = (
+            f"best on {names[0]}: {left.index[0]}; best on {names[1]}: {right.index[0]}; "
+            f"{moved} of {len(scores)} methods change places"
+        )
+        picture.value = _draw(left, right, names).encode()
+
+    for switch in switches:
+        switch.observe(update, names="value")
+    update()
+    return ipywidgets.VBox([ipywidgets.HBox(switches), text, picture])
+
+
+def _ranking(scores: pd.DataFrame) -> pd.Series:
+    return scores.mean(axis=1).sort_values(ascending=False, kind="stable")
+
+
+def _seeds(seeds: pd.Index) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _draw(left: pd.Series, right: pd.Series, names: list[str]) -> str:
+    """Two rankings and a line for each method between its two places, as SVG."""
+    height = TOP + LINE * len(left)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        'font-family="sans-serif" font-size="13">',
+        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
+        f'<text x="{LEFT - 12}" y="20" text-anchor="end" fill="#666666">mean accuracy, {names[0]}</text>',
+        f'<text x="{RIGHT + 12}" y="20" fill="#666666">mean accuracy, {names[1]}</text>',
+    ]
+    for place, (method, score) in enumerate(left.items()):
+        start, end = (TOP + LINE * at for at in (place, right.index.get_loc(method)))
+        parts.append(
+            f'<path d="M{LEFT} {start}L{RIGHT} {end}" stroke="{colour(method)}" stroke-width="3"/>'
+            f'<text x="{LEFT - 12}" y="{start + 4}" text-anchor="end">{escape(method)}  {score:.3f}</text>'
+            f'<text x="{RIGHT + 12}" y="{end + 4}">{right[method]:.3f}  {escape(method)}</text>'
+        )
+    return "".join(parts) + "</svg>"

@@ -1,0 +1,1 @@
+"""Clients and their examples: splits, partitions, text as tokens, readers of task files."""

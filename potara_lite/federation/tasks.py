@@ -1,0 +1,208 @@
+"""Language data: federations of WordNet's glosses, and examples of task files on your disk.
+
+What is stored is text; a loader makes token ids of it with the backbone's own tokenizer. A gloss is what WordNet says a
+noun means, its label the supersense: is it an animal, an act, a time? Prompts with answers come
+from FLAN-style files and the commonsense suites.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import check_fields, door, options_of, path, several, shown, text
+from ..files import FileError, check_file, data_path, reading
+from ..models.language import encode_texts
+from .split import Examples, Federation, Split, partition
+
+GLOSSES = "wordnet_glosses.xz"
+DOMAINS = {  # supersenses that belong together
+    "living": ("animal", "body", "food", "person", "plant"),
+    "world": ("artifact", "location", "object", "phenomenon", "shape", "substance"),
+    "mind": ("act", "attribute", "cognition", "communication", "event", "feeling", "group", "possession", "process",
+             "quantity", "relation", "state", "time"),
+}  # fmt: skip
+
+
+@door(texts=several(text))
+def with_tokens(federation: Federation, texts: Sequence[str], tokenizer: Callable, longest: int = 32) -> Federation:
+    """The federation whose examples are the numbers of ``texts``, with their tokens (see ``encode_texts``) instead."""
+
+    def split(numbers: Split) -> Split:
+        if not isinstance(numbers.x, Tensor) or numbers.x.dim() != 2 or int(numbers.x.max()) >= len(texts):
+            raise ValueError(f"federation must be of numbers of the {len(texts)} texts, 0 … {len(texts) - 1}")
+        clients = [numbers.client(i) for i in range(len(numbers))]
+        return Split.of([(encode_texts(tokenizer, [texts[n] for n in x], longest), y) for x, y in clients], numbers.ids)
+
+    parts = (split(part) for part in (federation.train, federation.calibration, federation.test))
+    return Federation(*parts, federation.classes, federation.name)
+
+
+def read_glosses() -> tuple[list[str], list[str], Tensor]:
+    """The names of the 24 supersenses, the shipped glosses, and the label of each ``(n,)``.
+
+    Raises ``FileError`` when the file is missing or damaged.
+    """
+    path = check_file(data_path(GLOSSES))
+    with reading(path):
+        lines = lzma.decompress(path.read_bytes()).decode("ascii").splitlines()
+        senses, texts = zip(*(line.split("\t") for line in lines), strict=True)
+        if not all(text.strip() for text in texts):
+            raise ValueError("a gloss is empty")
+    names = sorted(set(senses))
+    return names, list(texts), torch.tensor([names.index(sense) for sense in senses])
+
+
+@door(names=several(text))
+def domain_proportions(names: Sequence[str], clients: int) -> np.ndarray:
+    """Class proportions ``(C, K)``: client i has the classes of one of the ``DOMAINS``, which take turns, alike."""
+    domains = [[name in own for name in names] for own in DOMAINS.values()]
+    rows = np.array([domains[client % len(domains)] for client in range(clients)], dtype=float)
+    return rows / rows.sum(1, keepdims=True)
+
+
+@door(options=options_of(partition))
+def wordnet_glosses(tokenizer: Callable, *, longest: int = 32, domains: bool = False, **options) -> Federation:
+    """A federation of the WordNet glosses in ``data/``: which of 24 supersenses is a noun of? No download.
+
+    ``tokenizer``: the backbone's own, of Hugging Face. ``options`` are those of ``partition``; with ``domains`` each
+    client has the supersenses of one of the ``DOMAINS`` instead of a Dirichlet draw, so labels differ from client to
+    client, and so do the sizes: from ``train_size`` down to a tenth of it. A third of the glosses, the same for every
+    seed, is the pool of test examples. Inputs are ``input_ids`` and ``attention_mask`` ``(C, N, T)``.
+    """
+    names, texts, labels = read_glosses()
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
+    test, train = order.tensor_split([len(order) // 3])
+    if domains:
+        clients, most = options.setdefault("clients", 8), options.get("train_size", 100)
+        options["proportions"] = domain_proportions(names, clients)
+        options["train_size"] = np.geomspace(most, most / 10, clients).round().astype(int).clip(1).tolist()
+    pools: list[Examples] = [(part, labels[part]) for part in (train, test)]
+    dealt = partition(*pools, classes=len(names), **{"name": "WordNet glosses", **options})
+    return with_tokens(dealt, texts, tokenizer, longest)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with its right ``answer``; ``options`` are the answers to choose from, none for free text.
+
+    Raises ``ValueError`` for an empty prompt or answer, an empty option, and an answer that is no option.
+    """
+
+    prompt: str
+    answer: str
+    options: tuple[str, ...] = ()
+    task: str = ""
+
+    def __post_init__(self):
+        check_fields(self, options=several(text, least=0))
+        object.__setattr__(self, "options", tuple(self.options))
+        if not self.prompt.strip() or not self.answer.strip():
+            raise ValueError("its prompt or its answer is empty")
+        if not all(option.strip() for option in self.options):
+            raise ValueError(f"one of its options is empty: {shown(list(self.options))}")
+        if self.options and self.answer not in self.options:
+            raise ValueError(f"its answer {shown(self.answer)} is none of its options {shown(list(self.options))}")
+
+
+@door(path=path)
+def read_task(path: str | Path, seed: int = 0) -> list[Question]:
+    """The examples in a JSON array or a JSON-lines file, shuffled by ``seed``, for many files are in order of class.
+
+    A record has the fields of one of these formats:
+
+    - FLAN-style: ``instruction`` (with its options after ``OPTIONS:``, a ``- `` before each), ``output``, ``task``;
+    - the commonsense suites as one fine-tunes on them: ``instruction`` (which ends ``Answer format: a/b/c``),
+      ``answer``;
+    - ARC and OpenBookQA: ``question`` with ``stem`` and ``choices`` (``label``, ``text``), ``answerKey``;
+    - BoolQ: ``passage``, ``question``, ``answer`` (true or false).
+
+    Raises ``FileError`` (a ``ValueError``) naming file and line (of an array, the record) for what is none of these, a
+    field of another kind, an empty prompt or answer, and an answer that is no option.
+    """
+    path, examples = Path(path), []
+    for place, record in _records(path):
+        with reading(f"{path}, {place}"):
+            examples.append(_example(record, path.stem))
+    if not examples:
+        raise FileError(f"{path} has no examples")
+    return [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
+
+
+def _records(path: Path) -> Iterator[tuple[str, object]]:
+    """The records of a file, and where each stands."""
+    if not path.is_file():
+        raise FileError(f"{path} is missing")
+    with reading(path):
+        text = path.read_text("utf-8")
+    whole = text.lstrip().startswith("[")
+    parts = [(1, text)] if whole else [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for number, part in parts:
+        with reading(f"{path}, line {number}"):
+            try:
+                found = json.loads(part)
+            except json.JSONDecodeError as error:
+                raise FileError(f"{path}, line {number + error.lineno - 1}: no JSON: {error.msg}") from None
+        records = enumerate(found, 1) if whole else [(number, found)]
+        yield from ((f"{'record' if whole else 'line'} {n}", record) for n, record in records)
+
+
+def _example(record: object, task: str) -> Question:
+    """A record as an example. Raises ``ValueError`` for what cannot be one."""
+    fields = set(record) if isinstance(record, Mapping) else set()
+    for needed, read in FORMATS:
+        if needed <= fields:
+            return read(record, _text({"task": task, **record}, "task"))
+    known = "; ".join(", ".join(sorted(needed)) for needed, _ in FORMATS)
+    raise ValueError(f"its fields are {sorted(fields)}, expected are those of one format: {known}")
+
+
+def _text(record: Mapping, name: str) -> str:
+    """A field of a record. Raises ``ValueError`` for one that is no text."""
+    if not isinstance(record[name], str):
+        raise ValueError(f"its {name} must be text, not {record[name]!r}")
+    return record[name]
+
+
+def _flan(record: Mapping, task: str) -> Question:
+    prompt = _text(record, "instruction")
+    options = re.findall(r"^- (.*)$", prompt.partition("OPTIONS:")[2], re.M)
+    return Question(prompt, _text(record, "output"), tuple(option.strip() for option in options), task)
+
+
+def _commonsense(record: Mapping, task: str) -> Question:
+    prompt = _text(record, "instruction")
+    options = prompt.partition("Answer format:")[2].strip().split("/")
+    return Question(prompt, _text(record, "answer"), tuple(filter(None, options)), task)
+
+
+def _choices(record: Mapping, task: str) -> Question:
+    question, key = record["question"], _text(record, "answerKey")
+    labels = [_text(choice, "label") for choice in question["choices"]]
+    choices = dict(zip(labels, (_text(choice, "text") for choice in question["choices"])))
+    if key not in choices or len(choices) < len(labels):
+        raise ValueError(f"its answerKey {key!r} must be one of its choices, which are {labels}")
+    return Question(_text(question, "stem"), choices[key], tuple(choices.values()), task)
+
+
+def _boolq(record: Mapping, task: str) -> Question:
+    if not isinstance(record["answer"], bool):
+        raise ValueError(f"its answer must be true or false, not {record['answer']!r}")
+    prompt, answer = f"{_text(record, 'passage')}\n{_text(record, 'question')}?", "yes" if record["answer"] else "no"
+    return Question(prompt, answer, ("yes", "no"), task)
+
+
+FORMATS: list[tuple[set[str], Callable[[Mapping, str], Question]]] = [  # the fields of each, and what reads it
+    ({"passage", "question", "answer"}, _boolq),
+    ({"question", "answerKey"}, _choices),
+    ({"instruction", "answer"}, _commonsense),
+    ({"instruction", "output"}, _flan),
+]

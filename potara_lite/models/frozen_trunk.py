@@ -1,0 +1,124 @@
+"""The frozen blocks below the first adapted one: what they make of an example is computed once.
+
+A network with its blocks in a list (torchvision's ViTs, BERT-like encoders, Llama-like language models) computes the
+same in its lower blocks for every adapter that begins above them. ``hidden_below`` computes it; ``call_network`` runs
+the network from there: the blocks below are passed by, what stands before and after them (embedding, masks, norm, head)
+runs as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..checks import door, whole
+from ..federation.split import Inputs
+
+ALONE = "(input)"  # the name of an only tensor, where it goes together with HIDDEN
+LINEAR = nn.Linear, Conv1D  # the second is GPT-2's, of ``transformers``: its weight is (in, out)
+HIDDEN = "(hidden)"  # the name of what the blocks below make of an example
+
+
+class _Reached(Exception):
+    """The blocks below are done: there is no need to run the rest."""
+
+
+def blocks_below(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
+    """The blocks below the first of ``layers``: those before it in the outermost list of modules that holds it."""
+    for layer in layers:
+        names = layer.split(".")
+        for depth in range(1, len(names)):
+            path = ".".join(names[:depth])
+            blocks = model.get_submodule(path)
+            if isinstance(blocks, nn.ModuleList | nn.Sequential):
+                inside = [name[len(path) + 1 :].split(".")[0] for name in layers if name.startswith(f"{path}.")]
+                order = list(blocks._modules)
+                return list(blocks)[: min(map(order.index, inside))]
+    return []
+
+
+@door(last=whole(None))
+def linear_layers(network: nn.Module, last: int | None = None) -> list[str]:
+    """The names of the linear layers in the blocks of a network, of the ``last`` so many or of all: targets of LoRA.
+
+    GPT-2's ``Conv1D``, a linear layer with its weight the other way round, is one of them. The network's blocks are the
+    list of modules that has the most parameters. Raises ``ValueError`` where there are not as many.
+    """
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    blocks = list(max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=[]))
+    if not 1 <= (last := len(blocks) if last is None else last) <= len(blocks):
+        raise ValueError(f"the last {last} blocks of a network that has {len(blocks)}")
+    chosen = {id(module) for block in blocks[-last:] for module in block.modules() if type(module) in LINEAR}
+    return [name for name, module in network.named_modules() if id(module) in chosen]
+
+
+def call_network(call: Callable, x: Inputs, below: Sequence[nn.Module]) -> Tensor:
+    """The logits of ``call``, a network or a function that runs it, on a batch.
+
+    A mapping's tensors are keyword arguments. With ``HIDDEN`` among them the blocks ``below`` hand it on. Of a Hugging
+    Face ``ModelOutput`` the logits are taken.
+    """
+    if isinstance(x, Tensor):
+        output = call(x)
+    else:
+        named = dict(x)
+        hidden, args = named.pop(HIDDEN, None), [named.pop(ALONE)] if ALONE in named else []
+        passing = {} if hidden is None else {block: lambda *args, **kwargs: hidden for block in below}
+        with replaced_forwards(passing):
+            output = call(*args, **named)
+    return getattr(output, "logits", output)
+
+
+def check_names(network: nn.Module, x: Inputs) -> None:
+    """Raise ``ValueError`` for a mapping with a name that the network's ``forward`` does not know, and without one that
+    it needs."""
+    taken, named = signature(network.forward), dict.fromkeys(x.keys() - {ALONE, HIDDEN})
+    try:
+        taken.bind(*[None] * (ALONE in x), **named)
+    except TypeError as error:
+        raise ValueError(f"the backbone takes {', '.join(taken.parameters)}: {error}") from None
+
+
+@torch.no_grad()
+def hidden_below(network: nn.Module, x: Inputs, below: Sequence[nn.Module], trained: Sequence[nn.Module]) -> Inputs:
+    """``x`` together with what the blocks ``below`` make of it, as ``HIDDEN``; ``x`` itself where there are none, where
+    one of the ``trained`` modules is called before they are done, or where a block returns more than a tensor."""
+    if not below:
+        return x
+    found: list[Tensor] = []
+
+    def reach(module, args, output=None):
+        if isinstance(output, Tensor):
+            found.append(output)
+        raise _Reached
+
+    hooks = [below[-1].register_forward_hook(reach), *(module.register_forward_pre_hook(reach) for module in trained)]
+    try:
+        call_network(network, x, [])
+    except _Reached:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {**(x if isinstance(x, dict) else {ALONE: x}), HIDDEN: found[0]} if found else x
+
+
+@contextmanager
+def replaced_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    """The modules with other forwards, for a while."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward

