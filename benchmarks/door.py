@@ -19,10 +19,9 @@ from types import FunctionType
 
 from pages import facts
 
-from potara_lite import Setting, compare
-from potara_lite import checks as door
+from potara_lite import Setting, checks as door, compare
 from potara_lite.adapters.lora import state as stacks
-from potara_lite.federation.split import check_alike, check_examples, check_pairs
+from potara_lite.federation.inputs import check_alike, check_examples, check_pairs
 from potara_lite.training import train as training
 
 CHECKS = (

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from workload import HERE, LR, Load, apart, client_steps, compared, make, paired, write
 
 from potara_lite import Execution, per_sample_gradients, repeat_adapter, train
-from potara_lite.adapters.lora import client_adapter, flatten
-from potara_lite.federation.split import batch_indices
+from potara_lite.adapters.state import client_adapter, flatten
+from potara_lite.federation.batches import batch_indices
 
 WORK = 6_400  # examples that one contestant of one row sees, at most; the number of steps follows
 TOLERANCE = 2e-4  # of adapters and losses, after at most 50 steps of 2e-3

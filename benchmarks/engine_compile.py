@@ -22,7 +22,7 @@ import torch
 from workload import HERE, Load, apart, compared, make, paired, write
 
 from potara_lite import repeat_adapter
-from potara_lite.adapters.lora import flatten, unflatten
+from potara_lite.adapters.state import flatten, unflatten
 from potara_lite.training.grouped_lora import as_one_batch
 from potara_lite.training.train import compiled_losses, losses
 

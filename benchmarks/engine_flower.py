@@ -42,7 +42,7 @@ def client_app(load: Load) -> ClientApp:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
         from workload import client_steps, make
 
-        from potara_lite.federation.split import batch_indices
+        from potara_lite.federation.batches import batch_indices
 
         torch.set_num_threads(1)
         row = int(context.node_config["partition-id"])
@@ -72,7 +72,7 @@ def server_app(load: Load, repeats: int, threads: int, result: dict, began: floa
         from workload import make
 
         from potara_lite import repeat_adapter, train
-        from potara_lite.adapters.lora import flatten, stack_adapters
+        from potara_lite.adapters.state import flatten, stack_adapters
 
         torch.set_num_threads(threads)
         adapted, split = make(load)

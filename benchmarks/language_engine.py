@@ -27,10 +27,14 @@ from peft import set_peft_model_state_dict
 from workload import HERE, LR, apart, client_steps, compared, paired, write
 
 from potara_lite import attach, repeat_adapter, text_encoder, train
-from potara_lite.adapters.lora import AdaptedBackbone, flatten
-from potara_lite.federation.split import Split, batch_indices, take
+from potara_lite.adapters.lora import AdaptedBackbone
+from potara_lite.adapters.state import flatten
+from potara_lite.federation.batches import batch_indices
+from potara_lite.federation.inputs import take
+from potara_lite.federation.split import Split
+from potara_lite.federation.text import pad_tokens
 from potara_lite.models.frozen_trunk import call_network, linear_layers
-from potara_lite.models.language import TextClassifier, pad_tokens
+from potara_lite.models.language import TextClassifier
 
 CLIENTS, BATCH, TOKENS, CLASSES = 8, 8, 32, 24
 TOLERANCE = 2e-4  # of adapters and losses

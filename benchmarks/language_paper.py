@@ -27,15 +27,18 @@ from pages import facts
 
 from potara_lite import Setting, attach, causal_lm, client_adapter, save_adapter
 from potara_lite.__main__ import check_device
-from potara_lite.adapters.lora import AdaptedBackbone, select_clients
+from potara_lite.adapters.lora import AdaptedBackbone
+from potara_lite.adapters.state import select_clients
 from potara_lite.baselines import algorithms
 from potara_lite.baselines.methods import from_algorithm, local_training
 from potara_lite.experiment import PAIR_METHODS, Method, Result, Trial
-from potara_lite.federation.split import Federation, from_tensors
+from potara_lite.federation.sources import from_tensors
+from potara_lite.federation.split import Federation
 from potara_lite.federation.tasks import Question, read_task
+from potara_lite.federation.text import encode_answers
 from potara_lite.files import one_line, write_atomically
 from potara_lite.models.frozen_trunk import linear_layers
-from potara_lite.models.language import check_source, encode_answers, text_tokenizer
+from potara_lite.models.language import check_source, text_tokenizer
 from potara_lite.results import result_rows
 from potara_lite.training.scoring import exact_match, multiple_choice, write_answers
 

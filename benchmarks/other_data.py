@@ -31,7 +31,8 @@ from pages import fill, markdown
 from suite import COLUMNS, ESTIMATORS, SINGLE, judge
 
 from potara_lite import Setting, attach, fashion_mnist, fedit, lab_vit, partition, repeat_adapter, train
-from potara_lite.federation.split import Examples, Federation
+from potara_lite.federation.inputs import Examples
+from potara_lite.federation.split import Federation
 from potara_lite.merging.connectivity import along_segment, weight_grid
 
 HERE = Path(__file__).parent

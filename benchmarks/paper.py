@@ -39,7 +39,7 @@ from peft import LoraConfig
 from suite import few
 
 from potara_lite import Setting, attach, fashion_mnist, lab_vit, merge_factors
-from potara_lite.adapters.lora import adapter_bytes, stack_adapters
+from potara_lite.adapters.state import adapter_bytes, stack_adapters
 from potara_lite.baselines.clusters import three_models
 from potara_lite.baselines.methods import FAMILIES, REFERENCES
 from potara_lite.baselines.sweep import read_results, sweep

@@ -39,7 +39,8 @@ from potara_lite import (
     train_pair,
 )
 from potara_lite.adapters.lora import AdaptedBackbone, Adapter
-from potara_lite.federation.split import PADDING, Federation, Split
+from potara_lite.federation.inputs import PADDING
+from potara_lite.federation.split import Federation, Split
 from potara_lite.federation.tasks import read_glosses
 from potara_lite.models.language import text_tokenizer
 from potara_lite.training.train import batched_logits

@@ -55,7 +55,8 @@ from potara_lite.estimators import (
     estimate_shrinkage,
     estimate_uniform,
 )
-from potara_lite.federation.split import Split, take
+from potara_lite.federation.inputs import take
+from potara_lite.federation.split import Split
 from potara_lite.merging.connectivity import along_segment, weight_grid
 
 HERE = Path(__file__).parent

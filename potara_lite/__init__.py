@@ -1,80 +1,124 @@
 """potara_lite: a notebook-first toolkit for personalised federated LoRA.
 
 Each client of a federation gets a model merged from a federated LoRA model (general knowledge) and its own local one
-(personal knowledge), with a closed-form mixing weight: Potara (arXiv 2602.18658). Every file is one idea; in reading
-order:
+(personal knowledge), with a closed-form mixing weight: Potara (arXiv 2602.18658). In reading order:
 
-    potara.py, door.py, setting.py, files.py, data.py, backbones.py, language.py, text_data.py, prefix.py,
-    stacks.py, adapters.py, merging.py, moments.py, training/loss.py, training/grouped_lora.py, training/batching.py,
-    training/train.py, training/fedavg.py, training/gradients.py, scoring.py, connectivity.py,
-    estimators/estimate.py, estimators/gauss_newton.py, estimators/curve.py, estimators/combination.py,
-    estimators/calibrated.py, estimators/paper.py, estimators/laplace.py, estimators/gradient.py,
-    estimators/shrinkage.py, estimators/ensemble.py, experiment.py, results.py, run_folder.py, baselines/privacy.py,
-    baselines/rounds.py, baselines/algorithms.py, baselines/merges.py, baselines/methods.py, baselines/clusters.py, baselines/sweep.py,
-    deployment/run_config.py, deployment/client.py, deployment/server.py, course/rows.py, plots.py,
-    course/convex_head.py, course/widgets.py, course/explorers.py, course/bound_explorer.py,
-    course/estimator_explorer.py, course/seeds_explorer.py, course/exercises/checking.py,
-    course/exercises/quickstart.py, course/exercises/federated_lora.py, course/exercises/connectivity.py,
-    course/exercises/bound.py, course/exercises/estimating.py, course/exercises/benchmark.py,
-    course/exercises/your_own.py, course/exercises/language.py, __main__.py
+    potara.py       the method in one file: the reference implementation
+    setting.py      one federation and how its models are trained
+    checks.py       types of arguments: what they may be
+    files.py        reading, writing in one step, one folder for one run
+    compat.py       what touches the insides of torch, transformers and PEFT
+    federation/     clients and their examples
+    models/         frozen backbones
+    adapters/       LoRA on a backbone; adapters as dictionaries of tensors and as folders
+    training/       train and evaluate all clients at once; per-sample gradients
+    merging/        merge adapters, compress them, loss between two models
+    estimators/     from moments to the mixing weight
+    experiment.py   one federation and seed: its two models, and the methods that merge them
+    results.py      tables of results
+    plots.py        figures
+    baselines/      the methods that Potara is compared with
+    deployment/     the same rounds between machines, with Flower
+    course/         widgets and exercises of the notebooks
+    __main__.py     the command
 
-What is below is imported when it is first used, so that ``import potara_lite`` costs nothing.
+A name is imported from its module when it is first used, so that ``import potara_lite`` costs nothing.
 """
 
+import ast
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "setting": ["Setting"],
-    "files": ["FileError"],
-    "federation.split": ["Federation", "Split", "fashion_mnist", "from_tensors", "from_torchvision", "partition"],
-    "models.vit": ["lab_vit", "torchvision_vit"],
-    "models.language": ["causal_lm", "encode_answers", "encode_texts", "next_tokens", "text_encoder"],
-    "federation.tasks": ["Question", "read_task", "wordnet_glosses"],
-    "models.frozen_trunk": ["linear_layers"],
-    "adapters.lora": [
-        "AdaptedBackbone",
-        "adapter_bytes",
-        "attach",
-        "client_adapter",
-        "delta",
-        "load_adapter",
-        "repeat_adapter",
-        "save_adapter",
-        "stack_adapters",
-    ],
-    "merging.merge": ["change_basis", "combine_adapters", "compress", "merge_exact", "merge_factors"],
-    "estimators.moments": ["Moments", "combination_weights"],
-    "training.batching": ["Execution"],
-    "training.train": ["DivergedError", "evaluate", "train"],
-    "training.fedavg": ["Ledger", "fedit"],
-    "training.gradients": ["diagonal_fisher", "per_sample_gradients"],
-    "training.scoring": ["exact_match", "multiple_choice", "write_answers"],
-    "merging.connectivity": ["along_plane", "along_segment", "barrier", "weight_grid"],
-    "estimators": [
-        "ESTIMATORS",
-        "Estimate",
-        "estimate_calibrated",
-        "estimate_curve",
-        "estimate_paper",
-        "estimate_pooled",
-        "estimate_uniform",
-    ],
-    "experiment": ["Pair", "Result", "Trial", "prepare", "train_pair"],
-    "results": ["compare", "leaderboard", "paired_differences", "summary"],
-    "baselines.rounds": ["Algorithm", "Phase", "run_algorithm"],
-    "baselines.methods": ["METHODS"],
-    "baselines.sweep": ["sweep"],
-}
-_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+if TYPE_CHECKING:  # what type checkers and editors see; at run time the same lines say where a name is
+    from .adapters.files import load_adapter as load_adapter, save_adapter as save_adapter
+    from .adapters.lora import AdaptedBackbone as AdaptedBackbone, attach as attach
+    from .adapters.state import (
+        adapter_bytes as adapter_bytes,
+        client_adapter as client_adapter,
+        delta as delta,
+        repeat_adapter as repeat_adapter,
+        stack_adapters as stack_adapters,
+    )
+    from .baselines.methods import METHODS as METHODS
+    from .baselines.rounds import Algorithm as Algorithm, Phase as Phase, run_algorithm as run_algorithm
+    from .baselines.sweep import sweep as sweep
+    from .estimators import (
+        ESTIMATORS as ESTIMATORS,
+        Estimate as Estimate,
+        estimate_calibrated as estimate_calibrated,
+        estimate_curve as estimate_curve,
+        estimate_paper as estimate_paper,
+        estimate_pooled as estimate_pooled,
+        estimate_uniform as estimate_uniform,
+    )
+    from .estimators.moments import Moments as Moments, combination_weights as combination_weights
+    from .experiment import Pair as Pair, Result as Result, Trial as Trial, prepare as prepare, train_pair as train_pair
+    from .federation.partition import partition as partition
+    from .federation.sources import (
+        fashion_mnist as fashion_mnist,
+        from_tensors as from_tensors,
+        from_torchvision as from_torchvision,
+    )
+    from .federation.split import Federation as Federation, Split as Split
+    from .federation.tasks import Question as Question, read_task as read_task, wordnet_glosses as wordnet_glosses
+    from .federation.text import (
+        encode_answers as encode_answers,
+        encode_texts as encode_texts,
+        next_tokens as next_tokens,
+    )
+    from .files import FileError as FileError
+    from .merging.connectivity import (
+        along_plane as along_plane,
+        along_segment as along_segment,
+        barrier as barrier,
+        weight_grid as weight_grid,
+    )
+    from .merging.merge import (
+        change_basis as change_basis,
+        combine_adapters as combine_adapters,
+        compress as compress,
+        merge_exact as merge_exact,
+        merge_factors as merge_factors,
+    )
+    from .models.frozen_trunk import linear_layers as linear_layers
+    from .models.language import causal_lm as causal_lm, text_encoder as text_encoder
+    from .models.vit import lab_vit as lab_vit, torchvision_vit as torchvision_vit
+    from .results import (
+        compare as compare,
+        leaderboard as leaderboard,
+        paired_differences as paired_differences,
+        summary as summary,
+    )
+    from .setting import Setting as Setting
+    from .training.batching import Execution as Execution
+    from .training.fedavg import Ledger as Ledger, fedit as fedit
+    from .training.gradients import diagonal_fisher as diagonal_fisher, per_sample_gradients as per_sample_gradients
+    from .training.scoring import (
+        exact_match as exact_match,
+        multiple_choice as multiple_choice,
+        write_answers as write_answers,
+    )
+    from .training.train import DivergedError as DivergedError, evaluate as evaluate, train as train
+
+
+def _module_of() -> dict[str, str]:
+    """The module of every public name, read from the imports above."""
+    source = ast.parse(Path(__file__).read_text("utf-8"))
+    imports = [node for node in ast.walk(source) if isinstance(node, ast.ImportFrom) and node.level]
+    return {name.name: f".{node.module}" for node in imports for name in node.names}
+
+
+_MODULE_OF = _module_of()
 __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str):
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    return getattr(import_module(_MODULE_OF[name], __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -106,7 +106,8 @@ def configuration(setting: Setting, seeds: list[int]) -> str:
 
 def save_models(out: Path, name: str, trial, result) -> None:
     """A seed's adapters as PEFT folders: ``federated``, and ``client-i/local`` and ``client-i/potara-calibrated``."""
-    from .adapters.lora import client_adapter, save_adapter
+    from .adapters.files import save_adapter
+    from .adapters.state import client_adapter
 
     folder = out / "adapters" / f"seed-{trial.seed}"
     if name == "federated":
@@ -137,8 +138,8 @@ def run(args: argparse.Namespace):
     import pandas as pd
 
     from .experiment import ORACLE, run_methods
+    from .files import run_folder
     from .results import result_rows
-    from .run_folder import run_folder
 
     with run_folder(args.out, configuration(setting, args.seeds), args.overwrite) as folder:
         if kept := folder.finished:

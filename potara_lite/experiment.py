@@ -14,12 +14,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .adapters.lora import AdaptedBackbone, Adapter, attach, repeat_adapter
-from .adapters.state import door, like_federated, numbers, stack, weights_of_clients
-from .checks import check_fields, kind, named, not_negative, several, whole
-from .checks import function as any_function
+from .adapters.lora import AdaptedBackbone, Adapter, attach
+from .adapters.state import door, like_federated, numbers, repeat_adapter, stack, weights_of_clients
+from .checks import check_fields, function as any_function, kind, named, not_negative, several, whole
 from .estimators import ESTIMATORS, Estimate
-from .federation.split import Federation, Split, fashion_mnist
+from .federation.sources import fashion_mnist
+from .federation.split import Federation, Split
 from .federation.tasks import wordnet_glosses
 from .merging.connectivity import along_segment, weight_grid
 from .merging.merge import merge_exact

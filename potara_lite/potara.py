@@ -16,7 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .federation.split import batch_indices, fashion_mnist
+from .federation.batches import batch_indices
+from .federation.sources import fashion_mnist
 from .models.vit import lab_vit
 
 Weights = dict[str, Tensor]  # what is trained: LoRA's factors A (r, in) and B (out, r), and the new head

@@ -13,6 +13,7 @@ from scipy import stats
 from .checks import Check, door, function, kind, named, several, shown, table, text
 from .experiment import ORACLE, PAIR_METHODS, Method, Result, Trial, run_methods
 from .federation.split import Split
+from .files import FileError, data_path, reading
 from .setting import Setting
 
 COLUMNS = ["method", "seed", "client", "accuracy", "loss", "weight", "bytes_up", "bytes_down", "steps", "seconds"]
@@ -165,3 +166,19 @@ def holm(p: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, value * (len(order) - place)))
         corrected[i] = largest
     return corrected
+
+
+@door()
+def committed_rows(name: str) -> pd.DataFrame:
+    """The table ``name``, such as ``"bound.csv"``: from an installed wheel, or from ``benchmarks/`` of a checkout.
+
+    Raises ``FileError`` (a ``ValueError``) when neither has it, or when it is damaged.
+
+    >>> sorted(committed_rows("bound.csv").regime.unique())
+    ['default', 'over-fitted']
+    """
+    path = data_path(name, "benchmarks")
+    if not path.is_file():
+        raise FileError(f"{name} is missing: it is neither in the installed package nor in a checkout's benchmarks/")
+    with reading(path):
+        return pd.read_csv(path)

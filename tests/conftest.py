@@ -10,8 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from potara_lite import potara
-from potara_lite.adapters.lora import attach, delta, repeat_adapter
-from potara_lite.federation.split import batch_indices, from_tensors
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import delta, repeat_adapter
+from potara_lite.federation.batches import batch_indices
+from potara_lite.federation.sources import from_tensors
 from potara_lite.models.vit import LabViT
 
 SIZES = (5, 13, 9)

@@ -8,22 +8,17 @@ from conftest import tiny_vit
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from potara_lite.adapters.lora import (
+from potara_lite.adapters.files import load_adapter, save_adapter
+from potara_lite.adapters.lora import attach, check_same_base, factor_names, factors, lora_layers
+from potara_lite.adapters.state import (
     adapter_bytes,
     adapter_from_delta,
-    attach,
-    check_same_base,
     client_adapter,
     delta,
     delta_inner_products,
-    factor_names,
-    factors,
     flatten,
     is_dense_factor,
-    load_adapter,
-    lora_layers,
     repeat_adapter,
-    save_adapter,
     stack_adapters,
     unflatten,
 )

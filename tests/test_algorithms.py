@@ -10,19 +10,9 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn import functional as F
 
-from potara_lite.adapters.lora import (
-    AdaptedBackbone,
-    adapter_bytes,
-    attach,
-    client_adapter,
-    delta,
-    delta_added,
-    flatten,
-    load_adapter,
-    lora_layers,
-    repeat_adapter,
-    save_adapter,
-)
+from potara_lite.adapters.files import load_adapter, save_adapter
+from potara_lite.adapters.lora import AdaptedBackbone, attach, delta_added, lora_layers
+from potara_lite.adapters.state import adapter_bytes, client_adapter, delta, flatten, repeat_adapter
 from potara_lite.baselines.algorithms import (
     FEDEX,
     FEDIT,
@@ -53,7 +43,7 @@ from potara_lite.baselines.rounds import (
     run_algorithm,
     select_prefix,
 )
-from potara_lite.federation.split import batch_indices
+from potara_lite.federation.batches import batch_indices
 from potara_lite.merging.merge import limit_rank
 from potara_lite.training.batching import Execution
 from potara_lite.training.fedavg import fedit, weighted_average

@@ -10,12 +10,16 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from potara_lite import potara
-from potara_lite.adapters.lora import attach, client_adapter, delta, delta_added, flatten, repeat_adapter, save_adapter
+from potara_lite.adapters.files import save_adapter
+from potara_lite.adapters.lora import attach, delta_added
+from potara_lite.adapters.state import client_adapter, delta, flatten, repeat_adapter
 from potara_lite.baselines.merges import layer_grams
-from potara_lite.federation.split import Split, batch_indices
+from potara_lite.federation.batches import batch_indices
+from potara_lite.federation.split import Split
+from potara_lite.federation.text import next_tokens, pad_tokens
 from potara_lite.merging.merge import merge_exact
 from potara_lite.models.frozen_trunk import HIDDEN, linear_layers, replaced_forwards
-from potara_lite.models.language import TextClassifier, causal_lm, next_tokens, pad_tokens, text_encoder
+from potara_lite.models.language import TextClassifier, causal_lm, text_encoder
 from potara_lite.training.batching import Execution, plan
 from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
 from potara_lite.training.grouped_lora import OneBatch

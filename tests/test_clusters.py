@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from potara_lite import Setting, fedit, repeat_adapter
-from potara_lite.adapters.lora import adapter_bytes, client_adapter, delta, stack_adapters
+from potara_lite.adapters.state import adapter_bytes, client_adapter, delta, stack_adapters
 from potara_lite.baselines.clusters import cluster_clients, similarity, three_models, train_clusters
 from potara_lite.estimators import estimate_combination, estimate_curve, simplex_moments
 from potara_lite.estimators.moments import combination_weights

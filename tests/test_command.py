@@ -15,13 +15,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from potara_lite import __main__ as command
-from potara_lite import experiment, prepare
+from potara_lite import __main__ as command, experiment, prepare
 from potara_lite.experiment import ORACLE
-from potara_lite.files import write_atomically
+from potara_lite.files import run_folder, write_atomically
 from potara_lite.models import vit as backbones
 from potara_lite.results import COLUMNS
-from potara_lite.run_folder import run_folder
 from potara_lite.setting import Setting
 
 SMALL = ["--clients", "3", "--train-size", "20", "--rounds", "2", "--local-steps", "6", "--test-size", "20", "--quiet"]
@@ -254,7 +252,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(out, tmp_path, caps
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("potara_lite.adapters.lora.write_atomically", full)
+        patch.setattr("potara_lite.files.write_atomically", full)
         assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "No space left on device" in said and said.count("\n") == 1
@@ -264,7 +262,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(out, tmp_path, caps
         def write(path, content):
             (full if path.name == "results.csv" else write_atomically)(path, content)
 
-        patch.setattr("potara_lite.run_folder.write_atomically", write)
+        patch.setattr("potara_lite.files.write_atomically", write)
         assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 2
     assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 0
     assert files(tmp_path) == files(out)

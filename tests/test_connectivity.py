@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from potara_lite.adapters.lora import client_adapter, delta
+from potara_lite.adapters.state import client_adapter, delta
 from potara_lite.merging.connectivity import along_segment, barrier, weight_grid
 from potara_lite.merging.merge import merge_exact, merge_factors
 from potara_lite.training.batching import Execution

@@ -26,17 +26,17 @@ from conftest import tiny_text_encoder, tiny_vit, within
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from potara_lite.adapters.lora import attach, load_adapter, pattern, rank_dim, save_adapter, stack_adapters
+from potara_lite.adapters.files import load_adapter, save_adapter
+from potara_lite.adapters.lora import attach, pattern, rank_dim
+from potara_lite.adapters.state import stack_adapters
 from potara_lite.baselines.sweep import read_results, sweep
 from potara_lite.experiment import Result
-from potara_lite.federation import split as data
-from potara_lite.federation import tasks as text_data
+from potara_lite.federation import split as data, tasks as text_data
 from potara_lite.federation.tasks import Question, read_task
-from potara_lite.files import FileError, check_file, reading, write_atomically
+from potara_lite.files import FileError, check_file, reading, run_folder, write_atomically
 from potara_lite.merging.merge import merge_exact
 from potara_lite.models import language
 from potara_lite.models.vit import lab_vit
-from potara_lite.run_folder import run_folder
 from potara_lite.setting import Setting
 from potara_lite.training.fedavg import Ledger
 

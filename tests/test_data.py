@@ -6,22 +6,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from potara_lite.federation import split as data
-from potara_lite.federation.split import (
-    Federation,
-    Split,
-    check_file,
-    dirichlet_proportions,
-    draw,
-    fashion_mnist,
-    from_tensors,
-    from_torchvision,
-    partition,
-    shift_images,
-)
+from potara_lite.federation.partition import dirichlet_proportions, draw, partition, shift_images
+from potara_lite.federation.sources import fashion_mnist, from_tensors, from_torchvision
+from potara_lite.federation.split import Federation, Split, check_file
 
 
 def numbered_pool(per_class, classes=10, start=0):

@@ -14,15 +14,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_federation, tiny_vit
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_project import FILES, module_name
 from test_results import ROOT, script
 
 import potara_lite
-from potara_lite import checks as plain_door
-from potara_lite import estimators, fedit, next_tokens
-from potara_lite.adapters.lora import attach, client_adapter, repeat_adapter
+from potara_lite import checks as plain_door, estimators, fedit, next_tokens
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import client_adapter, repeat_adapter
 from potara_lite.baselines.merges import layer_grams, merge_deltas
 from potara_lite.baselines.privacy import with_noise
 from potara_lite.checks import door, options_of, shown, unchecked
@@ -30,8 +29,7 @@ from potara_lite.experiment import initial_adapter
 from potara_lite.federation.split import Split
 from potara_lite.federation.tasks import Question
 from potara_lite.setting import Setting
-from potara_lite.training import gradients as gradients_of
-from potara_lite.training import train as training
+from potara_lite.training import gradients as gradients_of, train as training
 from potara_lite.training.train import OptimizerState
 
 NAN, INF = float("nan"), float("inf")
@@ -121,7 +119,7 @@ def curves(t):
 
 @cache
 def course():
-    from potara_lite.course.rows import committed_rows
+    from potara_lite.results import committed_rows
 
     return committed_rows("course.csv").query("alpha == 0.5 and seed == 0")
 
@@ -149,17 +147,17 @@ def spoken(t):
 # A call of every public function that is right: a function of ``things()`` to its arguments.
 
 CALLS = {
-    "federation.split.batch_indices": lambda t: dict(size=5, start=0, steps=2, batch_size=2, seed=0),
-    "federation.split.dirichlet_proportions": lambda t: dict(clients=2, classes=3, alpha=1.0, rng=np.random.default_rng(0)),
-    "federation.split.shift_images": lambda t: dict(x=t.pool[0], client=1, clients=2),
-    "federation.split.partition": lambda t: dict(
+    "federation.batches.batch_indices": lambda t: dict(size=5, start=0, steps=2, batch_size=2, seed=0),
+    "federation.partition.dirichlet_proportions": lambda t: dict(clients=2, classes=3, alpha=1.0, rng=np.random.default_rng(0)),
+    "federation.partition.shift_images": lambda t: dict(x=t.pool[0], client=1, clients=2),
+    "federation.partition.partition": lambda t: dict(
         pool=t.pool, test_pool=t.pool, classes=4, proportions=np.full((2, 4), 0.25), clients=2,
         train_size=3, calibration_size=2, test_size=2, alpha=INF,
         shift=False, seed=0, name="x",
     ),
-    "federation.split.fashion_mnist": lambda t: dict(clients=2, train_size=2, calibration_size=2, test_size=2, alpha=1.0, seed=0),
-    "federation.split.from_torchvision": lambda t: dict(dataset="CIFAR10", root="nowhere", download=False, clients=2, alpha=1.0),
-    "federation.split.from_tensors": lambda t: dict(
+    "federation.sources.fashion_mnist": lambda t: dict(clients=2, train_size=2, calibration_size=2, test_size=2, alpha=1.0, seed=0),
+    "federation.sources.from_torchvision": lambda t: dict(dataset="CIFAR10", root="nowhere", download=False, clients=2, alpha=1.0),
+    "federation.sources.from_tensors": lambda t: dict(
         train=[t.split.client(i) for i in range(3)], test=[t.split.client(i) for i in range(3)], calibration_size=1,
         classes=4, seed=0, name="x",
     ),
@@ -168,25 +166,25 @@ CALLS = {
     "models.language.text_encoder": lambda t: dict(name_or_path="nowhere", classes=4),
     "models.language.causal_lm": lambda t: dict(name_or_path="nowhere"),
     "models.language.text_tokenizer": lambda t: dict(name_or_path="nowhere"),
-    "models.language.pad_tokens": lambda t: dict(rows=[[1, 2], [3]]),
-    "models.language.encode_texts": lambda t: dict(tokenizer=Letters(), texts=["a b", "c"], max_length=8),
-    "models.language.encode_answers": lambda t: dict(tokenizer=Letters(), prompts=["a"], answers=[" b"], max_length=8),
+    "federation.text.pad_tokens": lambda t: dict(rows=[[1, 2], [3]]),
+    "federation.text.encode_texts": lambda t: dict(tokenizer=Letters(), texts=["a b", "c"], max_length=8),
+    "federation.text.encode_answers": lambda t: dict(tokenizer=Letters(), prompts=["a"], answers=[" b"], max_length=8),
     "federation.tasks.with_tokens": lambda t: dict(federation=t.numbers, texts=["a", "b", "c"], tokenizer=LETTERS, longest=4),
     "federation.tasks.domain_proportions": lambda t: dict(names=["animal", "act", "shape"], clients=2),
     "federation.tasks.wordnet_glosses": lambda t: dict(tokenizer=Letters(), longest=4, domains=False, clients=2, test_size=4),
-        "prefix.linear_layers": lambda t: dict(network=t.backbone, last=1),
+        "models.frozen_trunk.linear_layers": lambda t: dict(network=t.backbone, last=1),
     "adapters.lora.attach": lambda t: dict(
         backbone=t.backbone, rank=2, alpha=3.0, targets=["fc1"], head="head", seed=0, config=None
     ),
-    "adapters.lora.save_adapter": lambda t: dict(adapted=t.adapted, adapter=t.one, folder=mkdtemp()),
-    "adapters.lora.load_adapter": lambda t: dict(adapted=t.adapted, folder=t.folder),
+    "adapters.files.save_adapter": lambda t: dict(adapted=t.adapted, adapter=t.one, folder=mkdtemp()),
+    "adapters.files.load_adapter": lambda t: dict(adapted=t.adapted, folder=t.folder),
     "federation.tasks.read_task": lambda t: dict(path=t.task, seed=0),
-    "adapters.lora.delta": lambda t: dict(adapter=t.one, scaling=t.adapted.scaling),
-    "adapters.lora.delta_inner_products": lambda t: dict(adapters=[t.local, t.federated], scaling=t.adapted.scaling),
-    "adapters.lora.stack_adapters": lambda t: dict(adapters=[t.one, t.small]),
-    "adapters.lora.repeat_adapter": lambda t: dict(adapter=t.one, clients=2),
-    "adapters.lora.client_adapter": lambda t: dict(stack=t.local, client=1),
-    "adapters.lora.adapter_bytes": lambda t: dict(adapter=t.one),
+    "adapters.state.delta": lambda t: dict(adapter=t.one, scaling=t.adapted.scaling),
+    "adapters.state.delta_inner_products": lambda t: dict(adapters=[t.local, t.federated], scaling=t.adapted.scaling),
+    "adapters.state.stack_adapters": lambda t: dict(adapters=[t.one, t.small]),
+    "adapters.state.repeat_adapter": lambda t: dict(adapter=t.one, clients=2),
+    "adapters.state.client_adapter": lambda t: dict(stack=t.local, client=1),
+    "adapters.state.adapter_bytes": lambda t: dict(adapter=t.one),
     "merging.merge.combine_adapters": lambda t: dict(adapters=[t.local, t.federated], weights=[0.5, -1.0]),
     "merging.merge.merge_exact": lambda t: merged_pair(t) | dict(weight=0.5),
     "merging.merge.merge_factors": lambda t: merged_pair(t) | dict(weight=torch.tensor([0.1, 0.5, 1.0])),
@@ -254,16 +252,16 @@ CALLS = {
     "estimators.ensemble.estimate_ensemble": lambda t: dict(
         adapted=t.adapted, runs=[(t.federated, t.local)], optimum=t.federated, split=t.split
     ),
-    "estimators.gradient.gradient_moments": lambda t: gradients(t) | dict(
+    "estimators.alternatives.gradient_moments": lambda t: gradients(t) | dict(
         unbiased=True, damping=0.1, cross_fit=False, groups=None
     ),
-    "estimators.gradient.estimate_gradient": lambda t: estimated(t) | dict(
+    "estimators.alternatives.estimate_gradient": lambda t: estimated(t) | dict(
         unbiased=True, damping=0.1, cross_fit=False, by=None
     ),
-    "estimators.laplace.laplace_moments": lambda t: gradients(t) | dict(
+    "estimators.alternatives.laplace_moments": lambda t: gradients(t) | dict(
         examples=(t.sizes, t.sizes), prior=1.0, clip=(0.0, 1.0), groups=torch.tensor([0, 0, 1, 1, 0])
     ),
-    "estimators.laplace.estimate_laplace": lambda t: estimated(t) | dict(
+    "estimators.alternatives.estimate_laplace": lambda t: estimated(t) | dict(
         train_sizes=torch.tensor([5, 13, 9]), prior=1.0, by=None
     ),
     "estimators.paper.fisher_moments": lambda t: gradients(t) | dict(
@@ -273,10 +271,10 @@ CALLS = {
     "estimators.paper.estimate_paper": lambda t: estimated(t) | dict(
         damping=0.1, relative=True, clip=(0.0, 1.0), sample_labels=0, on_delta=False, by=None
     ),
-    "estimators.shrinkage.shrinkage_moments": lambda t: dict(
+    "estimators.alternatives.shrinkage_moments": lambda t: dict(
         variance=torch.tensor([1.0, 2.0]), distance=torch.tensor([2.0, 1.0])
     ),
-    "estimators.shrinkage.estimate_shrinkage": lambda t: estimated(t) | dict(
+    "estimators.alternatives.estimate_shrinkage": lambda t: estimated(t) | dict(
         train_sizes=torch.tensor([5, 13, 9]), damping=0.1
     ),
     "experiment.prepare": lambda t: dict(setting=TINY, seed=0),
@@ -346,7 +344,7 @@ CALLS = {
         prepare=len, shard=(0, 1), progress=False,
     ),
     "baselines.sweep.read_results": lambda t: dict(folder="nowhere"),
-    "course.rows.committed_rows": lambda t: dict(name="bound.csv"),
+    "results.committed_rows": lambda t: dict(name="bound.csv"),
     "plots.label_counts": lambda t: dict(split=t.split, names=list("abcd")),
     "plots.along_weight": lambda t: curves(t) | dict(chosen=t.chosen, label="x", also={"x": t.curves}),
     "plots.frontier": lambda t: dict(points=t.points),
@@ -377,9 +375,9 @@ CALLS = {
     "course.convex_head.head_smoothness": lambda t: dict(x=t.gradients.double(), ridge=0.5),
 }  # fmt: skip
 NOT_RUN = {  # right, but slow, in need of a download or of more than a tiny stub
-    "data.from_torchvision", "language.text_encoder", "language.causal_lm", "language.text_tokenizer",
+    "federation.sources.from_torchvision", "models.language.text_encoder", "models.language.causal_lm", "models.language.text_tokenizer",
     "experiment.prepare_text", "experiment.run_methods",
-    "backbones.torchvision_vit", "scoring.log_likelihoods", "baselines.privacy.epsilon",
+    "models.vit.torchvision_vit", "training.scoring.log_likelihoods", "baselines.privacy.epsilon",
     "baselines.privacy.noise_multiplier_for", "baselines.sweep.sweep",
 }  # fmt: skip
 
@@ -665,8 +663,8 @@ MEANT = {
     ("plots.along_weight", "weights"): "g_f",
     ("plots.along_weight", "values"): "curves",
     ("plots.overview", "weights"): "g_f",
-    **{(f"teaching.{name}", "loss"): "curves"
-       for name in ("plots.overview", "widgets.weight_slider", "explorers.basis_explorer")},
+    **{(f"{name}", "loss"): "curves"
+       for name in ("plots.overview", "course.widgets.weight_slider", "course.explorers.basis_explorer")},
     ("course.widgets.weight_slider", "weights"): "weights_grid",
     ("plots.frontiers", "board"): "means",
     ("plots.frontier", "points"): "means",
@@ -677,23 +675,23 @@ MEANT = {
     ("baselines.methods.from_algorithm", "algorithm"): "algorithm_of",
     ("training.train.train", "loss"): "loss_of",
     ("training.train.train", "clip"): "lr",
-    ("adapters.adapter_bytes", "adapter"): "weighed",
-    ("adapters.save_adapter", "adapter"): "saved",
-    ("adapters.client_adapter", "stack"): "taken_apart",
-    ("backbones.torchvision_vit", "weights"): "weights_name",
-    ("language.pad_tokens", "rows"): "token_rows",
-    ("data.shift_images", "x"): "images",
-    ("merging.combine_adapters", "adapters"): "several",
-    ("adapters.stack_adapters", "adapters"): "several",
-    ("adapters.delta_inner_products", "adapters"): "several",
-    ("merging.combine_adapters", "weights"): "mixing",
+    ("adapters.state.adapter_bytes", "adapter"): "weighed",
+    ("adapters.files.save_adapter", "adapter"): "saved",
+    ("adapters.state.client_adapter", "stack"): "taken_apart",
+    ("models.vit.torchvision_vit", "weights"): "weights_name",
+    ("federation.text.pad_tokens", "rows"): "token_rows",
+    ("federation.partition.shift_images", "x"): "images",
+    ("merging.merge.combine_adapters", "adapters"): "several",
+    ("adapters.state.stack_adapters", "adapters"): "several",
+    ("adapters.state.delta_inner_products", "adapters"): "several",
+    ("merging.merge.combine_adapters", "weights"): "mixing",
     ("training.fedavg.weighted_average", "weights"): "weights_of",
     ("baselines.privacy.with_noise", "moments"): "moments_of",
-    ("estimators.shrinkage.shrinkage_moments", "variance"): "variance_of",
-    ("scoring.write_answers", "prompts"): "prompts_of",
-    **{(f"scoring.{name}", "adapters"): "voices" for name in ("multiple_choice", "greedy_tokens", "write_answers")},
-    ("scoring.greedy_tokens", "prompts"): "inputs_of",
-    **{(f"merging.merge_{kind}", name): name_ for kind in ("exact", "factors")
+    ("estimators.alternatives.shrinkage_moments", "variance"): "variance_of",
+    ("training.scoring.write_answers", "prompts"): "prompts_of",
+    **{(f"training.scoring.{name}", "adapters"): "voices" for name in ("multiple_choice", "greedy_tokens", "write_answers")},
+    ("training.scoring.greedy_tokens", "prompts"): "inputs_of",
+    **{(f"merging.merge.merge_{kind}", name): name_ for kind in ("exact", "factors")
        for name, name_ in (("federated", "merged_model"), ("local", "merged_model"), ("weight", "lambda"))},
     **{(f"baselines.algorithms.{name}", "weight"): "head_share" for name in ("wise_ft", "apfl", "feddpa")},
     ("baselines.methods.wise_ft", "weight"): "head_share",
@@ -707,9 +705,9 @@ MEANT = {
     ("baselines.clusters.three_models", "clusters"): "clients",
     ("baselines.clusters.cluster_clients", "similar"): "g_f",
     **{(name, "loss"): "loss_curve"
-       for name in ("connectivity.barrier", "estimators.curve.parabola_moments", "experiment.oracle_weight")},
+       for name in ("merging.connectivity.barrier", "estimators.curve.parabola_moments", "experiment.oracle_weight")},
     **{(name, "weights"): "weights_grid"
-       for name in ("connectivity.barrier", "connectivity.along_segment", "experiment.oracle_weight",
+       for name in ("merging.connectivity.barrier", "merging.connectivity.along_segment", "experiment.oracle_weight",
                     "estimators.curve.segment_losses")},
     **{(f"estimators.{name}", "weights"): "g_f" for name in ("curve.parabola_moments", "calibrated.pooled_weight")},
     **{(f"estimators.{name}", "clip"): "clip_pair"
@@ -783,15 +781,15 @@ def test_what_is_right_is_taken(function):
 
 BARE = {
     "what a name or a shape says": """
-        adapters.is_dense_factor estimators.estimate.by_layer estimators.estimate.head_and_body
+        adapters.state.is_dense_factor estimators.estimate.by_layer estimators.estimate.head_and_body
         estimators.calibrated.two_groups baselines.rounds.is_head baselines.rounds.is_shared baselines.algorithms.is_own
-        data.kind_of data.any_tensor results.rows_with language.installed_minilm
-        text_data.read_glosses baselines.algorithms.fedalt""",
+        federation.inputs.kind_of federation.inputs.any_tensor results.rows_with models.language.installed_minilm
+        federation.tasks.read_glosses baselines.algorithms.fedalt""",
     "checks themselves, tested in the rows below and where they are used": """
-        data.rows_of data.check_alike data.check_examples data.check_pairs data.pool_of_examples
+        federation.split.rows_of federation.inputs.check_alike federation.inputs.check_examples federation.inputs.check_pairs federation.partition.pool_of_examples
         training.train.check_clients training.train.check_labels training.train.check_losses
-        language.check_tokens prefix.check_names scoring.check_count
-        language.check_source language.next_tokens
+        models.language.check_tokens models.frozen_trunk.check_names training.scoring.check_count
+        models.language.check_source federation.text.next_tokens
         training.loss.checked_logits""",
     "what pictures are made of; losses in every step of a fit": """
         course.convex_head.head_loss course.convex_head.head_product course.convex_head.labels_of
@@ -799,11 +797,11 @@ BARE = {
         plots.marks plots.names_of_labels course.seeds_explorer.scores_of_seeds
         course.widgets.as_svg course.widgets.places_in course.widgets.with_rings""",
     "files and their patterns, tested with their loaders": """
-        adapters.check_patterns adapters.pattern language.check_sizes""",
+        adapters.lora.check_patterns adapters.lora.pattern models.language.check_sizes""",
     "dictionaries of tensors and batches taken apart and put together, in every step": """
-        adapters.adapter_from_delta adapters.delta_added adapters.flatten adapters.unflatten adapters.select_clients
-        data.draw data.map_inputs data.pad_stack data.take merging.concat_ranks merging.limit_rank
-        prefix.blocks_below prefix.call_network prefix.hidden_below prefix.replaced_forwards
+        adapters.state.adapter_from_delta adapters.lora.delta_added adapters.state.flatten adapters.state.unflatten adapters.state.select_clients
+        federation.partition.draw federation.inputs.map_inputs federation.inputs.pad_stack federation.inputs.take merging.merge.concat_ranks merging.merge.limit_rank
+        models.frozen_trunk.blocks_below models.frozen_trunk.call_network models.frozen_trunk.hidden_below models.frozen_trunk.replaced_forwards
         estimators.estimate.from_moments estimators.estimate.group_coordinates estimators.estimate.group_sum
         estimators.gauss_newton.example_mean estimators.paper.diagonal_moments""",
     "the engine room: every step and every example goes through it": """
@@ -829,14 +827,13 @@ BARE = {
         baselines.rounds.server_step baselines.sweep.fingerprint""",
 }
 APART = (
-    "flower/",
+    "deployment/",
     "course/exercises/",  # whose checkers answer whatever they are given: test_checking.py
     "__main__.py",
     "potara.py",
-    "door.py",
-    "stacks.py",
+    "checks.py",
+    "adapters/state.py",
     "files.py",
-    "run_folder.py",
 )  # tested for themselves
 CLASSES = (
     "Setting Federation Split Moments Estimate Execution Ledger Pair Result Trial Algorithm Phase Question".split()
@@ -1116,7 +1113,7 @@ WRONG = [
                             ("of two dtypes", entry(torch.Tensor.double, 0), "one dtype"),
                             ("of two ranks", entry(lambda x: x[:1], 0), "one rank"),
                             ("of vectors", lambda v: {n: x[0] for n, x in v.items()}, "two factors"))),
-    ("stacks of three and two", lambda t: potara_lite.adapters.lora.delta_inner_products(
+    ("stacks of three and two", lambda t: potara_lite.adapters.state.delta_inner_products(
         [t.local, {n: x[:2] for n, x in t.local.items()}], t.adapted.scaling), ("adapters[1]", "2 adapters for 3")),
     ("a mean of other tensors", lambda t: private(t, lambda v: v | {"x": v["base_model.model.head.bias"]}), ("'x'",)),
     ("a mean of fewer", lambda t: private(t, lambda v: dict(list(v.items())[1:])), ("uploads",)),
@@ -1197,8 +1194,8 @@ def test_what_the_checks_cost_is_less_than_a_hundredth_of_a_run():
 
 def test_checks_are_timed_wherever_the_library_calls_them_and_once():
     t, benchmark = things(), script("door")
-    before = training.check_clients, gradients_of.check_clients, plain_door.checked
-    with benchmark.timed((training.check_clients,)) as calls:
+    before = training.train.check_clients, gradients_of.check_clients, plain_door.checked
+    with benchmark.timed((training.train.check_clients,)) as calls:
         potara_lite.evaluate(t.adapted, t.local, t.split)
         potara_lite.per_sample_gradients(t.adapted, t.local, t.split)
     assert len(calls) == 2 and min(calls) > 0
@@ -1206,7 +1203,7 @@ def test_checks_are_timed_wherever_the_library_calls_them_and_once():
         options = plain_door.options_of(potara_lite.train)  # checks inside a check
         assert plain_door.checked({"all": {"lr": 1}}, {}, {"all": options}) == {"all": {"lr": 1}}
     assert len(calls) == 1
-    assert before == (training.check_clients, gradients_of.check_clients, plain_door.checked)
+    assert before == (training.train.check_clients, gradients_of.check_clients, plain_door.checked)
 
 
 # What is right, in other forms.
@@ -1256,7 +1253,7 @@ def test_a_checksum_in_capitals_is_one(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x")
     digest = "2D711642B726B04401627CA9FBAC32F5C8530FB1903CC4DB02258717921A4881"
     (tmp_path / "a.sha256").write_text(f"{digest}  a.bin\n")
-    assert potara_lite.federation.split.check_file(tmp_path / "a.bin") == tmp_path / "a.bin"
+    assert potara_lite.files.check_file(tmp_path / "a.bin") == tmp_path / "a.bin"
 
 
 def test_a_check_cannot_look_inside_a_transform():

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import train_one_by_one
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_results import script
 from torch import nn
 from torch.nn import functional as F
 
-from potara_lite.adapters.lora import attach, client_adapter, flatten, repeat_adapter
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import client_adapter, flatten, repeat_adapter
 from potara_lite.federation.split import Split
 from potara_lite.training import batching
 from potara_lite.training.batching import Execution, map_clients, plan

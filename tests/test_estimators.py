@@ -8,7 +8,8 @@ import torch
 from scipy.optimize import minimize
 from torch.nn import functional as F
 
-from potara_lite.adapters.lora import attach, client_adapter, delta, flatten, repeat_adapter
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import client_adapter, delta, flatten, repeat_adapter
 from potara_lite.estimators import (
     by_layer,
     estimate_calibrated,

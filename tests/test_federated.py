@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SIZES, train_one_by_one
 
-from potara_lite.adapters.lora import flatten, repeat_adapter
+from potara_lite.adapters.state import flatten, repeat_adapter
 from potara_lite.baselines.algorithms import FEDIT
 from potara_lite.baselines.rounds import run_algorithm
 from potara_lite.training.batching import Execution

@@ -22,7 +22,8 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from local_grid import LocalGrid
 
 from potara_lite import Setting, compare, estimate_calibrated, evaluate, load_adapter, merge_exact, prepare, train
-from potara_lite.adapters.lora import attach, flatten, repeat_adapter, select_clients
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import flatten, repeat_adapter, select_clients
 from potara_lite.baselines import rounds
 from potara_lite.baselines.algorithms import ALGORITHMS, FEDIT
 from potara_lite.baselines.privacy import Privacy
@@ -114,7 +115,7 @@ def test_the_app_writes_what_the_command_writes(tmp_path, monkeypatch):
     """Server app and client apps as Flower calls them, on shipped data: rows and PEFT folders are the command's."""
     names = ("clients", "train_size", "calibration_size", "test_size", "rounds", "round_steps", "local_steps")
     config = {name.replace("_", "-"): getattr(SMALL, name) for name in names} | {"out": str(tmp_path), "seed": 1}
-    monkeypatch.setattr("potara_lite.deployment.run_config.prepare", cache(prepare))  # read the images once
+    monkeypatch.setattr("potara_lite.experiment.prepare", cache(prepare))  # read the images once
     grid = LocalGrid(client_app(), {i: {"folder": str(tmp_path)} for i in range(3)}, config)
     server_app()(grid, Context(1, 0, {}, RecordDict(), config))
     found = pd.read_csv(tmp_path / "results.csv")

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from potara_lite.adapters.lora import client_adapter, delta, flatten, unflatten
+from potara_lite.adapters.state import client_adapter, delta, flatten, unflatten
 from potara_lite.federation.split import Split
 from potara_lite.training.batching import Execution
 from potara_lite.training.gradients import (

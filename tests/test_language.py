@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import peft_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from peft import PeftModel
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
@@ -27,17 +26,24 @@ from transformers import (
 )
 
 from potara_lite import potara
-from potara_lite.adapters.lora import attach, client_adapter, flatten, repeat_adapter, save_adapter, unflatten
+from potara_lite.adapters.files import save_adapter
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import client_adapter, flatten, repeat_adapter, unflatten
 from potara_lite.baselines.merges import layer_grams
 from potara_lite.baselines.methods import METHODS
 from potara_lite.baselines.sweep import union
 from potara_lite.estimators import ESTIMATORS, estimate_gauss_newton
 from potara_lite.estimators.curve import client_logits
 from potara_lite.experiment import Trial
-from potara_lite.federation.split import Federation, Split, batch_indices, from_tensors, partition, take
+from potara_lite.federation.batches import batch_indices
+from potara_lite.federation.inputs import take
+from potara_lite.federation.partition import partition
+from potara_lite.federation.sources import from_tensors
+from potara_lite.federation.split import Federation, Split
+from potara_lite.federation.text import encode_texts, next_tokens, pad_tokens
 from potara_lite.merging.merge import merge_exact
 from potara_lite.models.frozen_trunk import HIDDEN, linear_layers
-from potara_lite.models.language import TextClassifier, causal_lm, encode_texts, next_tokens, pad_tokens, text_encoder
+from potara_lite.models.language import TextClassifier, causal_lm, text_encoder
 from potara_lite.setting import Setting
 from potara_lite.training.batching import Execution, plan
 from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
@@ -237,8 +243,8 @@ def test_per_sample_gradients_are_those_of_each_example_alone(kind, random_stack
             oracle = torch.cat([model.get_parameter(adapted.parameter_names[k]).grad.flatten() for k in stack])
             torch.testing.assert_close(gradients[client, i], oracle, **kind[4])
         assert not gradients[client, n:].any()
-    monkeypatch.setattr("potara_lite.training.gradients.as_one_batch", lambda adapted: adapted)
-    monkeypatch.setattr("potara_lite.training.batching.as_one_batch", lambda adapted: adapted)
+    monkeypatch.setattr("potara_lite.training.grouped_lora.as_one_batch", lambda adapted: adapted)
+    monkeypatch.setattr("potara_lite.training.grouped_lora.as_one_batch", lambda adapted: adapted)
     torch.testing.assert_close(per_sample_gradients(adapted, stack, split), gradients, **kind[4])
 
 
@@ -648,7 +654,7 @@ def test_a_block_of_logits_is_no_larger_than_the_memory(kind, random_stack, monk
     stack, sizes = random_stack(adapted, 3, seed=1), []
     whole = evaluate(adapted, stack, split)
     monkeypatch.setattr(
-        "potara_lite.training.train.example_losses",
+        "potara_lite.training.loss.example_losses",
         lambda logits, *args, **options: sizes.append(logits.shape[1]) or example_losses(logits, *args, **options),
     )
     copies = 2 * sum(tensor.numel() * tensor.element_size() for tensor in adapted.initial.values())

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_vit
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-from potara_lite.adapters.lora import attach, client_adapter, delta, lora_layers
+from potara_lite.adapters.lora import attach, lora_layers
+from potara_lite.adapters.state import client_adapter, delta
 from potara_lite.merging.merge import combine_adapters, compress, merge_exact, merge_factors
 
 CONFIGS = {

@@ -5,12 +5,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 from potara_lite import Moments, estimate_curve, estimate_paper, estimate_uniform
-from potara_lite.adapters.lora import client_adapter, delta, flatten
+from potara_lite.adapters.state import client_adapter, delta, flatten
 from potara_lite.checks import unchecked
 from potara_lite.federation.split import Split
 

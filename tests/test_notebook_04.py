@@ -18,8 +18,8 @@ from potara_lite.course.exercises.estimating import (
     check_regret,
     check_shrink,
 )
-from potara_lite.course.rows import committed_rows
 from potara_lite.estimators import fisher_moments
+from potara_lite.results import committed_rows
 from potara_lite.training.gradients import diagonal_fisher
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from potara_lite.adapters.lora import repeat_adapter
+from potara_lite.adapters.state import repeat_adapter
 from potara_lite.baselines.algorithms import FEDPER
 from potara_lite.baselines.rounds import fedavg
 from potara_lite.course.exercises.your_own import check_sends, check_trimmed_mean, check_wrap

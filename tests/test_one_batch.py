@@ -10,7 +10,8 @@ from torch import nn
 from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
 
-from potara_lite.adapters.lora import attach, client_adapter, flatten, repeat_adapter, unflatten
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import client_adapter, flatten, repeat_adapter, unflatten
 from potara_lite.baselines.algorithms import fedalt, gated
 from potara_lite.baselines.rounds import run_algorithm
 from potara_lite.merging.merge import merge_exact

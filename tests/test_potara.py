@@ -10,7 +10,8 @@ import torch
 from conftest import peft_model
 
 from potara_lite import Moments, evaluate, fedit, merge_exact, per_sample_gradients, potara, repeat_adapter, train
-from potara_lite.adapters.lora import attach, client_adapter, delta, flatten
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import client_adapter, delta, flatten
 from potara_lite.estimators import estimate_paper
 from potara_lite.models.vit import lab_vit
 

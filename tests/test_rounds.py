@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from potara_lite.adapters.lora import adapter_bytes, client_adapter, delta, flatten, repeat_adapter
+from potara_lite.adapters.state import adapter_bytes, client_adapter, delta, flatten, repeat_adapter
 from potara_lite.baselines.algorithms import FEDEX, FEDIT, FEDSA, FFA, FLORA, LOCAL, ditto, fedalt, finetuned, flexlora
 from potara_lite.baselines.rounds import run_algorithm, select_prefix
 from potara_lite.training.fedavg import fedit, participants

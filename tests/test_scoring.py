@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from potara_lite.adapters.lora import attach, repeat_adapter
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import repeat_adapter
 from potara_lite.checks import unchecked
 from potara_lite.federation.split import Split
 from potara_lite.federation.tasks import Question
-from potara_lite.models.language import encode_answers, encode_texts, pad_tokens
+from potara_lite.federation.text import encode_answers, encode_texts, pad_tokens
 from potara_lite.training.scoring import exact_match, greedy_tokens, log_likelihoods, multiple_choice, write_answers
 
 WORDS = ["<end>", "red", "extraordinarily", "light", "what", "?", "\n"]

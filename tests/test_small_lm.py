@@ -7,7 +7,8 @@ from test_results import ROOT, script
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from potara_lite import Question, attach, encode_answers, evaluate, linear_layers, multiple_choice, repeat_adapter
-from potara_lite.federation.split import PADDING, Split
+from potara_lite.federation.inputs import PADDING
+from potara_lite.federation.split import Split
 from potara_lite.federation.tasks import read_glosses
 from potara_lite.setting import Setting
 

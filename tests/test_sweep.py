@@ -19,9 +19,8 @@ from scipy import stats
 from test_results import ROOT, script
 from torch.nn import functional as F
 
-from potara_lite.adapters.lora import adapter_bytes, client_adapter, delta, flatten
-from potara_lite.baselines import algorithms
-from potara_lite.baselines import methods as M
+from potara_lite.adapters.state import adapter_bytes, client_adapter, delta, flatten
+from potara_lite.baselines import algorithms, methods as M
 from potara_lite.baselines.sweep import COLUMNS, fingerprint, read_results, sweep, union
 from potara_lite.estimators import ESTIMATORS, Estimate
 from potara_lite.experiment import ORACLE, Trial, local_from_federated, one_of_pair, train_pair, with_estimator
@@ -278,7 +277,7 @@ def test_a_cell_is_computed_anew_when_what_made_it_changes(tmp_path, prepared, m
     assert [once(method(1)), once(method(1)), once(method(2)), once(method(2))] == [1, 0, 1, 0]
     assert once(method(2), eval_split=lambda data: data.calibration) == 1
     assert once(method(2), prepare=lambda setting, seed: prepared(setting, seed)) == 1
-    monkeypatch.setattr("potara_lite.baselines.sweep.__version__", "0.0")
+    monkeypatch.setattr("potara_lite.__init__.__version__", "0.0")
     assert [once(method(2)), once(method(2))] == [1, 0]
 
 

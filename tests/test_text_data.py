@@ -12,9 +12,9 @@ import torch
 from conftest import tiny_text_encoder
 
 from potara_lite import experiment
-from potara_lite.federation import split as data
-from potara_lite.federation import tasks as text_data
-from potara_lite.federation.split import Federation, Split, partition
+from potara_lite.federation import split as data, tasks as text_data
+from potara_lite.federation.partition import partition
+from potara_lite.federation.split import Federation, Split
 from potara_lite.federation.tasks import (
     DOMAINS,
     Question,

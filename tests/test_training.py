@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZES, train_one_by_one
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from potara_lite.adapters.lora import client_adapter, flatten, repeat_adapter
-from potara_lite.federation.split import Split, batch_indices
+from potara_lite.adapters.state import client_adapter, flatten, repeat_adapter
+from potara_lite.federation.batches import batch_indices
+from potara_lite.federation.split import Split
 from potara_lite.training import train as training
 from potara_lite.training.batching import Execution
 from potara_lite.training.train import DivergedError, OptimizerState, adamw_step, evaluate, losses, train

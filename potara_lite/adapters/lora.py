@@ -9,75 +9,37 @@ name and shape mean.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 try:
     from re import _parser as expressions
 except ImportError:  # Python 3.10
     import sre_parse as expressions
-
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
-from ..checks import kind, named, one_or_several, optional, positive, refuse, several, shown, text
-from ..federation.split import Inputs
-from ..files import reading, write_atomically
+from ..checks import kind, one_or_several, optional, positive, refuse, shown, text
+from ..compat import _unseen
+from ..federation.inputs import Inputs
 from ..models.frozen_trunk import blocks_below, call_network, check_names, hidden_below
 from ..models.language import check_tokens
-from .state import (
-    Adapter,
-    check_same_base,
-    client_row,
-    door,
-    factor_names,
-    factors,
-    is_lora,
-    is_traced,
-    layer_of,
-    lora_layers,
-    one_adapter,
-    rank_dim,
-    rows_of_clients,
-    stacks,
-    whole_adapter,
-)
-
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-NOT_A_SUM = (  # the options of PEFT's LoRA with which an adapted layer is not W + scaling * B A
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config",
-    "monteclora_config", "layer_replication", "target_parameters", "trainable_token_indices",
-)  # fmt: skip
-
-
-def _unseen(make_mask: Callable) -> Callable:
-    """A maker of masks of ``transformers`` that under ``vmap``, which cannot branch on values, does not look at what
-    it is given to see whether it masks anything; anywhere else nothing changes (compiled, it never looks)."""
-
-    def make(*args, attention_mask: Tensor | None = None, **options):
-        if attention_mask is not None and (torch.compiler.is_compiling() or is_traced(attention_mask)):
-            options |= dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-        return make_mask(*args, attention_mask=attention_mask, **options)
-
-    return make
-
+from .state import Adapter, adapter_bytes, door, is_lora, layer_of, lora_layers
 
 ALL_MASK_ATTENTION_FUNCTIONS.update(eager=_unseen(eager_mask), sdpa=_unseen(sdpa_mask))
 
 
 PATTERNS = "target_modules exclude_modules layers_pattern modules_to_save rank_pattern alpha_pattern".split()
+
 MOST_WAYS, MOST_PATTERNS, LENGTH = 300_000, 1000, 30  # of a pattern; of an option; of a layer's name
 
 
@@ -359,69 +321,6 @@ def _check_found(initial: Adapter, config: LoraConfig) -> None:
         raise ValueError(f"head {shown(missing[0])} is no module of this backbone")
 
 
-@door(adapter=whole_adapter)
-def delta(adapter: Adapter, scaling: dict[str, float]) -> Adapter:
-    """The task vector: ``scaling * B A`` of every adapted layer, and the directly trained weights.
-
-    Takes one adapter, A ``(r, in)`` and B ``(out, r)``, or a stack, A ``(C, r, in)`` and B ``(C, out, r)``;
-    returns ``{layer.weight: (..., out, in), ...}``. A convolution's kernel is flattened into ``in``.
-    """
-    result = {}
-    for layer in lora_layers(adapter):
-        a, b = factors(adapter, layer)
-        result[f"{layer}.weight"] = scaling[layer] * (b @ a)
-    return result | {name: tensor for name, tensor in adapter.items() if not is_lora(name)}
-
-
-@door(adapters=stacks)
-def delta_inner_products(adapters: Sequence[Adapter], scaling: dict[str, float]) -> Tensor:
-    """The inner products of the deltas of K stacks, ``(C, K, K)`` float64, without forming a delta.
-
-    ``<B_i A_i, B_j A_j> = tr (B_iᵀ B_j)(A_j A_iᵀ)`` in every adapted layer, plus the products of the directly trained
-    weights. The stacks may have different ranks.
-    """
-    total = 0.0
-    for layer in lora_layers(adapters[0]):
-        pairs = [[factor.double() for factor in factors(adapter, layer)] for adapter in adapters]
-        rows = [[((b_i.mT @ b_j) * (a_i @ a_j.mT)).sum((1, 2)) for a_j, b_j in pairs] for a_i, b_i in pairs]
-        total = total + scaling[layer] ** 2 * torch.stack([torch.stack(row, -1) for row in rows], -2)
-    for name in adapters[0]:
-        if not is_lora(name):
-            flat = torch.stack([adapter[name].double().flatten(1) for adapter in adapters], 1)  # (C, K, n)
-            total = total + flat @ flat.mT
-    return total
-
-
-def adapter_from_delta(change: Adapter, scaling: dict[str, float], like: Adapter) -> Adapter:
-    """The adapter of full rank whose ``delta`` is ``change``, exactly: in each layer, the factor on the smaller side is
-    the identity, and the other one is the change itself over the scaling.
-
-    ``like`` gives the names and, but for the rank, the shapes. ``merging.compress`` makes it small.
-    """
-    result = {}
-    for name, tensor in like.items():
-        layer = layer_of(name)
-        if layer == name:
-            result[name] = change[name]
-            continue
-        dense = change[f"{layer}.weight"] / scaling[layer]  # (..., out, in)
-        out, wide = dense.shape[-2:]
-        one = torch.eye(min(out, wide)).to(dense).expand(*dense.shape[:-2], -1, -1)
-        a, b = (dense, one) if out <= wide else (one, dense)
-        shape = list(tensor.shape)
-        shape[rank_dim(name, tensor)] = min(out, wide)
-        result[name] = (a if is_lora(name, "A") else b).reshape(shape)
-    return result
-
-
-def is_dense_factor(name: str, adapter: Adapter) -> bool:
-    """Whether a factor made by ``adapter_from_delta`` is the one that holds the change."""
-    if not is_lora(name):
-        return False
-    a, b = factors(adapter, layer_of(name))
-    return is_lora(name, "A") == (b.shape[-2] <= a.shape[-1])
-
-
 @contextmanager
 def delta_added(adapted: AdaptedBackbone, change: Adapter) -> Iterator[None]:
     """The backbone with ``change``, the ``delta`` of one adapter, in the frozen weights of its adapted layers."""
@@ -435,147 +334,3 @@ def delta_added(adapted: AdaptedBackbone, change: Adapter) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             layer.base_layer.weight.data = before[name]
-
-
-@door(adapters=several(one_adapter))
-def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
-    """Adapters of several clients as one stack: each tensor gets the clients on dim 0."""
-    check_same_base(*adapters)
-    return {name: torch.stack([adapter[name] for adapter in adapters]) for name in adapters[0]}
-
-
-@door()
-def repeat_adapter(adapter: Adapter, clients: int) -> Adapter:
-    """One adapter given to every client: a stack whose rows are equal (and share no memory)."""
-    return {name: tensor.expand(clients, *tensor.shape).clone() for name, tensor in adapter.items()}
-
-
-@door(stack=rows_of_clients, client=client_row)
-def client_adapter(stack: Adapter, client: int) -> Adapter:
-    """One client's adapter out of a stack, by its row."""
-    return {name: tensor[client] for name, tensor in stack.items()}
-
-
-def select_clients(stack: Adapter, rows: Tensor | slice) -> Adapter:
-    """The stack of some clients, by their rows (on any device)."""
-    if isinstance(rows, slice):
-        return {name: tensor[rows] for name, tensor in stack.items()}
-    return {name: tensor[rows.to(tensor.device)] for name, tensor in stack.items()}
-
-
-def flatten(stack: Adapter) -> Tensor:
-    """A stack as one matrix ``(C, P)``: a row per client, the tensors in the dictionary's order."""
-    return torch.cat([tensor.flatten(1) for tensor in stack.values()], dim=1)
-
-
-def unflatten(flat: Tensor, like: Adapter) -> Adapter:
-    """The inverse of ``flatten``; ``like`` is one adapter (no client dimension) that gives names and shapes."""
-    parts = flat.split([tensor.numel() for tensor in like.values()], dim=1)
-    return {name: part.reshape(-1, *like[name].shape) for name, part in zip(like, parts)}
-
-
-@door(adapter=named(kind("Tensor"), least=0))
-def adapter_bytes(adapter: Adapter) -> int:
-    """What an adapter weighs when it travels: the bytes of its tensors, in the dtype they have."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
-
-
-@door(adapter=named(kind("Tensor"), least=0))
-def save_adapter(adapted: AdaptedBackbone, adapter: Adapter, folder: str | Path) -> Path:
-    """Write one adapter as a PEFT folder that ``PeftModel.from_pretrained`` loads.
-
-    The rank on disk is the adapter's own. A merge of rank ``k * r`` is saved with ``alpha`` enlarged so that the
-    scaling, and with it every logit, stays the same. Each of the two files is replaced in one step.
-
-    Raises ``ValueError`` for a stack, for missing or other tensors, and for values that are not finite.
-    """
-    from safetensors.torch import save
-
-    _check_whole(adapted, adapter)
-    folder, config = Path(folder), copy.deepcopy(adapted.config)
-    ranks = {layer: len(factors(adapter, layer)[0]) for layer in lora_layers(adapter)}
-    alphas = {layer: adapted.scaling[layer] * (r**0.5 if config.use_rslora else r) for layer, r in ranks.items()}
-    config.r = max(ranks.values())
-    config.lora_alpha = next(alphas[layer] for layer, rank in ranks.items() if rank == config.r)
-    config.rank_pattern = {_pattern(layer): rank for layer, rank in ranks.items() if rank != config.r}
-    config.alpha_pattern = {_pattern(layer): alpha for layer, alpha in alphas.items() if alpha != config.lora_alpha}
-    config.inference_mode = True
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
-    write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-    options = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted)  # as PEFT has it, sets in order
-    write_atomically(folder / CONFIG_FILE, options)
-    return folder
-
-
-def _pattern(layer: str) -> str:
-    """The regular expression by which PEFT's rank and alpha patterns mean this layer and no other."""
-    return "^" + re.escape(layer.removeprefix("base_model.model."))
-
-
-@door()
-def load_adapter(adapted: AdaptedBackbone, folder: str | Path) -> Adapter:
-    """Read a PEFT folder back as an adapter of this backbone; its rank may differ from the configuration's.
-
-    Raises ``FileError`` (a ``ValueError``) that names the folder when a file is missing or damaged, or when its kind,
-    layers, shapes or scaling are not those of ``adapted``. The network is never asked.
-    """
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    with reading(folder):
-        with reading(folder / CONFIG_FILE):
-            config = _lora_options(folder / CONFIG_FILE)
-        tensors = load_file(folder / WEIGHTS_FILE)
-        _check_whole(adapted, tensors)
-        for layer in lora_layers(adapted.initial):
-            rank, found = len(tensors[factor_names(layer)[0]]), _of_layer(config, "rank", layer)
-            if rank != found:
-                raise ValueError(f"{layer} has rank {rank}, {CONFIG_FILE} says {found}")
-            scaling = _of_layer(config, "alpha", layer) / (rank**0.5 if config.get("use_rslora") else rank)
-            if not abs(scaling - adapted.scaling[layer]) <= 1e-9 * adapted.scaling[layer]:
-                raise ValueError(f"{layer} has scaling {scaling}, this backbone uses {adapted.scaling[layer]}")
-    return {name: tensors[name] for name in adapted.initial}
-
-
-def _lora_options(path: Path) -> dict:
-    """The options of a LoRA adapter. Raises ``ValueError`` for one that is not W + scaling * B A."""
-    options = json.loads(path.read_text("utf-8"))
-    check_patterns(options)
-    if options["peft_type"] != "LORA":
-        raise ValueError(f"peft_type must be 'LORA', not {options['peft_type']!r}")
-    if odd := [name for name in NOT_A_SUM if options.get(name)]:
-        raise ValueError(f"{odd[0]}={options[odd[0]]!r}: such a layer is not W + scaling * B A")
-    return options
-
-
-def _of_layer(options: dict, kind: str, layer: str) -> float:
-    """The ``"rank"`` or the ``"alpha"`` that PEFT reads of its options for a layer."""
-    patterns = options.get(f"{kind}_pattern") or {}
-    key = get_pattern_key(patterns, layer.removeprefix("base_model.model."))
-    return patterns.get(key, options["r" if kind == "rank" else "lora_alpha"])
-
-
-def _check_whole(adapted: AdaptedBackbone, adapter: Adapter) -> None:
-    """Raise ``ValueError`` for what is not one whole adapter of this backbone, of any rank."""
-    if adapter.keys() != adapted.initial.keys():
-        odd = sorted(adapter.keys() ^ adapted.initial.keys())
-        raise ValueError(f"an adapter of another base: {len(odd)} tensors differ, such as {odd[0]!r}")
-    for name, like in adapted.initial.items():
-        tensor, shape = adapter[name], list(like.shape)
-        if tensor.dim() == len(shape) + 1:
-            raise ValueError(
-                f"{name} has a dimension too many, {tuple(tensor.shape)}: a stack? client_adapter gives one"
-            )
-        if is_lora(name) and tensor.dim() == len(shape):
-            shape[rank_dim(name, like)] = max(1, tensor.shape[rank_dim(name, like)])  # any but 0
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not of this base: {tuple(like.shape)}")
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, expected a float of at least 16 bits")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite")
-    for layer in lora_layers(adapter):
-        a, b = factors(adapter, layer)
-        if a.shape[0] != b.shape[1]:
-            raise ValueError(f"{layer} has factors of ranks {a.shape[0]} and {b.shape[1]}")

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from .. import checks as plain
-from ..checks import Check, refuse, shown
+from ..checks import Check, kind, named, refuse, several, shown
 
 Adapter = dict[str, Tensor]
+
 FLOAT8 = [dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and "float8" in str(dtype)]
 
 
@@ -78,9 +79,6 @@ def check_same_base(*adapters: Adapter) -> None:
                 raise ValueError(f"adapters of different ranks or bases: {name!r} has shapes {shapes}")
 
 
-# Tensors.
-
-
 def is_traced(tensor: Tensor) -> bool:
     """Whether it stands for many inside ``vmap`` or another transform, where its values cannot be looked at."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -133,9 +131,6 @@ def as_numbers(name: str, value: Any) -> Tensor:
         return torch.from_numpy(array.astype(kinds[array.dtype.kind]))
     except (ValueError, TypeError, RuntimeError, KeyError):  # text, objects, rows of different lengths
         refuse(name, "numbers", value)
-
-
-# Adapters, alone and as stacks.
 
 
 def any_adapter(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
@@ -271,9 +266,6 @@ def fitting(name: str, adapter: Adapter, adapted: Any, dims: int = 1) -> Adapter
                 f"{name} must have one rank in each layer: {layer!r} has {a[dims]} in A, {b[dims + 1]} in B"
             )
     return found
-
-
-# What goes with the clients.
 
 
 def of_as_many(kind: str) -> Check:
@@ -507,3 +499,109 @@ STACKS: dict[str, Check] = {
 def door(**checks: Check) -> Callable[[Callable], Callable]:
     """The decorator of ``door.py`` with the checks of adapters, clients and weights."""
     return plain.door(**STACKS | checks)
+
+
+@door(adapter=whole_adapter)
+def delta(adapter: Adapter, scaling: dict[str, float]) -> Adapter:
+    """The task vector: ``scaling * B A`` of every adapted layer, and the directly trained weights.
+
+    Takes one adapter, A ``(r, in)`` and B ``(out, r)``, or a stack, A ``(C, r, in)`` and B ``(C, out, r)``;
+    returns ``{layer.weight: (..., out, in), ...}``. A convolution's kernel is flattened into ``in``.
+    """
+    result = {}
+    for layer in lora_layers(adapter):
+        a, b = factors(adapter, layer)
+        result[f"{layer}.weight"] = scaling[layer] * (b @ a)
+    return result | {name: tensor for name, tensor in adapter.items() if not is_lora(name)}
+
+
+@door(adapters=stacks)
+def delta_inner_products(adapters: Sequence[Adapter], scaling: dict[str, float]) -> Tensor:
+    """The inner products of the deltas of K stacks, ``(C, K, K)`` float64, without forming a delta.
+
+    ``<B_i A_i, B_j A_j> = tr (B_iᵀ B_j)(A_j A_iᵀ)`` in every adapted layer, plus the products of the directly trained
+    weights. The stacks may have different ranks.
+    """
+    total = 0.0
+    for layer in lora_layers(adapters[0]):
+        pairs = [[factor.double() for factor in factors(adapter, layer)] for adapter in adapters]
+        rows = [[((b_i.mT @ b_j) * (a_i @ a_j.mT)).sum((1, 2)) for a_j, b_j in pairs] for a_i, b_i in pairs]
+        total = total + scaling[layer] ** 2 * torch.stack([torch.stack(row, -1) for row in rows], -2)
+    for name in adapters[0]:
+        if not is_lora(name):
+            flat = torch.stack([adapter[name].double().flatten(1) for adapter in adapters], 1)  # (C, K, n)
+            total = total + flat @ flat.mT
+    return total
+
+
+def adapter_from_delta(change: Adapter, scaling: dict[str, float], like: Adapter) -> Adapter:
+    """The adapter of full rank whose ``delta`` is ``change``, exactly: in each layer, the factor on the smaller side is
+    the identity, and the other one is the change itself over the scaling.
+
+    ``like`` gives the names and, but for the rank, the shapes. ``merging.compress`` makes it small.
+    """
+    result = {}
+    for name, tensor in like.items():
+        layer = layer_of(name)
+        if layer == name:
+            result[name] = change[name]
+            continue
+        dense = change[f"{layer}.weight"] / scaling[layer]  # (..., out, in)
+        out, wide = dense.shape[-2:]
+        one = torch.eye(min(out, wide)).to(dense).expand(*dense.shape[:-2], -1, -1)
+        a, b = (dense, one) if out <= wide else (one, dense)
+        shape = list(tensor.shape)
+        shape[rank_dim(name, tensor)] = min(out, wide)
+        result[name] = (a if is_lora(name, "A") else b).reshape(shape)
+    return result
+
+
+def is_dense_factor(name: str, adapter: Adapter) -> bool:
+    """Whether a factor made by ``adapter_from_delta`` is the one that holds the change."""
+    if not is_lora(name):
+        return False
+    a, b = factors(adapter, layer_of(name))
+    return is_lora(name, "A") == (b.shape[-2] <= a.shape[-1])
+
+
+@door(adapters=several(one_adapter))
+def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
+    """Adapters of several clients as one stack: each tensor gets the clients on dim 0."""
+    check_same_base(*adapters)
+    return {name: torch.stack([adapter[name] for adapter in adapters]) for name in adapters[0]}
+
+
+@door()
+def repeat_adapter(adapter: Adapter, clients: int) -> Adapter:
+    """One adapter given to every client: a stack whose rows are equal (and share no memory)."""
+    return {name: tensor.expand(clients, *tensor.shape).clone() for name, tensor in adapter.items()}
+
+
+@door(stack=rows_of_clients, client=client_row)
+def client_adapter(stack: Adapter, client: int) -> Adapter:
+    """One client's adapter out of a stack, by its row."""
+    return {name: tensor[client] for name, tensor in stack.items()}
+
+
+def select_clients(stack: Adapter, rows: Tensor | slice) -> Adapter:
+    """The stack of some clients, by their rows (on any device)."""
+    if isinstance(rows, slice):
+        return {name: tensor[rows] for name, tensor in stack.items()}
+    return {name: tensor[rows.to(tensor.device)] for name, tensor in stack.items()}
+
+
+def flatten(stack: Adapter) -> Tensor:
+    """A stack as one matrix ``(C, P)``: a row per client, the tensors in the dictionary's order."""
+    return torch.cat([tensor.flatten(1) for tensor in stack.values()], dim=1)
+
+
+def unflatten(flat: Tensor, like: Adapter) -> Adapter:
+    """The inverse of ``flatten``; ``like`` is one adapter (no client dimension) that gives names and shapes."""
+    parts = flat.split([tensor.numel() for tensor in like.values()], dim=1)
+    return {name: part.reshape(-1, *like[name].shape) for name, part in zip(like, parts)}
+
+
+@door(adapter=named(kind("Tensor"), least=0))
+def adapter_bytes(adapter: Adapter) -> int:
+    """What an adapter weighs when it travels: the bytes of its tensors, in the dtype they have."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())

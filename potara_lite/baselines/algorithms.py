@@ -21,18 +21,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..adapters.lora import (
-    AdaptedBackbone,
-    Adapter,
-    client_adapter,
-    factor_names,
-    factors,
-    is_lora,
-    lora_layers,
-    rank_dim,
-    repeat_adapter,
-)
-from ..adapters.state import client_dims
+from ..adapters.lora import AdaptedBackbone, Adapter, factor_names, factors, is_lora, lora_layers, rank_dim
+from ..adapters.state import client_adapter, client_dims, repeat_adapter
 from ..checks import door, fraction, several, unchecked, whole
 from ..merging.merge import combine_adapters, compress, concat_ranks, limit_rank
 from ..training.fedavg import weighted_average

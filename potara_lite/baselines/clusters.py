@@ -9,15 +9,8 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from ..adapters.lora import (
-    AdaptedBackbone,
-    Adapter,
-    adapter_bytes,
-    delta_inner_products,
-    repeat_adapter,
-    select_clients,
-)
-from ..adapters.state import door, numbers
+from ..adapters.lora import AdaptedBackbone, Adapter
+from ..adapters.state import adapter_bytes, delta_inner_products, door, numbers, repeat_adapter, select_clients
 from ..checks import fraction, whole
 from ..estimators.combination import estimate_combination
 from ..experiment import Method, Result, Trial, training_options

@@ -19,24 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters.lora import (
-    AdaptedBackbone,
-    Adapter,
-    adapter_from_delta,
-    client_adapter,
-    delta,
-    factor_names,
-    factors,
-    flatten,
-    is_lora,
-    layer_of,
-    lora_layers,
-    unflatten,
-)
-from ..adapters.state import door, numbers
-from ..checks import function as any_function
-from ..checks import named, refuse, several, unchecked
-from ..federation.split import Split, take
+from ..adapters.lora import AdaptedBackbone, Adapter, factor_names, factors, is_lora, layer_of, lora_layers
+from ..adapters.state import adapter_from_delta, client_adapter, delta, door, flatten, numbers, unflatten
+from ..checks import function as any_function, named, refuse, several, unchecked
+from ..federation.inputs import take
+from ..federation.split import Split
 from ..merging.merge import combine_adapters
 from ..training.train import check_clients, check_losses
 

@@ -19,9 +19,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..adapters.lora import Adapter, adapter_from_delta, delta, repeat_adapter, select_clients
-from ..checks import door, fraction, refuse
-from ..checks import function as any_function
+from ..adapters.lora import Adapter
+from ..adapters.state import adapter_from_delta, delta, repeat_adapter, select_clients
+from ..checks import door, fraction, function as any_function, refuse
 from ..estimators import ESTIMATORS, by_layer, estimate_paper, estimate_pooled, on_calibration, on_train
 from ..experiment import (
     ORACLE,
@@ -41,8 +41,7 @@ from ..setting import Setting
 from ..training.fedavg import Ledger
 from ..training.gradients import diagonal_fisher, per_sample_gradients
 from ..training.train import train
-from . import algorithms
-from . import merges as baselines
+from . import algorithms, merges as baselines
 from .rounds import Algorithm, run_algorithm
 
 

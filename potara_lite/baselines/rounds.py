@@ -21,19 +21,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapters.lora import (
-    AdaptedBackbone,
-    Adapter,
-    adapter_bytes,
-    client_adapter,
-    delta,
-    delta_added,
-    flatten,
-    is_lora,
-    repeat_adapter,
-    select_clients,
-)
-from ..adapters.state import door
+from ..adapters.lora import AdaptedBackbone, Adapter, delta_added, is_lora
+from ..adapters.state import adapter_bytes, client_adapter, delta, door, flatten, repeat_adapter, select_clients
 from ..checks import check_fields, function, kind, options_of, several, unchecked, whole
 from ..federation.split import Split
 from ..merging.merge import merge_exact

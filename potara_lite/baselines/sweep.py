@@ -27,7 +27,8 @@ from .. import __version__
 from ..adapters.lora import AdaptedBackbone
 from ..checks import door, function, kind, named, several, whole
 from ..experiment import Method, Trial, prepare
-from ..federation.split import Federation, Split, map_inputs
+from ..federation.inputs import map_inputs
+from ..federation.split import Federation, Split
 from ..files import FileError, reading, write_atomically
 from ..results import result_rows
 from ..setting import Setting

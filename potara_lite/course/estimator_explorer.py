@@ -57,7 +57,7 @@ def estimator_explorer(rows: pd.DataFrame) -> ipywidgets.VBox:
 
     Raises ``ValueError`` for rows of more than one federation.
 
-    >>> from potara_lite.course.rows import committed_rows
+    >>> from potara_lite.results import committed_rows
     >>> rows = committed_rows("course.csv").query("alpha == 0.1 and seed == 0")
     >>> client, steps, text, picture = estimator_explorer(rows).children
     >>> [label for label, _ in steps.options]

@@ -18,7 +18,9 @@ from flwr.clientapp import ClientApp
 from safetensors import safe_open
 from safetensors.torch import save
 
-from ..adapters.lora import AdaptedBackbone, Adapter, client_adapter, save_adapter, select_clients
+from ..adapters.files import save_adapter
+from ..adapters.lora import AdaptedBackbone, Adapter
+from ..adapters.state import client_adapter, select_clients
 from ..baselines.algorithms import ALGORITHMS
 from ..baselines.rounds import Algorithm, client_step, finetune_step
 from ..checks import door, function, kind, named, path, whole

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from flwr.app import ArrayRecord
 
-from ..adapters.lora import AdaptedBackbone, Adapter, adapter_bytes
+from ..adapters.lora import AdaptedBackbone, Adapter
+from ..adapters.state import adapter_bytes
 from ..baselines.algorithms import ALGORITHMS
 from ..baselines.rounds import Algorithm
 from ..checks import check_fields, door, kind, whole

@@ -23,7 +23,9 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from ..adapters.lora import AdaptedBackbone, Adapter, check_same_base, client_adapter, repeat_adapter, save_adapter
+from ..adapters.files import save_adapter
+from ..adapters.lora import AdaptedBackbone, Adapter, check_same_base
+from ..adapters.state import client_adapter, repeat_adapter
 from ..baselines.algorithms import ALGORITHMS
 from ..baselines.privacy import Privacy
 from ..baselines.rounds import Algorithm, server_step

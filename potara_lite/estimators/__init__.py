@@ -10,16 +10,21 @@ from ..adapters.lora import AdaptedBackbone, Adapter
 from ..adapters.state import door
 from ..checks import function
 from ..federation.split import Federation
+from .alternatives import (
+    estimate_gradient,
+    estimate_laplace,
+    estimate_shrinkage,
+    gradient_moments,
+    laplace_moments,
+    shrinkage_moments,
+)
 from .calibrated import estimate_calibrated, estimate_pooled, lowest_inside, pooled_offset, pooled_weight
 from .combination import estimate_combination, simplex_moments
 from .curve import estimate_curve, parabola_moments, segment_losses
 from .ensemble import estimate_ensemble
 from .estimate import Estimate, by_layer, estimate_uniform, head_and_body
 from .gauss_newton import estimate_gauss_newton, moments_from_slopes
-from .gradient import estimate_gradient, gradient_moments
-from .laplace import estimate_laplace, laplace_moments
 from .paper import estimate_paper, fisher_moments
-from .shrinkage import estimate_shrinkage, shrinkage_moments
 
 Estimator = Callable[[AdaptedBackbone, Adapter, Adapter, Federation], Estimate]
 

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ..checks import check_fields, door, options_of, path, several, shown, text
 from ..files import FileError, check_file, data_path, reading
-from ..models.language import encode_texts
-from .split import Examples, Federation, Split, partition
+from .inputs import Examples
+from .partition import partition
+from .split import Federation, Split
+from .text import encode_texts
 
 GLOSSES = "wordnet_glosses.xz"
 DOMAINS = {  # supersenses that belong together

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..adapters.lora import adapter_from_delta, delta
 from ..adapters.state import (
     Adapter,
+    adapter_from_delta,
     all_finite,
+    delta,
     door,
     factor_names,
     factors,

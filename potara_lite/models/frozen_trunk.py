@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checks import door, whole
-from ..federation.split import Inputs
+from ..federation.inputs import Inputs
 
 ALONE = "(input)"  # the name of an only tensor, where it goes together with HIDDEN
 LINEAR = nn.Linear, Conv1D  # the second is GPT-2's, of ``transformers``: its weight is (in, out)

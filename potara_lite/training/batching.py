@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from ..adapters.lora import AdaptedBackbone, Adapter, flatten, repeat_adapter, unflatten
+from ..adapters.lora import AdaptedBackbone, Adapter
+from ..adapters.state import flatten, repeat_adapter, unflatten
 from ..checks import check_fields, kind
-from ..federation.split import Inputs, any_tensor, map_inputs
+from ..federation.inputs import Inputs, any_tensor, map_inputs
 from .grouped_lora import MOST_KINDS, OneBatch, as_one_batch
 
 CPU_MEMORY = 2**28  # bytes of a chunk on the CPU

@@ -13,20 +13,22 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from ..adapters.lora import (
-    AdaptedBackbone,
-    Adapter,
+from ..adapters.lora import AdaptedBackbone, Adapter, is_lora, layer_of
+from ..adapters.state import (
     adapter_from_delta,
+    all_finite,
     delta,
+    direction,
+    door,
     flatten,
     is_dense_factor,
-    is_lora,
-    layer_of,
+    numbers,
+    sizes_of,
     unflatten,
 )
-from ..adapters.state import all_finite, direction, door, numbers, sizes_of
 from ..checks import options_of, unchecked
-from ..federation.split import Inputs, Split, map_inputs, take
+from ..federation.inputs import Inputs, map_inputs, take
+from ..federation.split import Split
 from .batching import Execution, Plan, map_clients, plan
 from .grouped_lora import OneBatch, as_one_batch
 from .loss import checked_logits, example_losses, token_mean

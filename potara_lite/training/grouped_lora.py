@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..adapters.lora import AdaptedBackbone, Adapter, factor_names, is_lora
-from ..federation.split import Inputs, any_tensor, map_inputs, take
+from ..federation.inputs import Inputs, any_tensor, map_inputs, take
 from ..models.frozen_trunk import LINEAR, call_network, replaced_forwards
 from .loss import example_losses
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..federation.split import PADDING
+from ..federation.inputs import PADDING
 
 
 def checked_logits(logits: Tensor, y: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from ..adapters.lora import AdaptedBackbone, Adapter
 from ..adapters.state import door
 from ..checks import kind, named, one_or_several, options_of, several, text, unchecked, whole
-from ..federation.split import MASK, PADDING, Inputs, Split, map_inputs
+from ..federation.inputs import MASK, PADDING, Inputs, map_inputs
+from ..federation.split import Split
 from ..federation.tasks import Question
-from ..models.language import encode_answers, pad_tokens
+from ..federation.text import encode_answers, pad_tokens
 from .batching import Execution
 from .loss import checked_logits
 from .train import batched_logits

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..adapters.lora import AdaptedBackbone, Adapter, flatten, select_clients, unflatten
-from ..adapters.state import door, fitting, trained_stack
-from ..checks import one_or_several, unchecked
-from ..checks import seed as one_seed
-from ..federation.split import Inputs, Split, batch_indices, map_inputs, take
+from ..adapters.lora import AdaptedBackbone, Adapter
+from ..adapters.state import door, fitting, flatten, select_clients, trained_stack, unflatten
+from ..checks import one_or_several, seed as one_seed, unchecked
+from ..federation.batches import batch_indices
+from ..federation.inputs import Inputs, map_inputs, take
+from ..federation.split import Split
 from .batching import Execution, Forward, map_clients, plan, with_autocast
 from .loss import example_accuracies, example_losses, mean_loss
 

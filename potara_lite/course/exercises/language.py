@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...models.language import next_tokens
+from ...federation.text import next_tokens
 from .checking import check
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...adapters.lora import Adapter, repeat_adapter
+from ...adapters.lora import Adapter
+from ...adapters.state import repeat_adapter
 from .checking import check
 
 

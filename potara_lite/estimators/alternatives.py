@@ -1,4 +1,4 @@
-"""Moments from mean gradients: near the optimum the gradient is the error times the curvature, bias included."""
+"""Estimators that only the benchmark of estimators uses: Laplace, mean gradients, James–Stein shrinkage."""
 
 from __future__ import annotations
 
@@ -6,12 +6,57 @@ import torch
 from torch import Tensor
 
 from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import door, groups_of, sizes_of
-from ..checks import not_negative, optional, unchecked
+from ..adapters.state import door, flatten, groups_of, interval, numbers, shaped_like, sizes_of
+from ..checks import not_negative, optional, several, unchecked
 from ..federation.split import Split
-from ..training.gradients import per_sample_gradients
+from ..merging.merge import merge_exact
+from ..training.gradients import directional_derivatives, per_sample_gradients
 from .estimate import Estimate, Grouping, from_moments, group_coordinates
+from .gauss_newton import example_mean
 from .moments import Moments
+from .paper import diagonal_moments, fisher_diagonals
+
+
+@door(sizes=sizes_of("g_f", 1), examples=several(sizes_of("g_f"), least=2), clip=interval, groups=groups_of("g_f"))
+def laplace_moments(
+    g_f: Tensor,
+    g_l: Tensor,
+    sizes: Tensor,
+    *,
+    examples: tuple[Tensor, Tensor],
+    prior: float = 1.0,
+    clip: tuple[float, float] = (0.0, 1.0),
+    groups: Tensor | None = None,
+) -> Moments:
+    """Laplace style: ``Σ = 1 / (n F + δ)``, with the ``examples`` (federated, local) ``(C,)`` that each model was
+    trained on and the precision ``prior`` of a Gaussian prior, so that flat directions count by the prior alone."""
+    f_f, f_l, rho = unchecked(fisher_diagonals)(g_f, g_l, sizes)
+    var_f, var_l = (1 / (n.to(f).unsqueeze(1) * f + prior) for n, f in zip(examples, (f_f, f_l)))
+    return diagonal_moments(var_f, var_l, rho.clamp(*clip), groups)
+
+
+@door()
+def estimate_laplace(
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    *,
+    train_sizes: Tensor,
+    prior: float = 1.0,
+    by: Grouping | None = None,
+) -> Estimate:
+    """Posterior variances in the style of a diagonal Laplace approximation, ``Σ = (n F + δ I)⁻¹``.
+
+    ``train_sizes`` ``(C,)``: what each local model was trained on; the federated one had them all. Equations:
+    ``laplace_moments``. Assumes what the Fisher estimator does, but lets the prior speak where the data are
+    silent. Cost: 2 gradients per sample.
+    """
+    g_f, g_l = (unchecked(per_sample_gradients)(adapted, stack, split) for stack in (federated, local))
+    examples = train_sizes.sum().expand(len(train_sizes)), train_sizes
+    groups = group_coordinates(local, by)[1]
+    moments = unchecked(laplace_moments)(g_f, g_l, split.sizes, examples=examples, prior=prior, groups=groups)
+    return from_moments(moments, local, by)
 
 
 @door(sizes=sizes_of("g_f", 1), groups=groups_of("g_f"))
@@ -124,3 +169,43 @@ def estimate_gradient(
     options = dict(unbiased=unbiased, damping=damping, cross_fit=cross_fit, groups=groups)
     moments = unchecked(gradient_moments)(g_f, g_l, split.sizes, **options)
     return from_moments(moments, local, by)
+
+
+@door(variance=numbers(1, least=0), distance=shaped_like("variance", 1))
+def shrinkage_moments(variance: Tensor, distance: Tensor) -> Moments:
+    """Positive-part James–Stein: shrink the local model towards the federated one by ``variance / distance``.
+
+    ``distance = |θ_F - θ_L|²`` estimates ``a + b - 2c``; with small ``c``, ``b`` is the local model's ``variance``
+    ``(C,)`` in the same metric.
+    """
+    variance, distance = variance.double().cpu(), distance.double().cpu()
+    return Moments((distance - variance).clamp_min(0), variance.clamp_min(0), torch.zeros_like(variance))
+
+
+@door()
+def estimate_shrinkage(
+    adapted: AdaptedBackbone,
+    federated: Adapter,
+    local: Adapter,
+    split: Split,
+    *,
+    train_sizes: Tensor,
+    damping: float = 0.1,
+) -> Estimate:
+    """Positive-part James–Stein shrinkage of the local model towards the federated one, in the metric of the loss.
+
+    The distance is ``Δᵀ H Δ`` by the Gauss–Newton product at the local model. The local model's variance in the same
+    metric is ``(d - 2) / n``, with ``n`` its training examples and ``d = tr F (F + δ)⁻¹`` its effective number of
+    parameters (MacKay, 1992) on the given samples. Assumes a well-specified, converged local model and small ``c``.
+    Cost: 1 gradient and 1 forward-mode product per sample.
+    """
+    gradients = unchecked(per_sample_gradients)(adapted, local, split).double()
+    gram = gradients @ gradients.mT  # (C, N, N)
+    values = torch.linalg.eigvalsh(gram).clamp_min(0)
+    ridge = (damping * gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) / gradients.shape[2]).clamp_min(1e-30)
+    effective = (values / (values + ridge)).sum(1)
+    origin, end = merge_exact(federated, local, 0.0), merge_exact(federated, local, 1.0)
+    _, curvature = unchecked(directional_derivatives)(adapted, origin, flatten(end) - flatten(origin), split)
+    variance = (effective - 2).clamp_min(0) / train_sizes.to(effective)
+    moments = shrinkage_moments(variance, example_mean(curvature, split))
+    return Estimate(moments.weight, moments, {"effective": effective.cpu()})

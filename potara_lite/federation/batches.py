@@ -1,0 +1,28 @@
+"""The batches of a client: a stream of permutations that can be entered at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import door, one_or_several, seed as valid_seed, whole
+
+
+@door(size=whole(1), seed=one_or_several(valid_seed))
+def batch_indices(size: int, start: int, steps: int, batch_size: int, seed: int | Sequence[int]) -> Tensor:
+    """The examples of steps ``start … start + steps - 1`` of one client, ``(steps, batch_size)``.
+
+    The stream is one permutation of the client's examples after another; epoch ``e`` has the seed ``(*seed, e)``. It
+    can be entered at any step, so rounds of 5 steps see the same batches as one run over all of them.
+    """
+    seed = [seed] if isinstance(seed, int) else list(seed)
+    first, last = start * batch_size, (start + steps) * batch_size
+    epochs = range(first // size, -(-last // size))
+    if steps == 0:
+        return torch.zeros(0, batch_size, dtype=torch.int64)
+    stream = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(size) for epoch in epochs])
+    offset = epochs.start * size
+    return torch.from_numpy(stream[first - offset : last - offset].reshape(steps, batch_size))

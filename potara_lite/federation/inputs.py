@@ -1,0 +1,119 @@
+"""The examples of one client: inputs and labels, what they must be, and how they are stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import refuse, shown
+
+Inputs = Tensor | dict[str, Tensor]  # one tensor, or by name what the network is called with (token ids and their mask)
+
+Examples = tuple[Inputs, Tensor]  # inputs (n, ...); labels (n,), or token-level targets (n, T)
+
+PADDING = -100  # the label of a padded example and of a token that is no target, which cross_entropy ignores
+
+MASK = "attention_mask"  # of a mapping: 1 for a real token, 0 for padding
+
+
+def map_inputs(function: Callable[..., Tensor], *inputs: Inputs) -> Inputs:
+    """``function`` of the tensors, or name by name of those of mappings."""
+    if isinstance(inputs[0], Tensor):
+        return function(*inputs)
+    return {name: function(*(one[name] for one in inputs)) for name in inputs[0]}
+
+
+def take(inputs: Inputs, index) -> Inputs:
+    """The inputs at an index: ``tensor[index]``, of every tensor."""
+    return map_inputs(lambda tensor: tensor[index], inputs)
+
+
+def any_tensor(inputs: Inputs) -> Tensor:
+    """The tensor, or the first one of a mapping: for what all of them share."""
+    return inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
+
+
+def check_examples(client: int, x: Inputs, y: Tensor) -> None:
+    """Raise ``ValueError`` for a client without examples, other than as many inputs as labels, inputs that are no
+    numbers, whole-numbered images, labels that are no whole numbers of 0 or more, empty texts and ignored targets."""
+    tensors = list(x.values()) if isinstance(x, dict) and x else [x]
+    for name, found in (("labels", [y]), ("inputs", tensors)):
+        if odd := [one for one in found if not isinstance(one, Tensor) or one.dim() == 0]:
+            raise ValueError(f"client {client}: {name} must be tensors with an example a row, not {shown(odd[0])}")
+    if len(y) == 0:
+        raise ValueError(f"client {client} has no examples")
+    for tensor in tensors:
+        if len(tensor) != len(y):
+            raise ValueError(f"client {client} has {len(tensor)} inputs and {len(y)} labels")
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            raise ValueError(f"client {client}: inputs must hold their numbers, not {tensor.layout} on {tensor.device}")
+        if tensor.dtype == torch.bool or tensor.is_complex() or (tensor.dim() > 2 and not tensor.is_floating_point()):
+            raise ValueError(f"client {client}: images must be floats, scaled to [0, 1] say, not {tensor.dtype}")
+        if tensor.is_floating_point() and not tensor.sum().isfinite():  # or so many that only their sum is infinite
+            if not (fine := tensor.isfinite().reshape(len(y), -1).all(1)).all():
+                raise ValueError(f"client {client}: input {int((~fine).nonzero()[0])} is not finite")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.is_sparse or y.is_meta:
+        raise ValueError(f"client {client}: labels must be whole numbers, not {y.dtype}")
+    a_column = isinstance(x, Tensor) and y.shape[1:] == (1,)
+    if y.dim() > 2 or (y.dim() == 2 and (a_column or y.shape[1:] != tensors[0].shape[1:2])):
+        raise ValueError(f"client {client}: labels must be of shape ({len(y)},), or a target per token, not {shown(y)}")
+    if (bad := y[(y < 0) & ((y != PADDING) | (y.dim() == 1))]).numel():
+        raise ValueError(f"client {client}: label {int(bad[0])} is below 0")
+    if isinstance(x, dict) and MASK in x and (empty := (x[MASK].flatten(1) == 0).all(1)).any():
+        raise ValueError(f"client {client}: example {int(empty.nonzero()[0])} is empty: its {MASK} is 0 everywhere")
+    if y.dim() > 1 and (ignored := (y == PADDING).flatten(1).all(1)).any():
+        raise ValueError(f"client {client}: all targets of example {int(ignored.nonzero()[0])} are {PADDING}, ignored")
+
+
+def kind_of(x: Inputs) -> dict[str, str]:
+    """The dtype and the dimensions of each tensor of the inputs."""
+    named = {"one tensor": x} if isinstance(x, Tensor) else x
+    return {name: f"{t.dtype} of {t.dim()} dimensions".removeprefix("torch.") for name, t in named.items()}
+
+
+def check_alike(ids: Sequence[int], examples: Sequence[Examples]) -> None:
+    """Raise ``ValueError`` unless all clients have inputs of the same names, dtypes and dimensions, and of the same
+    length where nothing would tell what is padding."""
+
+    first = examples[0][0]
+    for client, (x, y) in zip(ids, examples):
+        if kind_of(x) != kind_of(first):
+            raise ValueError(f"client {client} has inputs {kind_of(x)}, client {ids[0]} has {kind_of(first)}")
+        if y.dim() != examples[0][1].dim():
+            raise ValueError(f"client {client} has labels of {y.dim()} dimensions, client {ids[0]} others")
+        shape, like = any_tensor(x).shape[1:], any_tensor(first).shape[1:]
+        if shape != like and (isinstance(x, Tensor) or MASK not in x):
+            raise ValueError(
+                f"client {client} has inputs of shape {tuple(shape)}, client {ids[0]} of {tuple(like)}: texts of "
+                f"different lengths come as a mapping with an {MASK!r}"
+            )
+
+
+def pad_stack(tensors: Sequence[Tensor], value: int) -> Tensor:
+    """The clients' tensors ``(n, ...)``, each filled up with ``value`` at the ends, as one ``(C, N, ...)``."""
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors))]
+    stack = tensors[0].new_full((len(tensors), *shape), value)
+    for row, tensor in zip(stack, tensors):
+        row[tuple(map(slice, tensor.shape))] = tensor.detach()
+    return stack
+
+
+def check_pairs(name: str, examples: Sequence[Examples]) -> None:
+    """Raise ``ValueError`` unless it is a list of a pair of inputs and labels for each client, one at least."""
+    if isinstance(examples, str) or not isinstance(examples, Sequence) or not examples:
+        refuse(name, "inputs and labels of 1 client or more", examples)
+    if odd := [one for one in examples if not isinstance(one, list | tuple) or len(one) != 2]:
+        refuse(f"{name}[{list(map(id, examples)).index(id(odd[0]))}]", "a pair of inputs and labels", odd[0])
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers."""
+    plain = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+    return plain and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating numbers."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta

@@ -1,0 +1,168 @@
+"""Partitioners: pure functions of labels and a generator that deal examples out to clients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ..checks import door, one_or_several, refuse, whole
+from .inputs import Examples, _is_real, check_examples, check_pairs, take
+from .split import Federation, Split
+
+DRAWS = 100  # how often a federation's class proportions are drawn anew before a class counts as run out
+
+
+class SupplyError(ValueError):
+    """The clients ask for more examples of a class than there are."""
+
+
+@door()
+def dirichlet_proportions(clients: int, classes: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
+    """Class proportions ``(C, K)`` of each client, from a symmetric Dirichlet (Hsu et al., 2019).
+
+    Small ``alpha``: few classes per client; ``alpha=inf``: all classes alike. Raises ``ValueError`` for alpha ≤ 0.
+    """
+    if np.isinf(alpha):
+        return np.full((clients, classes), 1 / classes)
+    return rng.dirichlet(np.full(classes, alpha), size=clients)
+
+
+def _round(shares: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers in proportion to ``shares`` that add up to ``total`` (largest remainders)."""
+    exact = shares / shares.sum() * total
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
+    return counts
+
+
+def draw(
+    labels: np.ndarray, proportions: np.ndarray, sizes: Sequence[int], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Positions in ``labels`` for each client, in random order; no position is drawn twice.
+
+    ``proportions``: ``(C, K)``, of which client i gets ``sizes[i]`` examples, rounded by largest remainders. Raises
+    ``SupplyError`` (a ``ValueError``) when a class runs out.
+    """
+    counts = np.stack([_round(share, size) for share, size in zip(proportions, sizes)])  # (C, K)
+    picked: list[list[np.ndarray]] = [[] for _ in sizes]
+    for k in range(proportions.shape[1]):
+        pool = rng.permutation(np.flatnonzero(labels == k))
+        if (wanted := counts[:, k].sum()) > len(pool):
+            raise SupplyError(
+                f"class {k} runs out: {wanted} examples are asked for, there are {len(pool)}; take fewer clients, "
+                "smaller sizes or a larger alpha"
+            )
+        for client, part in enumerate(np.split(pool, np.cumsum(counts[:, k]))[:-1]):
+            picked[client].append(part)
+    return [rng.permutation(np.concatenate(parts)) for parts in picked]
+
+
+@door(client=whole(0))
+def shift_images(x: Tensor, client: int, clients: int) -> Tensor:
+    """Images in [0, 1] seen through client ``client``'s own domain: turned by 360° · client / clients, and inverted
+    (1 - x) for odd clients. Client 0 keeps the originals."""
+    from torchvision.transforms.functional import InterpolationMode, rotate
+
+    if not isinstance(x, Tensor) or x.dim() != 4 or not _is_real(x) or not len(x):
+        refuse("x", "images (n, channels, height, width), floats", x)
+    if client:
+        x = rotate(x, 360 * client / clients, interpolation=InterpolationMode.BILINEAR)
+    return 1 - x if client % 2 else x
+
+
+def _check_partition(pool, test_pool, sizes, calibration_size, test_size, clients, classes, proportions, shift) -> None:
+    """Raise ``ValueError`` for what ``partition`` refuses."""
+    for name, (_, labels) in (("pool", pool), ("test_pool", test_pool)):
+        if labels.dim() == 1 and (labels >= classes).any():
+            raise ValueError(f"{name} has label {int(labels.max())}, which is outside 0 … {classes - 1}")
+    if shift and isinstance(pool[0], dict):
+        raise ValueError("shift=True is for images, not for a mapping of tensors")
+    if pool[1].dim() > 1 or test_pool[1].dim() > 1:
+        raise ValueError("examples are dealt by their labels, and token-level targets have none: use from_tensors")
+    if len(sizes) != clients:
+        raise ValueError(f"train_size names {len(sizes)} clients, not {clients}")
+    if proportions is not None:
+        try:
+            proportions = np.asarray(proportions, dtype=float)
+        except (ValueError, TypeError, RuntimeError):  # rows of different lengths, text, a tensor that has a gradient
+            refuse("proportions", f"numbers, a row for each of {clients} clients", proportions)
+        if np.shape(proportions) != (clients, classes):
+            raise ValueError(f"proportions are of shape {np.shape(proportions)}, not a row for each of {clients}")
+        if not np.isfinite(proportions).all() or np.min(proportions) < 0 or not np.sum(proportions, 1).all():
+            raise ValueError("proportions must be finite, at least 0 and not all 0 for a client")
+    wanted = sum(sizes) + clients * calibration_size, clients * test_size
+    for part, asked, there in zip(("training and calibration", "test"), wanted, (len(pool[1]), len(test_pool[1]))):
+        if asked > there:  # before a hundred draws that cannot succeed
+            raise SupplyError(
+                f"the pool runs out: {clients} clients ask for {asked} {part} examples, there are {there}; take fewer "
+                "clients or smaller sizes"
+            )
+
+
+def pool_of_examples(name: str, value: Examples, given: object) -> Examples:
+    """Inputs and labels to deal out. Raises ``ValueError`` for what ``check_examples`` does."""
+    check_pairs(name, [value])
+    try:
+        check_examples(0, *value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("client 0", name, 1)) from None
+    return value
+
+
+@door(pool=pool_of_examples, test_pool=pool_of_examples, train_size=one_or_several(whole(1)))
+def partition(
+    pool: Examples,
+    test_pool: Examples,
+    classes: int,
+    *,
+    clients: int = 8,
+    train_size: int | Sequence[int] = 100,
+    calibration_size: int = 30,
+    test_size: int = 250,
+    alpha: float = 0.5,
+    proportions: np.ndarray | None = None,
+    shift: bool = False,
+    seed: int = 0,
+    name: str = "federation",
+) -> Federation:
+    """Deal two pools of examples out to clients: train and calibration from ``pool``, test from ``test_pool``.
+
+    Each client draws its class proportions from a Dirichlet(``alpha``), or has its row of ``proportions`` ``(C, K)``,
+    and keeps them in all three splits; ``shift=True`` gives each an image domain of its own as well (``shift_images``);
+    ``alpha=inf`` with ``shift=True`` is feature shift alone. ``train_size`` may differ from client to client. No
+    example is dealt twice; Dirichlet draws that together ask for more of a class than the pools hold are drawn anew,
+    up to 100 times.
+
+    Raises ``ValueError`` for alpha ≤ 0, no clients, sizes < 1, what ``check_examples`` refuses, labels outside the
+    classes, proportions of another shape or below 0, token-level targets, a shift of what are no images, or
+    (``SupplyError``) a class that runs out every time.
+    """
+    rng = np.random.default_rng([seed, 2602_18658])
+    sizes = [train_size] * clients if isinstance(train_size, int) else list(train_size)
+    _check_partition(pool, test_pool, sizes, calibration_size, test_size, clients, classes, proportions, shift)
+    for attempt in range(DRAWS):
+        shares = dirichlet_proportions(clients, classes, alpha, rng) if proportions is None else proportions
+        try:
+            chosen = draw(pool[1].numpy(), shares, [n + calibration_size for n in sizes], rng)
+            tested = draw(test_pool[1].numpy(), shares, [test_size] * clients, rng)
+            break
+        except SupplyError:
+            if proportions is not None or attempt == DRAWS - 1:
+                raise
+
+    def split(source: Examples, index: Sequence[np.ndarray]) -> Split:
+        examples = []
+        for client, rows in enumerate(index):
+            x, y = take(source[0], rows), source[1][rows]
+            examples.append((shift_images(x, client, clients) if shift else x, y))
+        return Split.of(examples)
+
+    return Federation(
+        train=split(pool, [rows[:n] for rows, n in zip(chosen, sizes)]),
+        calibration=split(pool, [rows[n:] for rows, n in zip(chosen, sizes)]),
+        test=split(test_pool, tested),
+        classes=classes,
+        name=name,
+    )

@@ -1,0 +1,87 @@
+"""Text as tokens: what encoders and causal language models take as inputs and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import door, refuse, several, text, whole
+from .inputs import MASK, PADDING
+
+
+@door(rows=several(several(whole(0), least=0)))
+def pad_tokens(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Token ids of texts of any lengths as ``input_ids`` and ``attention_mask`` ``(n, T)``, 0 behind their ends.
+
+    >>> pad_tokens([[5, 6, 7], [8]])["attention_mask"].tolist()
+    [[1, 1, 1], [1, 0, 0]]
+
+    Raises ``ValueError`` for a text without tokens.
+    """
+    if empty := [i for i, row in enumerate(rows) if not len(row)]:
+        raise ValueError(f"text {empty[0]} has no tokens")
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return {"input_ids": ids, MASK: mask}
+
+
+@door(texts=several(text))
+def encode_texts(tokenizer, texts: Sequence[str], max_length: int = 64) -> dict[str, Tensor]:
+    """Texts as an encoder reads them, with its special tokens, cut to ``max_length`` tokens.
+
+    Raises ``ValueError`` for an empty text.
+    """
+    if empty := [i for i, text in enumerate(texts) if not text.strip()]:
+        raise ValueError(f"text {empty[0]} is empty")
+    return pad_tokens([tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts])
+
+
+@door(prompts=several(text), answers=several(text))
+def encode_answers(
+    tokenizer, prompts: Sequence[str], answers: Sequence[str], max_length: int = 256
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts and the answers that follow them, for a causal language model: its inputs, and targets ``(n, T)`` that
+    are the answers' tokens alone.
+
+    The two are tokenised together and cut where the prompt alone ends, spaces at its end counting to the answer (the
+    convention of lm-evaluation-harness). Prompts that are too long lose their beginning.
+
+    Raises ``ValueError`` for an empty prompt or answer, and for an answer of ``max_length`` tokens or more.
+    """
+    if len(prompts) != len(answers):
+        raise ValueError(f"answers: {len(answers)} of them for {len(prompts)} prompts")
+    rows, lengths = [], []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        bare = prompt.rstrip()
+        if not bare or not answer.strip():
+            raise ValueError(f"text {i} has an empty {'answer' if bare else 'prompt'}")
+        row = tokenizer(prompt + answer)["input_ids"]
+        lengths.append(len(row) - len(tokenizer(bare)["input_ids"]))
+        if not 0 < lengths[-1] < max_length:
+            raise ValueError(f"text {i}: an answer of {lengths[-1]} tokens, 1 … {max_length - 1} are possible")
+        rows.append(row[-max_length:])
+    x = pad_tokens(rows)
+    is_answer = torch.zeros_like(x[MASK], dtype=torch.bool)
+    for place, row, length in zip(is_answer, rows, lengths):
+        place[len(row) - length : len(row)] = True
+    return x, next_tokens(x["input_ids"], is_answer)
+
+
+def next_tokens(input_ids: Tensor, is_target: Tensor) -> Tensor:
+    """The targets of a causal language model, ``(n, T)``: at every position the token that comes after it, where
+    ``is_target`` says that this token counts, else -100. The shift by one is here and nowhere else.
+
+    >>> next_tokens(torch.tensor([[5, 6, 7]]), torch.tensor([[False, False, True]])).tolist()
+    [[-100, 7, -100]]
+    """
+    kinds = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in kinds:
+        refuse("input_ids", "token ids (n, T)", input_ids)
+    if not isinstance(is_target, Tensor) or is_target.shape != input_ids.shape:
+        refuse("is_target", f"a tensor of shape {tuple(input_ids.shape)} like input_ids", is_target)
+    targets = torch.full_like(input_ids, PADDING)
+    targets[:, :-1] = torch.where(is_target.bool(), input_ids, PADDING)[:, 1:]
+    return targets
