@@ -23,7 +23,8 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from potara_lite import Setting, evaluate, fedit, merge_exact, per_sample_gradients, prepare, repeat_adapter, train
-from potara_lite.adapters.lora import AdaptedBackbone, Adapter
+from potara_lite.adapters.lora import AdaptedBackbone
+from potara_lite.adapters.state import Adapter
 from potara_lite.estimators import (
     estimate_calibrated,
     estimate_curve,

@@ -25,7 +25,7 @@ import pandas as pd
 from pages import facts, fill, markdown
 
 from potara_lite import Setting, compare
-from potara_lite.experiment import PAIR_METHODS
+from potara_lite.experiment import MODEL_PAIR_METHODS
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples" / "flower"))
@@ -52,7 +52,7 @@ USUAL = dict(clients=3, tls=False, simulation=False, stranger=False, kill=None, 
 def engine() -> tuple[dict, pd.DataFrame]:
     """The run in this process."""
     began = time.perf_counter()
-    methods = {name: PAIR_METHODS[name] for name in ("federated", "local", "potara-calibrated")}
+    methods = {name: MODEL_PAIR_METHODS[name] for name in ("federated", "local", "potara-calibrated")}
     rows = compare(SETTING, [0], methods)
     return {"seconds": {"from the start of the run to its result": round(time.perf_counter() - began, 1)}}, rows
 

@@ -23,7 +23,7 @@ from workload import HERE, Load, apart, compared, make, paired, write
 
 from potara_lite import repeat_adapter
 from potara_lite.adapters.state import flatten, unflatten
-from potara_lite.training.grouped_lora import as_one_batch
+from potara_lite.training.grouped_lora import group_lora
 from potara_lite.training.train import compiled_losses, losses
 
 TOLERANCE = 1e-5  # of losses and gradients
@@ -42,7 +42,7 @@ def row(load: Load, repeats: int) -> dict:
         return value.detach(), torch.autograd.grad(value.sum(), own)[0]
 
     steps = {
-        "engine": lambda: step(losses, as_one_batch(adapted)),
+        "engine": lambda: step(losses, group_lora(adapted)),
         "vmap": lambda: step(losses, adapted),
         "compiled": lambda: step(compiled_losses(), adapted),
     }

@@ -30,7 +30,7 @@ from pages import facts, fill, markdown
 from potara_lite import Setting, attach, from_torchvision, lab_vit, prepare, torchvision_vit
 from potara_lite.baselines.methods import FAMILIES, METHODS, REFERENCES
 from potara_lite.baselines.sweep import read_results, sweep
-from potara_lite.experiment import Method, Result, Trial
+from potara_lite.experiment import Method, Result, Run
 from potara_lite.plots import frontiers
 from potara_lite.results import leaderboard, paired_differences, pareto_front
 
@@ -126,11 +126,11 @@ TOGETHER = {  # what was best alone, together
 def equal_merge(federated_lr_scale: float, local_lr_scale: float, rounds: int) -> Method:
     """Half of each of the two models that all merges share, trained otherwise; the steps of both stay as many."""
 
-    def method(trial: Trial) -> Result:
-        local_steps = trial.setting.total_steps - int(rounds) * trial.setting.round_steps
+    def method(run: Run) -> Result:
+        local_steps = run.setting.total_steps - int(rounds) * run.setting.round_steps
         changes = dict(rounds=int(rounds), local_steps=local_steps)
         changes |= dict(federated_lr_scale=federated_lr_scale, local_lr_scale=local_lr_scale)
-        return METHODS["uniform"](replace(trial, setting=replace(trial.setting, **changes)))
+        return METHODS["uniform"](replace(run, setting=replace(run.setting, **changes)))
 
     return method
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from suite import COLUMNS, ESTIMATORS, judge
 
 from potara_lite import Setting, prepare, train_pair
-from potara_lite.adapters.lora import Adapter
+from potara_lite.adapters.state import Adapter
 from potara_lite.baselines.methods import FAMILIES, REFERENCES
 from potara_lite.baselines.sweep import read_results, sweep
 from potara_lite.experiment import Method

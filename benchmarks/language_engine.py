@@ -78,7 +78,7 @@ def sequential(adapted: AdaptedBackbone, split: Split, steps: int) -> tuple[torc
         order = batch_indices(len(y), 0, steps, BATCH, [0, number])
 
         def logits(x):
-            return call_network(model, x, adapted.blocks_below)
+            return call_network(model, x, adapted.frozen_blocks)
 
         curves.append(torch.stack(client_steps(logits, weights, ((take(x, batch), y[batch]) for batch in order))))
         rows.append(torch.cat([weight.detach().flatten() for weight in weights]))

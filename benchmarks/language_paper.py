@@ -31,7 +31,7 @@ from potara_lite.adapters.lora import AdaptedBackbone
 from potara_lite.adapters.state import select_clients
 from potara_lite.baselines import algorithms
 from potara_lite.baselines.methods import from_algorithm, local_training
-from potara_lite.experiment import PAIR_METHODS, Method, Result, Trial
+from potara_lite.experiment import MODEL_PAIR_METHODS, Method, Result, Run
 from potara_lite.federation.sources import from_tensors
 from potara_lite.federation.split import Federation
 from potara_lite.federation.tasks import Question, read_task
@@ -93,9 +93,9 @@ def prepare(
 def with_steps(method: Method, steps: int) -> Method:
     """A method at a budget of its own."""
 
-    def run(trial: Trial) -> Result:
-        setting = replace(trial.setting, rounds=steps // trial.setting.round_steps, local_steps=0)
-        return method(Trial(trial.adapted, trial.federation, setting, trial.seed))
+    def run(run: Run) -> Result:
+        setting = replace(run.setting, rounds=steps // run.setting.round_steps, local_steps=0)
+        return method(Run(run.adapted, run.federation, setting, run.seed))
 
     return run
 
@@ -103,7 +103,7 @@ def with_steps(method: Method, steps: int) -> Method:
 def methods(args: argparse.Namespace) -> dict[str, Method]:
     """What is compared: the two models, their merges, and training alone or together for the baselines' steps."""
     return {
-        **{name: PAIR_METHODS[name] for name in PAIR_METHODS if name != "backbone" or args.backbone},
+        **{name: MODEL_PAIR_METHODS[name] for name in MODEL_PAIR_METHODS if name != "backbone" or args.backbone},
         f"local, {args.baseline_steps} steps": with_steps(local_training(), args.baseline_steps),
         f"FedIT, {args.baseline_steps} steps": with_steps(from_algorithm(algorithms.FEDIT), args.baseline_steps),
     }
@@ -177,10 +177,10 @@ def main(argv: list[str] | None = None) -> None:
     write_atomically(args.out / "config.json", json.dumps(made, indent=1) + "\n")
     for seed in args.seeds:
         adapted, federation, tests = prepare(args, seed, tokenizer)
-        trial = Trial(adapted, federation, setting, seed)
+        run = Run(adapted, federation, setting, seed)
         for name, method in methods(args).items():
-            result = method(trial)
-            rows = result_rows(name, trial, result).reset_index(drop=True)
+            result = method(run)
+            rows = result_rows(name, run, result).reset_index(drop=True)
             frames.append(rows.join(answers_scored(result, tests, tokenizer, args)))
             write_atomically(args.out / "rows.csv", pd.concat(frames).to_csv(index=False))
             if name == "potara-calibrated":

@@ -46,8 +46,8 @@ from potara_lite.baselines.sweep import read_results, sweep
 from potara_lite.estimators import Estimate, estimate_calibrated, estimate_curve, estimate_paper, estimate_uniform
 from potara_lite.experiment import (
     Method,
-    Pair,
-    Trial,
+    ModelPair,
+    Run,
     local_from_federated,
     one_of_pair,
     training_options,
@@ -107,8 +107,8 @@ BASELINES = "local", "FedIT", "FFA-LoRA", "FedSA-LoRA", "FedDPA-T", "FedALT", "D
 
 
 def with_setting(method: Method, **changes: float) -> Method:
-    """A method on the trial's federation with another setting."""
-    return lambda trial: method(replace(trial, setting=replace(trial.setting, **changes)))
+    """A method on the run's federation with another setting."""
+    return lambda run: method(replace(run, setting=replace(run.setting, **changes)))
 
 
 def with_600_steps(method: Method) -> Method:
@@ -154,7 +154,7 @@ def contestants(rates: dict[str, float]) -> dict[str, Method]:
     start = local_from_federated(rates["local from federated"])
     estimators = {"uniform": estimate_uniform, "potara-calibrated": estimate_calibrated}
     for name, estimate in estimators.items():
-        merges[f"{name}, local from federated"] = with_estimator(on("calibration", 30, estimate), pair_of=start)
+        merges[f"{name}, local from federated"] = with_estimator(on("calibration", 30, estimate), model_pair=start)
     return found | merges
 
 
@@ -213,18 +213,18 @@ def sampled() -> dict[str, Method]:
 FOLDS = 4
 
 
-def federated_without(late: bool, trial: Trial) -> Pair:
+def federated_without(late: bool, run: Run) -> ModelPair:
     """The pair whose federated model comes from three quarters of the clients: for every client one of which it was no
     part (``late``: it downloads it once and uploads nothing), or one of which it was."""
     key = "without a quarter", late
-    if key not in trial.pairs:
-        clients, setting, adapted = len(trial.federation), trial.setting, trial.adapted
+    if key not in run.pairs:
+        clients, setting, adapted = len(run.federation), run.setting, run.adapted
         fold, models = torch.arange(clients) % FOLDS, []
         options = training_options(setting, setting.federated_lr_scale)
-        options |= dict(rounds=setting.rounds, local_steps=setting.round_steps, seed=trial.seed)
+        options |= dict(rounds=setting.rounds, local_steps=setting.round_steps, seed=run.seed)
         for left_out in range(FOLDS):
             others = (fold != left_out).nonzero().squeeze(1).tolist()
-            models.append(fedit(adapted, trial.federation.train.rows(others), **options))
+            models.append(fedit(adapted, run.federation.train.rows(others), **options))
         for is_late in (True, False):
             chosen = [models[f if is_late else (f + 1) % FOLDS] for f in fold.tolist()]
             ledger = Ledger.zeros(clients).add(torch.arange(clients), down=adapter_bytes(adapted.initial))
@@ -232,20 +232,20 @@ def federated_without(late: bool, trial: Trial) -> Pair:
                 cost = {name: int(each[0]) for name, each in vars(models[0].ledger).items()}
                 ledger = Ledger.zeros(clients).add(torch.arange(clients), **cost)
             federated = stack_adapters([one.adapter for one in chosen])
-            costs = (ledger, trial.pair.ledgers[1]), trial.pair.seconds
-            trial.pairs[key[0], is_late] = Pair(federated, trial.pair.local, *costs)
-    return trial.pairs[key]
+            costs = (ledger, run.pair.ledgers[1]), run.pair.seconds
+            run.pairs[key[0], is_late] = ModelPair(federated, run.pair.local, *costs)
+    return run.pairs[key]
 
 
 def latecomers() -> dict[str, Method]:
     """The federated model and merges of clients that came late, and of the same clients where they took part."""
     found = {"local": one_of_pair(1)}
     for late, name in ((True, "late"), (False, "took part")):
-        pair_of = partial(federated_without, late)
-        found[f"federated, {name}"] = with_estimator(every(1.0), pair_of=pair_of)
-        found[f"uniform, {name}"] = with_estimator(every(0.5), pair_of=pair_of)
+        model_pair = partial(federated_without, late)
+        found[f"federated, {name}"] = with_estimator(every(1.0), model_pair=model_pair)
+        found[f"uniform, {name}"] = with_estimator(every(0.5), model_pair=model_pair)
         found[f"potara-calibrated, {name}"] = with_estimator(
-            on("calibration", 30, estimate_calibrated), pair_of=pair_of
+            on("calibration", 30, estimate_calibrated), model_pair=model_pair
         )
     return found
 

@@ -25,8 +25,8 @@ from pages import facts, fill, markdown
 from torch import Tensor
 
 from potara_lite import Setting, estimate_calibrated, evaluate, merge_exact, prepare, repeat_adapter, run_algorithm
-from potara_lite.adapters.lora import AdaptedBackbone, Adapter
-from potara_lite.adapters.state import client_adapter, delta, flatten
+from potara_lite.adapters.lora import AdaptedBackbone
+from potara_lite.adapters.state import Adapter, client_adapter, delta, flatten
 from potara_lite.baselines.algorithms import FFA
 from potara_lite.baselines.privacy import Privacy, noise_moment, noise_multiplier_for, with_noise
 from potara_lite.baselines.rounds import client_step

@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from pages import fill, markdown
 
-from potara_lite import ESTIMATORS, Setting, Trial, prepare
+from potara_lite import ESTIMATORS, Run, Setting, prepare
 from potara_lite.experiment import oracle_weight
 from potara_lite.plots import along_weight
 from potara_lite.results import paired_differences, summary
@@ -58,9 +58,9 @@ def tables(rows: pd.DataFrame) -> tuple[str, str]:
 
 def figure() -> Figure:
     """The README's figure: test loss along λ of the clients of seed 0, with three choices of λ."""
-    trial = Trial(*prepare(Setting(), 0), Setting(), 0)
-    weights, loss, _ = trial.test_curve
-    estimate = ESTIMATORS["potara-paper"](trial.adapted, *trial.pair.models, trial.federation)
+    run = Run(*prepare(Setting(), 0), Setting(), 0)
+    weights, loss, _ = run.test_curve
+    estimate = ESTIMATORS["potara-paper"](run.adapted, *run.pair.models, run.federation)
     chosen = {"uniform": torch.full((len(loss),), 0.5), "potara-paper": estimate.weight}
     return along_weight(weights, loss, chosen | {"oracle": oracle_weight(weights, loss)})
 

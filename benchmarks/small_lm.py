@@ -38,7 +38,8 @@ from potara_lite import (
     repeat_adapter,
     train_pair,
 )
-from potara_lite.adapters.lora import AdaptedBackbone, Adapter
+from potara_lite.adapters.lora import AdaptedBackbone
+from potara_lite.adapters.state import Adapter
 from potara_lite.federation.inputs import PADDING
 from potara_lite.federation.split import Federation, Split
 from potara_lite.federation.tasks import read_glosses

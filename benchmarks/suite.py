@@ -41,7 +41,7 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from potara_lite import Setting, estimators, evaluate, fedit, merge_exact, prepare, repeat_adapter, train, train_pair
-from potara_lite.adapters.lora import Adapter
+from potara_lite.adapters.state import Adapter
 from potara_lite.estimators import (
     Estimate,
     by_layer,

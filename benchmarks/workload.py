@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from potara_lite import AdaptedBackbone, Split, attach, lab_vit
-from potara_lite.federation.split import check_file, data_path
+from potara_lite.files import check_file, data_path
 from potara_lite.models.vit import LabViT
 
 HERE = Path(__file__).parent

@@ -104,20 +104,20 @@ def configuration(setting: Setting, seeds: list[int]) -> str:
     return json.dumps(facts, indent=2) + "\n"
 
 
-def save_models(out: Path, name: str, trial, result) -> None:
+def save_models(out: Path, name: str, run, result) -> None:
     """A seed's adapters as PEFT folders: ``federated``, and ``client-i/local`` and ``client-i/potara-calibrated``."""
     from .adapters.files import save_adapter
     from .adapters.state import client_adapter
 
-    folder = out / "adapters" / f"seed-{trial.seed}"
+    folder = out / "adapters" / f"seed-{run.seed}"
     if name == "federated":
-        save_adapter(trial.adapted, client_adapter(result.adapters, 0), folder / name)
+        save_adapter(run.adapted, client_adapter(result.adapters, 0), folder / name)
     if name in ("local", "potara-calibrated"):
-        for client in range(len(trial.federation)):
-            save_adapter(trial.adapted, client_adapter(result.adapters, client), folder / f"client-{client}" / name)
+        for client in range(len(run.federation)):
+            save_adapter(run.adapted, client_adapter(result.adapters, client), folder / f"client-{client}" / name)
 
 
-def draw_figure(out: Path, trial, rows) -> None:
+def draw_figure(out: Path, run, rows) -> None:
     """A seed's curves with the weights that were chosen, and accuracy against bytes."""
     from .experiment import ORACLE
     from .plots import overview
@@ -125,9 +125,9 @@ def draw_figure(out: Path, trial, rows) -> None:
 
     chosen = {}
     for name in ("potara-paper", "potara-calibrated", ORACLE):
-        found = rows[(rows.method == name) & (rows.seed == trial.seed)]
+        found = rows[(rows.method == name) & (rows.seed == run.seed)]
         chosen[name.split()[0]] = tuple(found[column].to_numpy() for column in ("weight", "loss", "accuracy"))
-    overview(*trial.test_curve, chosen, summary(rows)).savefig(out / "figure.png", dpi=120)
+    overview(*run.test_curve, chosen, summary(rows)).savefig(out / "figure.png", dpi=120)
 
 
 def run(args: argparse.Namespace):
@@ -146,12 +146,12 @@ def run(args: argparse.Namespace):
             print(
                 f"{args.out} has {len(kept)} results of this run, which are kept (--overwrite: anew)", file=sys.stderr
             )
-        for name, trial, result in run_methods(setting, args.seeds, finished=kept, progress=not args.quiet):
+        for name, run, result in run_methods(setting, args.seeds, finished=kept, progress=not args.quiet):
             folder.begin()
-            save_models(args.out, name, trial, result)
-            rows = result_rows(name, trial, result).astype({"weight": float})
-            if trial.seed == args.seeds[0] and name == ORACLE:
-                draw_figure(args.out, trial, pd.concat([folder.rows, rows]))
+            save_models(args.out, name, run, result)
+            rows = result_rows(name, run, result).astype({"weight": float})
+            if run.seed == args.seeds[0] and name == ORACLE:
+                draw_figure(args.out, run, pd.concat([folder.rows, rows]))
             folder.add(rows)
         return folder.rows
 

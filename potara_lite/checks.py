@@ -1,27 +1,36 @@
-"""The door: what a public function is given is checked once, by the argument's name, before anything is computed.
+"""Types of arguments: what a public function says in its signature is checked before anything is computed.
 
-A name means the same wherever it is asked for, so a check belongs to the name: ``PLAIN`` has those of numbers, flags
-and names, ``stacks.py`` those of tensors and of what has to fit together. ``@door()`` puts them in front of a function,
-``@door(name=check)`` says what a name means here instead, ``check_fields`` does the same for a dataclass. A check is a
-function of the name, the value and the arguments checked before; it returns the value as the function wants it (an
-``int`` for one of numpy's) or raises ``ValueError`` in one line: the name, what it must be, what was given. Loops
-inside the library call ``unchecked(function)``.
+``@checked`` reads the annotations: ``steps: Count, lr: Positive = 1e-3, clip: Positive | None = None``. The types below
+are those of numbers, flags, lists and dictionaries; ``adapters/state.py`` has those of tensors and adapters. What one
+type cannot say, because it is about two arguments, is a call in the function's body. A value is returned as the
+function wants it (an ``int`` for one of numpy's) or refused by a ``ValueError`` of one line: the argument, what it must
+be, what was given. pydantic does the work.
 
-This file imports nothing heavy, because ``setting.py`` does not.
+This file imports neither torch nor numpy, because ``setting.py`` does not.
 """
 
 from __future__ import annotations
 
+import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
-from functools import wraps
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, wraps
 from inspect import Parameter, signature
-from math import inf
+from math import inf, isfinite
 from numbers import Integral, Real
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 
-Check = Callable[[str, Any, Mapping[str, Any]], Any]
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, validate_call
+from pydantic_core import core_schema
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+P, R, T = ParamSpec("P"), TypeVar("R"), TypeVar("T")
 LARGEST = 2**63 - 1  # of a size in torch, and of a seed that torch's and numpy's generators both take
 FLOAT32 = 1.2e-38, 3.4e38  # what is smaller or larger is 0 or infinite there
 
@@ -29,253 +38,323 @@ FLOAT32 = 1.2e-38, 3.4e38  # what is smaller or larger is 0 or infinite there
 def shown(value: object) -> str:
     """A value in one short line: of a tensor or a table, what it is and its shape."""
     if shape := tuple(getattr(value, "shape", ())):
-        kind = str(getattr(value, "dtype", "")).removeprefix("torch.")
-        return f"{type(value).__name__} of shape {shape}{kind and ' and '}{kind}"
+        dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
+        return f"{type(value).__name__} of shape {shape}{dtype and ' and '}{dtype}"
     text = " ".join(reprlib.repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def refuse(name: str, expected: str, value: object) -> None:
-    """Raise the ``ValueError`` that says so."""
-    raise ValueError(f"{name} must be {expected}, not {shown(value)}")
+def invalid(name: str, expected: str, value: object) -> NoReturn:
+    """Raise the ``ValueError`` that says so; a check of a type leaves the ``name`` empty, its caller adds it."""
+    raise ValueError(f"{name} must be {expected}, not {shown(value)}".strip())
 
 
-def whole(least: int | None = 0, most: int = LARGEST) -> Check:
-    """A whole number, of Python or numpy, in these bounds."""
-
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> int:
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            refuse(name, "a whole number", value)
-        if least is not None and value < least:
-            refuse(name, f"at least {least}", value)
-        if value > most:
-            refuse(name, f"at most {most}", value)
-        return int(value)
-
-    check.__doc__ = "A whole number in its bounds."
-    return check
+# Numbers and flags.
 
 
-def real(expected: str, holds: Callable[[float], bool], *, finite: bool = True) -> Check:
-    """A number, of Python or numpy, for which ``holds``: never NaN, infinite only if not ``finite``, and else one that
-    float32 holds."""
-
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> float:
-        if not isinstance(value, Real) or isinstance(value, bool):
-            refuse(name, "a number", value)
-        number = value if type(value) in (int, float) else float(value)
-        if not holds(number):  # NaN holds nothing
-            refuse(name, expected, value)
-        if finite and abs(number) == inf:
-            refuse(name, "finite", value)
-        if 0 < abs(number) < FLOAT32[0] or FLOAT32[1] < abs(number) < inf:
-            refuse(name, f"in the range of float32 ({FLOAT32[0]} to {FLOAT32[1]})", value)
-        return number if abs(number) <= LARGEST else float(number)
-
-    check.__doc__ = f"A number, {expected}."
-    return check
-
-
-def flag(name: str, value: Any, given: Mapping[str, Any]) -> bool:
-    """True or False."""
-    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
-        refuse(name, "True or False", value)
-    return bool(value)
-
-
-def kind(*names: str) -> Check:
-    """An object of one of the classes of these names."""
-    expected = " or ".join(f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" for name in names)
-
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> Any:
-        if not {one.__name__ for one in type(value).__mro__} & set(names):
-            plain = value is None or isinstance(value, str | bytes | int | float) or hasattr(value, "shape")
-            raise ValueError(f"{name} must be {expected}, not {shown(value) if plain else type(value).__name__}")
-        return value
-
-    check.__doc__ = f"Always {expected}."
-    return check
-
-
-def function(name: str, value: Any, given: Mapping[str, Any]) -> Callable:
-    """Something that can be called."""
-    if not callable(value):
-        refuse(name, "a function", value)
+def _number(value: Any) -> Any:
+    """One of numpy's numbers as Python's."""
+    if isinstance(value, Real) and not isinstance(value, bool | int | float):
+        return int(value) if isinstance(value, Integral) else float(value)
     return value
 
 
-def several(check: Check, *, least: int = 1, distinct: bool = False) -> Check:
-    """A list or another collection of what passes the check, at least so many."""
-
-    def check_all(name: str, value: Any, given: Mapping[str, Any]) -> list:
-        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable) or hasattr(value, "columns"):
-            refuse(name, "a list", value)
-        if getattr(value, "shape", None) == ():  # of torch and numpy: a number
-            refuse(name, "a list", value)
-        found = [check(f"{name}[{i}]", one, given) for i, one in enumerate(value)]
-        if len(found) < least:
-            refuse(name, f"a list of at least {least}", value)
-        if distinct and len(set(found)) < len(found):
-            raise ValueError(f"{name}: every one counts once, unlike in {shown(found)}")
-        return found
-
-    check_all.__doc__ = f"A list, of each: {check.__doc__}"
-    return check_all
+def _flag(value: Any) -> Any:
+    return bool(value) if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_") else value
 
 
-def one_or_several(check: Check) -> Check:
-    """What passes the check, or a list of it."""
-    many = several(check)
-
-    def check_either(name: str, value: Any, given: Mapping[str, Any]) -> Any:
-        return (many if isinstance(value, Iterable) and not isinstance(value, str) else check)(name, value, given)
-
-    return check_either
+def _in_float32(value: float) -> float:
+    if 0 < abs(value) < FLOAT32[0] or FLOAT32[1] < abs(value) < inf:
+        invalid("", f"in the range of float32 ({FLOAT32[0]} to {FLOAT32[1]})", value)
+    return value
 
 
-def device(name: str, value: Any, given: Mapping[str, Any]) -> Any:
-    """A device of torch, or its name."""
+_python = BeforeValidator(_number)
+_float32 = AfterValidator(_in_float32)
+
+Count = Annotated[int, _python, Field(ge=0, le=LARGEST)]
+Size = Annotated[int, _python, Field(ge=1, le=LARGEST)]
+Seed = Annotated[int, _python, Field(ge=0, le=LARGEST)]
+Finite = Annotated[float, _python, _float32, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, _python, _float32, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, _python, _float32, Field(gt=0, allow_inf_nan=False)]
+PositiveOrInf = Annotated[float, _python, _float32, Field(gt=0)]
+Fraction = Annotated[float, _python, _float32, Field(ge=0, le=1)]
+Share = Annotated[float, _python, _float32, Field(gt=0, le=1)]
+Probability = Annotated[float, _python, _float32, Field(gt=0, lt=1)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+BOUNDS = {
+    "Count": "a whole number of at least 0",
+    "Size": "a whole number of at least 1",
+    "Seed": "a whole number of at least 0",
+    "Finite": "finite",
+    "NonNegative": "at least 0 and finite",
+    "Positive": "above 0 and finite",
+    "PositiveOrInf": "above 0, may be infinite",
+    "Fraction": "in [0, 1]",
+    "Share": "in (0, 1]",
+    "Probability": "in (0, 1)",
+}
+
+
+# Lists, dictionaries, tables, paths, devices.
+
+
+def _as_list(value: Any) -> list:
+    is_no_list = isinstance(value, str | bytes | Mapping) or hasattr(value, "columns")
+    if is_no_list or not isinstance(value, Iterable) or getattr(value, "shape", None) == ():  # a number of torch
+        invalid("", "a list", value)
+    return list(value)
+
+
+def _differ(value: list) -> list:
+    if len(set(value)) < len(value):
+        raise ValueError(f"must differ, unlike {shown(value)}")
+    return value
+
+
+def _as_named(value: Any) -> Mapping:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        invalid("", "a dictionary by names", value)
+    return value
+
+
+def _as_path(value: Any) -> Any:
+    return value if isinstance(value, str | Path) else invalid("", "a path", value)
+
+
+def _device(value: Any) -> Any:
     import torch
 
-    found = kind("str", "device")(name, value, given)
     try:
-        torch.device(found)
+        return (
+            value if isinstance(value, str | torch.device) and torch.device(value) else invalid("", "a device", value)
+        )
     except RuntimeError:
-        refuse(name, "a device of torch", value)
-    return found
+        invalid("", "a device of torch", value)
 
 
-def optional(check: Check) -> Check:
-    """What passes the check, or ``None``."""
-    return lambda name, value, given: None if value is None else check(name, value, given)
+def table(*columns: str) -> AfterValidator:
+    """In an annotation of a data frame: it has rows and these columns."""
+
+    def check(value: pd.DataFrame) -> pd.DataFrame:
+        if missing := [column for column in columns if column not in value]:
+            raise ValueError(f"must have a column {missing[0]!r}, not only {shown(list(value.columns))}")
+        return value if len(value) else invalid("", "a table with rows", value)
+
+    return AfterValidator(check)
 
 
-def named(check: Check, *, least: int = 1) -> Check:
-    """A dictionary by names of what passes the check."""
+# Tensors of numbers, by their shapes.
 
-    def check_all(name: str, value: Any, given: Mapping[str, Any]) -> Mapping:
-        if not isinstance(value, Mapping) or len(value) < least or not all(isinstance(key, str) for key in value):
-            refuse(name, "a dictionary by names", value)
-        return {key: check(f"{name}[{key!r}]", one, given) for key, one in value.items()}
-
-    return check_all
+_SIZES: ContextVar[dict[str, int]] = ContextVar("sizes")  # of the dimensions of the call that is being checked
 
 
-def table(*columns: str) -> Check:
-    """A table of pandas with rows and these columns."""
+@dataclass(frozen=True)
+class Numbers:
+    """A tensor of finite numbers, in an annotation: ``Annotated[Tensor, Numbers("C W")]``. No dimension is empty.
 
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> Any:
-        found = kind("DataFrame")(name, value, given)
-        if missing := [column for column in columns if column not in found]:
-            raise ValueError(f"{name} must have a column {missing[0]!r}, not only {shown(list(found.columns))}")
-        if not len(found):
-            refuse(name, "a table with rows", found)
+    ``dims``: a name for each dimension, whose size is the same wherever it stands in one signature; ``...`` at the
+    beginning or the end for any further ones, ``|`` between shapes of which one is met. ``least`` and ``most`` are
+    bounds; ``most`` may name a dimension and is then its size. A list, an array of numpy or a column of pandas becomes
+    a tensor, in float64 or int64.
+    """
+
+    dims: str
+    whole: bool = False
+    least: float | None = None
+    most: float | str | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.check)
+
+    def check(self, value: Any) -> torch.Tensor:
+        """The tensor. Raises ``ValueError`` for another shape, numbers out of bounds or that are not finite."""
+        found = as_numbers(value)
+        if not found.numel() or not any(self._has_shape(dims.split(), found.shape) for dims in self.dims.split("|")):
+            shapes = [f"({', '.join(dims.split())})" if dims else "()" for dims in self.dims.split("|")]
+            sizes = ", ".join(f"{name} = {size}" for name, size in _SIZES.get({}).items() if name in self.dims)
+            invalid("", f"numbers of shape {' or '.join(shapes)}{sizes and f' with {sizes}'}", value)
+        if self.whole and found.is_floating_point():
+            invalid("", "whole numbers", value)
+        if not all_finite(found):
+            raise ValueError(f"must be finite, {'not' if found.dim() == 0 else 'unlike'} {shown(value)}")
+        if not is_traced(found):
+            most = _SIZES.get({}).get(self.most) if isinstance(self.most, str) else self.most
+            low, high = (bound.item() for bound in found.detach().aminmax())
+            if (self.least is not None and low < self.least) or (most is not None and high > most):
+                bounds = f"at least {self.least}" if most is None else f"in [{self.least}, {most}]"
+                invalid("", bounds, low if self.least is not None and low < self.least else high)
         return found
 
-    check.__doc__ = "A table with its columns."
-    return check
+    def _has_shape(self, dims: list[str], shape: Sequence[int]) -> bool:
+        """Whether it is of these dimensions; sizes that were not known before are remembered."""
+        known = _SIZES.get({})
+        if "..." in dims:
+            shape = shape[-len(dims) + 1 :] if dims[0] == "..." else shape[: len(dims) - 1]
+            dims = [name for name in dims if name != "..."]
+        found = known | dict(zip(dims, shape))
+        if len(shape) != len(dims) or any(known.get(dim, n) != n or found[dim] != n for dim, n in zip(dims, shape)):
+            return False
+        known.update(found)
+        return True
 
 
-def options_of(function: Callable, **checks: Check) -> Check:
-    """Keyword arguments that another function will get: it must know them, and its checks are theirs."""
-    parameters, table = signature(function).parameters, {**PLAIN, **getattr(function, "checks", {}), **checks}
+def as_numbers(value: Any) -> torch.Tensor:
+    """A tensor as it is, and what a number, a list, an array or a column holds, in float64 or int64.
 
-    def check(name: str, value: dict, given: Mapping[str, Any]) -> dict:
-        open_ended = any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values())
-        if unknown := [] if open_ended else sorted(value.keys() - parameters.keys()):
-            known = ", ".join(one for one in parameters if one not in given)
-            raise ValueError(f"{unknown[0]} is no option here: there are {known}")
-        return checked(value, parameters, table, given)
-
-    return check
-
-
-finite = real("finite", lambda x: x == x)
-positive = real("positive", lambda x: x > 0)
-positive_or_infinite = real("positive", lambda x: x > 0, finite=False)
-not_negative = real("at least 0", lambda x: x >= 0)
-fraction = real("in [0, 1]", lambda x: 0 <= x <= 1)
-share = real("in (0, 1]", lambda x: 0 < x <= 1)
-text = kind("str")
-path = kind("str", "Path")
-seed = whole(0)
-seeds = several(seed, distinct=True)
-
-MEANINGS: tuple[tuple[Check, str], ...] = (
-    (whole(0), "steps rounds local_steps round_steps start number up down finetune_steps"),
-    (whole(1), "clients rank batch_size train_size calibration_size test_size classes max_length longest size"),
-    (whole(1), "chunk_size per_client union_size models"),
-    (whole(2), "points"),
-    (seed, "seed sample_labels"),
-    (positive, "lr clip lr_scale federated_lr_scale local_lr_scale spread probe"),
-    (real("a positive number", lambda x: x > 0, finite=False), "memory_bytes"),
-    (positive_or_infinite, "alpha prior_spread"),
-    (not_negative, "weight_decay damping prior mu strength rounds_scale noise_multiplier std"),
-    (fraction, "head_share off_diagonal wise_ft_weight"),
-    (share, "participation density"),
-    (real("in [0, 1)", lambda x: 0 <= x < 1), "drop"),
-    (finite, "coefficient"),
-    (flag, "shift domains keep_optimizer progress unbiased cross_fit relative on_delta parabola download nonnegative"),
-    (flag, "adaptive broadcast_to_all local_from_federated vectorize compile"),
-    (text, "name method score dataset data until prompt answer task"),
-    (path, "folder root checkpoint name_or_path"),
-    (device, "device"),
-    (function, "merge objective prepare eval_split by tokenizer estimator pair_of estimate loss"),
-    (kind("AdaptedBackbone"), "adapted"),
-    (kind("Federation"), "federation"),
-    (kind("Setting"), "setting"),
-    (kind("Execution"), "execution"),
-    (kind("Privacy"), "privacy"),
-    (kind("Trial"), "trial"),
-    (kind("Algorithm"), "algorithm"),
-    (kind("Module"), "network"),
-    (kind("Generator"), "rng"),
-    (seeds, "seeds"),
-)
-PLAIN: dict[str, Check] = {name: check for check, names in MEANINGS for name in names.split()}
-
-
-def checked(
-    values: Mapping[str, Any], parameters: Mapping[str, Parameter], checks: Mapping[str, Check], given: Mapping = {}
-) -> dict:
-    """The values, each as its check returns it; ``None`` passes where it is the default."""
-    known = dict(given)
-    for name, value in values.items():
-        optional = name in parameters and parameters[name].default is None
-        known[name] = value if name not in checks or (value is None and optional) else checks[name](name, value, known)
-    return {name: known[name] for name in values}
-
-
-def door(**checks: Check) -> Callable[[Callable], Callable]:
-    """A decorator: the function with the checks of its arguments in front, those of ``PLAIN`` or these.
-
-    The function itself, for what is already behind a door, is ``unchecked`` of it.
+    Raises ``ValueError`` for what are no real numbers.
     """
-    table = PLAIN | checks
+    import numpy as np
+    import torch
 
-    def decorate(inside: Callable) -> Callable:
-        meaning = signature(inside)
-
-        @wraps(inside)
-        def outside(*args, **kwargs):
-            call = meaning.bind(*args, **kwargs)
-            call.arguments = checked(call.arguments, meaning.parameters, table)
-            return inside(*call.args, **call.kwargs)
-
-        outside.checks = {name: table[name] for name in meaning.parameters if name in table}
-        return outside
-
-    return decorate
+    if isinstance(value, torch.Tensor):
+        if value.is_complex() or value.dtype == torch.bool or "float8" in str(value.dtype) or not is_dense(value):
+            invalid("", "real numbers, all of them there", value)
+        return value
+    try:
+        array = np.asarray(value)
+        return torch.from_numpy(array.astype({"i": np.int64, "u": np.int64, "f": np.float64}[array.dtype.kind]))
+    except (ValueError, TypeError, RuntimeError, KeyError):  # text, objects, rows of different lengths
+        invalid("", "numbers", value)
 
 
-def unchecked(function: Callable) -> Callable:
-    """The function behind its door, for loops whose arguments were checked before."""
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether all its numbers are there: it is not sparse, and on a device that holds values."""
+    return str(tensor.layout) == "torch.strided" and tensor.device.type != "meta"
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether it stands for many inside ``vmap`` or another transform, where its values cannot be looked at."""
+    from torch._C._functorch import is_functorch_wrapped_tensor
+
+    return is_functorch_wrapped_tensor(tensor)
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no entry is NaN or infinite: by their sum, one by one only where that says no."""
+    return is_traced(tensor) or isfinite(tensor.detach().sum().item()) or bool(tensor.isfinite().all())
+
+
+List = Annotated[Sequence[T], BeforeValidator(_as_list), Field(min_length=1)]
+Named = Annotated[Mapping[str, T], BeforeValidator(_as_named), Field(min_length=1)]
+Seeds = Annotated[List[Seed], AfterValidator(_differ)]
+PathLike = Annotated[str | Path, PlainValidator(_as_path)]
+if TYPE_CHECKING:
+    Device = str | torch.device
+else:
+    Device = Annotated[Any, PlainValidator(_device)]
+
+
+# The decorator.
+
+CONFIG = ConfigDict(arbitrary_types_allowed=True, strict=True)
+EXPECTED = {  # by pydantic's type of error; its own words for the others
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "finite_number": "finite",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "True or False",
+    "string_type": "a string",
+    "callable_type": "a function",
+    "too_short": "at least {min_length} of them",
+}
+
+
+def _message(error: ValidationError, given: Mapping[str, Any]) -> str:
+    """What pydantic found, in one line: the argument, what it must be, what was given."""
+    found = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))  # of a union, the nearest
+    name, *inside = found["loc"]
+    value = given.get(name)
+    for part in inside:  # an index, a key, or one of pydantic's names of types
+        if isinstance(part, int) or (isinstance(value, Mapping) and part in value):
+            name, value = f"{name}[{part!r}]", value[part] if isinstance(value, Mapping | Sequence) else None
+    if found["type"] == "value_error":
+        return f"{name} {found['ctx']['error']}"
+    expected = EXPECTED.get(found["type"], found["msg"].removeprefix("Input should be "))
+    return f"{name} must be {expected.format(**found.get('ctx', {}))}, not {shown(found['input'])}"
+
+
+@cache
+def _validator(function: Callable) -> Callable[..., dict[str, Any]]:
+    """A function with the signature of this one that returns its arguments, checked."""
+
+    @wraps(function)
+    def arguments(**given):
+        return given
+
+    return validate_call(arguments, config=CONFIG)
+
+
+def check_arguments(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by name, each as the function's annotation wants it, and the defaults of the others.
+
+    Raises ``ValueError`` in one line.
+    """
+    sizes = _SIZES.set({})
+    try:
+        return _validator(function)(**given)
+    except ValidationError as error:
+        raise ValueError(_message(error, given)) from None
+    finally:
+        _SIZES.reset(sizes)
+
+
+def _with_bounds(function: Callable) -> str:
+    """The docstring, and what the annotations say of the arguments in words."""
+    found = {name: re.findall(r"\w+", str(hint)) for name, hint in function.__annotations__.items()}
+    bounds = [f"``{name}`` {BOUNDS[word]}" for name, words in found.items() for word in words if word in BOUNDS]
+    return f"{function.__doc__ or ''}\n\nBounds: {'; '.join(bounds)}." if bounds else function.__doc__
+
+
+def checked(thing: T) -> T:
+    """A decorator: the function, or the dataclass when it is made, with the checks that its annotations say.
+
+    The function itself, for calls inside the library whose arguments were checked before, is ``unchecked`` of it.
+    """
+    if isinstance(thing, type):
+        thing.__init__ = checked(thing.__init__)
+        return thing
+    parameters = signature(thing)
+    options = [name for name, one in parameters.parameters.items() if one.kind is Parameter.VAR_KEYWORD]
+
+    @wraps(thing)
+    def outside(*args, **kwargs):
+        given = parameters.bind(*args, **kwargs).arguments
+        for name in options:
+            given |= given.pop(name, {})
+        return thing(**check_arguments(thing, given))
+
+    outside.__doc__ = _with_bounds(thing)
+    return outside
+
+
+def unchecked(function: T) -> T:
+    """The function without its checks, for loops inside the library."""
     return getattr(function, "__wrapped__", function)
 
 
-def check_fields(one: object, **checks: Check) -> None:
-    """Check the fields of a (frozen) dataclass, as ``door`` does the arguments of a function."""
-    table, parameters = PLAIN | checks, signature(type(one)).parameters
-    values = {field.name: getattr(one, field.name) for field in fields(one) if field.init}
-    for name, value in checked(values, parameters, table).items():
-        object.__setattr__(one, name, value)
+# TEMPORARY: names of the old checks, so that files that are not converted yet can be imported.
+
+
+def _nothing(*_, **__):
+    return lambda function=None, *_, **__: function
+
+
+door = kind = whole = several = named = one_or_several = optional = options_of = real = _nothing
+positive = positive_or_infinite = not_negative = fraction = share = finite = text = path = seed = seeds = flag = None
+function = device = valid_seed = any_function = probability = None
+refuse = invalid
+Check = Any
+
+
+def unchecked(function):
+    return getattr(function, "__wrapped__", function)
+
+
+def check_fields(*_, **__):
+    pass

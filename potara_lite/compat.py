@@ -1,22 +1,82 @@
-"""What touches the insides of torch, transformers and PEFT: private names, each with a test of its own."""
+"""What touches the insides of torch, transformers and PEFT, each with a test in ``tests/test_compat.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Iterable, Mapping
 
-import torch
-from torch import Tensor
+import regex
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._pytree import tree_flatten as tree_flatten, tree_unflatten as tree_unflatten
 
-from .adapters.state import is_traced
+ATTENTION = "potara_lite"  # the name of our attention and mask functions in the registries of transformers
 
 
-def _unseen(make_mask: Callable) -> Callable:
-    """A maker of masks of ``transformers`` that under ``vmap``, which cannot branch on values, does not look at what
-    it is given to see whether it masks anything; anywhere else nothing changes (compiled, it never looks)."""
+def is_traced(tensor: Tensor) -> bool:
+    """Whether it stands for many inside ``vmap`` or another transform, where its values cannot be looked at."""
+    return is_functorch_wrapped_tensor(tensor)
 
-    def make(*args, attention_mask: Tensor | None = None, **options):
-        if attention_mask is not None and (torch.compiler.is_compiling() or is_traced(attention_mask)):
-            options |= dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-        return make_mask(*args, attention_mask=attention_mask, **options)
 
-    return make
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether anything else runs when one of the modules is called."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def dropout_rate(module: nn.Module) -> float:
+    """How much a module drops at random in training mode: of torch's dropouts, and of an attention layer."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    rate = getattr(module, "attention_dropout", 0.0)
+    return rate if isinstance(rate, float) else 0.0
+
+
+def make_attention_explicit(network: nn.Module) -> None:
+    """Set the attention of every model of transformers inside ``network`` to one that ``vmap`` and derivatives of any
+    order and mode take: the model's own explicit one, with masks made without a look at their values.
+
+    The functions are registered under a name of our own; nothing that other models use is replaced.
+    """
+    if "transformers" not in sys.modules:  # then no module is one of its models
+        return
+    from transformers import AttentionInterface, PreTrainedModel
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    def attention(module: nn.Module, *args, **kwargs):
+        return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+    def mask(*args, **kwargs):
+        return eager_mask(*args, **kwargs | dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False))
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, mask)
+    for module in network.modules():
+        if isinstance(module, PreTrainedModel) and module._can_set_attn_implementation():
+            module.set_attn_implementation(ATTENTION)
+
+
+def pattern_value(patterns: Mapping[str, float], layer: str, default: float, *, seconds: float = 1.0) -> float:
+    """The value of the first of PEFT's ``rank_pattern`` or ``alpha_pattern`` that a layer's name matches.
+
+    Raises ``ValueError`` for a pattern that takes longer than ``seconds``: it comes from a file and may never end.
+    """
+    for pattern, value in patterns.items():
+        try:
+            if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=seconds):
+                return value
+        except TimeoutError:
+            raise ValueError(
+                f"the pattern {pattern[:60]!r} of a layer's rank or alpha takes too long to match"
+            ) from None
+        except regex.error as error:
+            raise ValueError(f"{pattern[:60]!r} is no regular expression: {error}") from None
+    return default
+
+
+def shared_parameters(network: nn.Module) -> Iterable[list[str]]:
+    """The names of the modules that hold one parameter, for every parameter that more than one holds."""
+    owners: dict[int, list[str]] = {}
+    for name, module in network.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return [names for names in owners.values() if len(names) > 1]

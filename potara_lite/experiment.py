@@ -1,6 +1,6 @@
 """One federation and seed: prepare it, train the two models of every client, and see what methods make of them.
 
-A *method* is a function of a ``Trial`` that returns a ``Result``: the clients' models and what they cost. The merges of
+A *method* is a function of a ``Run`` that returns a ``Result``: the clients' models and what they cost. The merges of
 the two models are here; ``baselines.methods`` has the rest of the field in the same form.
 """
 
@@ -14,8 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .adapters.lora import AdaptedBackbone, Adapter, attach
-from .adapters.state import door, like_federated, numbers, repeat_adapter, stack, weights_of_clients
+from .adapters.lora import AdaptedBackbone, attach
+from .adapters.state import Adapter, door, like_federated, numbers, repeat_adapter, stack, weights_of_clients
 from .checks import check_fields, function as any_function, kind, named, not_negative, several, whole
 from .estimators import ESTIMATORS, Estimate
 from .federation.sources import fashion_mnist
@@ -35,7 +35,7 @@ ORACLE = "oracle weight (test data, reference)"
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelPair:
     """The two models of every client as stacks, what the training of each cost, and whether the local ones were trained
     from the federated one or, as the paper has it, independently of it."""
 
@@ -98,7 +98,7 @@ def training_options(setting: Setting, lr_scale: float = 1.0) -> dict:
 @door()
 def train_pair(
     adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: int, progress: bool = False
-) -> Pair:
+) -> ModelPair:
     """Train the federated and the local models, with batches of their own: each from the same initial adapter, or, with
     ``setting.local_from_federated``, the local ones from the finished federated one."""
     clients, began = len(federation), time.perf_counter()
@@ -107,7 +107,7 @@ def train_pair(
     federated, seconds = repeat_adapter(shared.adapter, clients), time.perf_counter() - began
     start = federated if setting.local_from_federated else repeat_adapter(adapted.initial, clients)
     local, ledger, more = train_local(adapted, start, federation, setting, seed, progress)
-    return Pair(federated, local, (shared.ledger, ledger), (seconds, more), setting.local_from_federated)
+    return ModelPair(federated, local, (shared.ledger, ledger), (seconds, more), setting.local_from_federated)
 
 
 @door(start=stack)
@@ -128,7 +128,7 @@ def train_local(
 
 
 @dataclass
-class Trial:
+class Run:
     """One federation and seed, with what its methods share: each part is made when first asked for."""
 
     adapted: AdaptedBackbone
@@ -136,17 +136,19 @@ class Trial:
     setting: Setting
     seed: int
     progress: bool = False
-    pairs: dict[tuple, Pair] = field(default_factory=dict, init=False, repr=False)  # further ones, by what they are
+    pairs: dict[tuple, ModelPair] = field(
+        default_factory=dict, init=False, repr=False
+    )  # further ones, by what they are
 
     def __post_init__(self):
         check_fields(self)
 
     @cached_property
-    def pair(self) -> Pair:
+    def pair(self) -> ModelPair:
         """The two models of every client that all merges share."""
         return train_pair(self.adapted, self.federation, self.setting, self.seed, self.progress)
 
-    def pair_from_federated(self, lr_scale: float = 1.0) -> Pair:
+    def pair_from_federated(self, lr_scale: float = 1.0) -> ModelPair:
         """The pair whose local models were trained from the federated one, so not independently of it."""
         key = "local from federated", lr_scale
         if key not in self.pairs:
@@ -155,7 +157,7 @@ class Trial:
                 self.adapted, pair.federated, self.federation, setting, self.seed, self.progress
             )
             cost = (pair.ledgers[0], ledger), (pair.seconds[0], seconds)
-            self.pairs[key] = Pair(pair.federated, local, *cost, local_from_federated=True)
+            self.pairs[key] = ModelPair(pair.federated, local, *cost, local_from_federated=True)
         return self.pairs[key]
 
     @cached_property
@@ -185,70 +187,70 @@ class Result:
         return evaluate(self.adapted, self.adapters, split, execution=Execution(chunk_size=chunk_size))
 
 
-Method = Callable[[Trial], Result]
-ChoosePair = Callable[[Trial], Pair]
+Method = Callable[[Run], Result]
+ChoosePair = Callable[[Run], ModelPair]
 
 
-def initial_adapter(trial: Trial) -> Result:
+def initial_adapter(run: Run) -> Result:
     """The backbone as it is: nothing is trained."""
-    clients = len(trial.federation)
-    return Result(trial.adapted, repeat_adapter(trial.adapted.initial, clients), Ledger.zeros(clients), 0.0)
+    clients = len(run.federation)
+    return Result(run.adapted, repeat_adapter(run.adapted.initial, clients), Ledger.zeros(clients), 0.0)
 
 
 @door(which=whole(0, 1))
 def one_of_pair(which: int) -> Method:
     """One of the two models that are merged: 0 the federated, 1 the local one, at its part of the steps."""
 
-    def method(trial: Trial) -> Result:
-        pair, weight = trial.pair, torch.full((len(trial.federation),), float(1 - which))
+    def method(run: Run) -> Result:
+        pair, weight = run.pair, torch.full((len(run.federation),), float(1 - which))
         ledger, seconds = pair.ledgers[which], pair.seconds[which]
         if which == 1 and pair.local_from_federated:
             ledger, seconds = pair.ledgers[0] + ledger, pair.seconds[0] + seconds
-        return Result(trial.adapted, pair.models[which], ledger, seconds, weight)
+        return Result(run.adapted, pair.models[which], ledger, seconds, weight)
 
     return method
 
 
-def independent_pair(trial: Trial) -> Pair:
+def independent_models(run: Run) -> ModelPair:
     """The pair as the paper has it: the two models are trained independently."""
-    return trial.pair
+    return run.pair
 
 
 @door()
 def local_from_federated(lr_scale: float = 1.0) -> ChoosePair:
     """The pair whose local models start from the federated one; ``lr_scale`` is that of their steps."""
-    return lambda trial: trial.pair_from_federated(lr_scale)
+    return lambda run: run.pair_from_federated(lr_scale)
 
 
 @door()
 def merging(
-    merge: Callable[[Trial, Pair], Adapter | tuple[Adapter, Estimate]], pair_of: ChoosePair = independent_pair
+    merge: Callable[[Run, ModelPair], Adapter | tuple[Adapter, Estimate]], model_pair: ChoosePair = independent_models
 ) -> Method:
     """A merge of a pair; what an estimate's numbers weigh when they travel is counted."""
 
-    def method(trial: Trial) -> Result:
-        pair, began = pair_of(trial), time.perf_counter()
-        merged = merge(trial, pair)
+    def method(run: Run) -> Result:
+        pair, began = model_pair(run), time.perf_counter()
+        merged = merge(run, pair)
         seconds, ledger = sum(pair.seconds) + time.perf_counter() - began, pair.ledgers[0] + pair.ledgers[1]
         if not isinstance(merged, tuple):
-            return Result(trial.adapted, merged, ledger, seconds)
+            return Result(run.adapted, merged, ledger, seconds)
         adapters, estimate = merged
         up, down = (4 * floats for floats in estimate.floats)
-        ledger = ledger.add(torch.arange(len(trial.federation)), up=up, down=down)
-        return Result(trial.adapted, adapters, ledger, seconds, estimate.client_weight)
+        ledger = ledger.add(torch.arange(len(run.federation)), up=up, down=down)
+        return Result(run.adapted, adapters, ledger, seconds, estimate.client_weight)
 
     return method
 
 
 @door()
-def with_estimator(estimator: Callable[..., Estimate], merge=merge_exact, pair_of=independent_pair) -> Method:
+def with_estimator(estimator: Callable[..., Estimate], merge=merge_exact, model_pair=independent_models) -> Method:
     """A pair merged with the weight of an estimator like those of ``ESTIMATORS``."""
 
-    def merged(trial: Trial, pair: Pair) -> tuple[Adapter, Estimate]:
-        estimate = estimator(trial.adapted, *pair.models, trial.federation)
+    def merged(run: Run, pair: ModelPair) -> tuple[Adapter, Estimate]:
+        estimate = estimator(run.adapted, *pair.models, run.federation)
         return merge(*pair.models, estimate.weight), estimate
 
-    return merging(merged, pair_of)
+    return merging(merged, model_pair)
 
 
 @door(weights=numbers(1, least=0, most=1), loss=numbers(2))
@@ -259,13 +261,13 @@ def oracle_weight(weights: Tensor, loss: Tensor) -> Tensor:
     return weights.to(loss.device)[loss.argmin(1)]
 
 
-def best_on_test(trial: Trial, pair: Pair) -> tuple[Adapter, Estimate]:
+def best_on_test(run: Run, pair: ModelPair) -> tuple[Adapter, Estimate]:
     """Each client's best weight of an 11-point grid on its test data: a reference and never a method."""
-    estimate = Estimate(oracle_weight(*trial.test_curve[:2]))
+    estimate = Estimate(oracle_weight(*run.test_curve[:2]))
     return merge_exact(*pair.models, estimate.weight), estimate
 
 
-PAIR_METHODS: dict[str, Method] = {  # what the command compares: the two models, their merges, and the reference
+MODEL_PAIR_METHODS: dict[str, Method] = {  # what the command compares: the two models, their merges, and the reference
     "backbone": initial_adapter,
     "federated": one_of_pair(0),
     "local": one_of_pair(1),
@@ -278,19 +280,19 @@ PAIR_METHODS: dict[str, Method] = {  # what the command compares: the two models
 def run_methods(
     setting: Setting,
     seeds: Sequence[int] = (0,),
-    methods: Mapping[str, Method] = PAIR_METHODS,
+    methods: Mapping[str, Method] = MODEL_PAIR_METHODS,
     *,
     prepare: Callable[[Setting, int], tuple[AdaptedBackbone, Federation]] = prepare,
     finished: Collection[tuple[str, int]] = (),
     progress: bool = False,
-) -> Iterator[tuple[str, Trial, Result]]:
-    """Every method on every seed, one after another: its name, the trial and its result as soon as it is there.
+) -> Iterator[tuple[str, Run, Result]]:
+    """Every method on every seed, one after another: its name, the run and its result as soon as it is there.
 
     ``finished``: methods and seeds that are left out.
     """
     for seed in seeds:
         missing = {name: method for name, method in methods.items() if (name, seed) not in finished}
         if missing:
-            trial = Trial(*prepare(setting, seed), setting, seed, progress)
+            run = Run(*prepare(setting, seed), setting, seed, progress)
         for name, method in missing.items():
-            yield name, trial, method(trial)
+            yield name, run, method(run)

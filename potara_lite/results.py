@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from .checks import Check, door, function, kind, named, several, shown, table, text
-from .experiment import ORACLE, PAIR_METHODS, Method, Result, Trial, run_methods
+from .experiment import MODEL_PAIR_METHODS, ORACLE, Method, Result, Run, run_methods
 from .federation.split import Split
 from .files import FileError, data_path, reading
 from .setting import Setting
@@ -46,10 +46,10 @@ def rows_with(*columns: str) -> Check:
 
 
 @door(result=kind("Result"), split=kind("Split"))
-def result_rows(method: str, trial: Trial, result: Result, split: Split | None = None) -> pd.DataFrame:
+def result_rows(method: str, run: Run, result: Result, split: Split | None = None) -> pd.DataFrame:
     """A row per client in the order of ``COLUMNS``: accuracy and loss (nats) on ``split``, by default the test split;
     the mixing weight on the federated model, where there is one; what the client paid."""
-    loss, accuracy = result.evaluate(trial.federation.test if split is None else split, trial.setting.chunk_size)
+    loss, accuracy = result.evaluate(run.federation.test if split is None else split, run.setting.chunk_size)
     columns = {
         "accuracy": accuracy,
         "loss": loss,
@@ -59,16 +59,18 @@ def result_rows(method: str, trial: Trial, result: Result, split: Split | None =
         "steps": result.ledger.steps,
     }
     frame = pd.DataFrame({name: tensor.cpu().numpy() for name, tensor in columns.items()})
-    frame = frame.assign(method=method, seed=trial.seed, client=range(len(frame)), seconds=round(result.seconds, 3))
+    frame = frame.assign(method=method, seed=run.seed, client=range(len(frame)), seconds=round(result.seconds, 3))
     return frame[COLUMNS]
 
 
 @door(methods=named(function))
-def compare(setting: Setting, seeds: Sequence[int] = (0,), methods: dict[str, Method] = PAIR_METHODS) -> pd.DataFrame:
+def compare(
+    setting: Setting, seeds: Sequence[int] = (0,), methods: dict[str, Method] = MODEL_PAIR_METHODS
+) -> pd.DataFrame:
     """The rows of every method on every seed of one setting.
 
     >>> tiny = Setting(clients=2, train_size=8, calibration_size=4, test_size=8, rounds=1, round_steps=1, local_steps=1)
-    >>> rows = compare(tiny, methods={name: PAIR_METHODS[name] for name in ("federated", "local")})
+    >>> rows = compare(tiny, methods={name: MODEL_PAIR_METHODS[name] for name in ("federated", "local")})
     >>> rows.weight.tolist(), rows.steps.tolist()
     ([1.0, 1.0, 0.0, 0.0], [1, 1, 1, 1])
     """

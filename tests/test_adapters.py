@@ -9,15 +9,19 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 
 from potara_lite.adapters.files import load_adapter, save_adapter
-from potara_lite.adapters.lora import attach, check_same_base, factor_names, factors, lora_layers
+from potara_lite.adapters.lora import attach
 from potara_lite.adapters.state import (
     adapter_bytes,
     adapter_from_delta,
+    check_same_base,
     client_adapter,
     delta,
     delta_inner_products,
+    factor_names,
+    factors,
     flatten,
     is_dense_factor,
+    lora_layers,
     repeat_adapter,
     stack_adapters,
     unflatten,

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from potara_lite.adapters.files import load_adapter, save_adapter
-from potara_lite.adapters.lora import AdaptedBackbone, attach, delta_added, lora_layers
-from potara_lite.adapters.state import adapter_bytes, client_adapter, delta, flatten, repeat_adapter
+from potara_lite.adapters.lora import AdaptedBackbone, attach, delta_added
+from potara_lite.adapters.state import adapter_bytes, client_adapter, delta, flatten, lora_layers, repeat_adapter
 from potara_lite.baselines.algorithms import (
     FEDEX,
     FEDIT,
@@ -302,13 +302,15 @@ def test_fedprox_without_a_penalty_is_fedit(adapted64, clients, federated):
 
 def test_fedprox_is_the_obvious_loop(adapted64, clients):
     learners = [Learner(adapted64, clients, i, adapted64.initial) for i in range(3)]
-    anchor = adapted64.initial
+    global_reference = adapted64.initial
     for _ in range(2):
         for one in learners:
-            one.take(anchor)
-            one.learn(3, lambda ce, x, w=one.tensors, a=anchor: ce(adapted64(w, x)) + 0.7 / 2 * distance2(w, a))
-        anchor = mean([one.now() for one in learners])
-    close(run_algorithm(fedprox(0.7), adapted64, clients, rounds=2, **OPTIONS).federated, anchor)
+            one.take(global_reference)
+            one.learn(
+                3, lambda ce, x, w=one.tensors, a=global_reference: ce(adapted64(w, x)) + 0.7 / 2 * distance2(w, a)
+            )
+        global_reference = mean([one.now() for one in learners])
+    close(run_algorithm(fedprox(0.7), adapted64, clients, rounds=2, **OPTIONS).federated, global_reference)
 
 
 def test_ffa_keeps_a_and_its_mean_of_products_is_the_product_of_means(adapted64, clients, federated):
@@ -348,17 +350,17 @@ def test_wise_ft_is_the_straight_line_between_the_deltas(adapted64, clients, fed
 
 
 def test_fedex_adds_up_to_the_mean_of_the_products_after_every_round(adapted64, clients):
-    """Three rounds of rank 6 each: what is folded outgrows the layers, whose smaller side is 16."""
+    """Three rounds of rank 6 each: what is merged_residual outgrows the layers, whose smaller side is 16."""
     method, sent, _ = watched(FEDEX)
     result = run_algorithm(method, adapted64, clients, rounds=3, **OPTIONS)
-    folded = {}
+    merged_residual = {}
     for stack in sent:
-        exact = {name: t + folded.get(name, 0) for name, t in mean_of_deltas(adapted64, stack).items()}
+        exact = {name: t + merged_residual.get(name, 0) for name, t in mean_of_deltas(adapted64, stack).items()}
         inexact = deltas(adapted64, weighted_average(stack, torch.tensor(SIZES)))
-        folded = {name: t - inexact[name] for name, t in exact.items() if "head" not in name}
+        merged_residual = {name: t - inexact[name] for name, t in exact.items() if "head" not in name}
     close(deltas(adapted64, result.federated), exact)
     close(deltas(adapted64, result.personal), repeat_adapter(exact, 3))
-    assert max(t.abs().max() for t in folded.values()) > 1e-5
+    assert max(t.abs().max() for t in merged_residual.values()) > 1e-5
     ranks = {result.federated[f"{layer}.lora_A.weight"].shape[0] for layer in lora_layers(result.federated)}
     assert ranks == {2 + 16}
 
@@ -390,7 +392,7 @@ def test_the_backbone_is_as_it_was_after_a_failure(adapted64, clients):
 def test_fedex_trains_on_top_of_what_was_folded(adapted64, clients):
     """The second round sees the exact mean: its losses are those of the obvious loop."""
     result = run_algorithm(FEDEX, adapted64, clients, rounds=1, **OPTIONS)
-    base, now = select_prefix(result.tensors, "folded"), select_prefix(result.tensors)
+    base, now = select_prefix(result.tensors, "merged_residual"), select_prefix(result.tensors)
     learners = [Learner(adapted64, clients, i, adapted64.initial) for i in range(3)]
     for one in learners:
         one.learn(3, lambda ce, x, w=one.tensors: ce(adapted64(w, x)))
@@ -607,8 +609,10 @@ def test_dittos_personal_model_is_the_obvious_loop(adapted64, clients):
     result = run_algorithm(ditto(0.7), adapted64, clients, rounds=2, **OPTIONS)
     for i in range(3):
         one = Learner(adapted64, clients, i, adapted64.initial)
-        for anchor in anchors:
-            one.learn(3, lambda ce, x, w=one.tensors, a=anchor: ce(adapted64(w, x)) + 0.7 / 2 * distance2(w, a))
+        for global_reference in anchors:
+            one.learn(
+                3, lambda ce, x, w=one.tensors, a=global_reference: ce(adapted64(w, x)) + 0.7 / 2 * distance2(w, a)
+            )
         close(client_adapter(result.personal, i), one.now())
 
 
@@ -627,7 +631,7 @@ def test_apfl_is_the_obvious_loop(adapted64, clients):
     for i in range(3):
         start = (
             adapted64.initial
-            | add_prefix("own", adapted64.initial)
+            | add_prefix("personal", adapted64.initial)
             | {"weight": torch.tensor([0.3], dtype=torch.float64)}
         )
         learners.append(Learner(adapted64, clients, i, start))
@@ -636,7 +640,7 @@ def test_apfl_is_the_obvious_loop(adapted64, clients):
 
             def loss(ce, x, w=one.tensors):
                 still = {name: t.detach() for name, t in w.items() if name in adapted64.initial}
-                mix = dense_mix(adapted64, still, select_prefix(w, "own"), w["weight"])
+                mix = dense_mix(adapted64, still, select_prefix(w, "personal"), w["weight"])
                 return ce(adapted64({n: w[n] for n in adapted64.initial}, x)) + ce(adapted64(mix, x))
 
             one.learn(3, loss)
@@ -646,7 +650,7 @@ def test_apfl_is_the_obvious_loop(adapted64, clients):
     for i, one in enumerate(learners):
         now = one.now()
         torch.testing.assert_close(result.tensors["weight:"][i], now["weight"], rtol=1e-9, atol=0)
-        mix = dense_mix(adapted64, shared, select_prefix(now, "own"), now["weight"])
+        mix = dense_mix(adapted64, shared, select_prefix(now, "personal"), now["weight"])
         close(deltas(adapted64, client_adapter(result.personal, i)), deltas(adapted64, mix), rtol=1e-7)
         assert abs(now["weight"].item() - 0.3) > 1e-3
 
@@ -656,7 +660,7 @@ def test_apfl_cuts_its_weight_to_the_unit_interval_and_still_learns_it(adapted64
     own, shared = random_stack(adapted64, 1, 1), random_stack(adapted64, 1, 2)
     for raw, used in ((1.7, 1.0), (-0.4, 0.0), (0.6, 0.6)):
         weight = torch.tensor([[raw]], dtype=torch.float64, requires_grad=True)
-        mixed = deltas(adapted64, method.personal_model(shared | add_prefix("own", own) | {"weight:": weight}))
+        mixed = deltas(adapted64, method.personal_model(shared | add_prefix("personal", own) | {"weight:": weight}))
         one, two = deltas(adapted64, own), deltas(adapted64, shared)
         close({n: t.detach() for n, t in mixed.items()}, {n: used * two[n] + (1 - used) * one[n] for n in one})
         (grad,) = torch.autograd.grad(sum(t.sum() for t in mixed.values()), weight)
@@ -747,10 +751,10 @@ def fedavgm(momentum):
         shared = select_prefix(tensors)
         velocity = {name: torch.zeros_like(tensor) for name, tensor in shared.items()}
         if number > 0:
-            last, speed = select_prefix(tensors, "anchor"), select_prefix(tensors, "velocity")
+            last, speed = select_prefix(tensors, "global_reference"), select_prefix(tensors, "velocity")
             velocity = {n: momentum * speed[n] + shared[n] - last[n] for n in shared}
             shared = {n: last[n] + velocity[n] for n in shared}
-        return shared | add_prefix("anchor", shared) | add_prefix("velocity", velocity)
+        return shared | add_prefix("global_reference", shared) | add_prefix("velocity", velocity)
 
     return replace(FEDIT, name="FedAvgM", on_receive=settle)
 

@@ -22,7 +22,7 @@ from potara_lite.models.frozen_trunk import HIDDEN, linear_layers, replaced_forw
 from potara_lite.models.language import TextClassifier, causal_lm, text_encoder
 from potara_lite.training.batching import Execution, plan
 from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
-from potara_lite.training.grouped_lora import OneBatch
+from potara_lite.training.grouped_lora import GroupedLoRA
 from potara_lite.training.loss import example_losses, mean_loss
 from potara_lite.training.train import evaluate, train
 
@@ -109,7 +109,7 @@ def test_all_clients_at_once_train_as_one_after_another_with_peft(case):
     adapted, split, steps = case.adapted, examples((5, 9), case.is_causal, seed=1), 50 if case.name == "gpt2" else 10
     start = repeat_adapter(adapted.initial, 2)
     chosen = plan(adapted, start, split.x, batch_size=4, backward=True, execution=Execution())
-    assert chosen.vectorize and isinstance(chosen.forward, OneBatch)
+    assert chosen.vectorize and isinstance(chosen.forward, GroupedLoRA)
     # DeBERTa's projections also read the table of relative positions, which has no client: there it is vmap that runs
     assert chosen.forward.matches_vmap(start, split.x) == (case.name != "deberta-v2")
     trained = train(adapted, start, split, steps=steps, batch_size=4, lr=1e-3)
@@ -153,8 +153,8 @@ def test_what_is_below_the_adapted_block_is_computed_once(case, random_stack):
     plain = evaluate(adapted, stack, split)
     assert (HIDDEN in embedded.x) == (case.name not in HANDS_ON_MORE)
     if HIDDEN in embedded.x:
-        assert len(adapted.blocks_below) == BLOCKS - 1
-        with replaced_forwards(dict.fromkeys(adapted.blocks_below, lambda *_, **__: pytest.fail("called again"))):
+        assert len(adapted.frozen_blocks) == BLOCKS - 1
+        with replaced_forwards(dict.fromkeys(adapted.frozen_blocks, lambda *_, **__: pytest.fail("called again"))):
             again = evaluate(adapted, stack, embedded)
     else:
         again = evaluate(adapted, stack, embedded)
@@ -212,7 +212,7 @@ def test_a_classifier_of_transformers_handed_straight_to_attach_trains_all_at_on
     adapted, split = attach(network, rank=2, targets=linear_layers(network, 1), head=head), examples((5, 9), False, 1)
     start = repeat_adapter(adapted.initial, 2)
     chosen = plan(adapted, start, split.x, batch_size=4, backward=True, execution=Execution())
-    assert isinstance(chosen.forward, OneBatch) and chosen.forward.matches_vmap(start, split.x)
+    assert isinstance(chosen.forward, GroupedLoRA) and chosen.forward.matches_vmap(start, split.x)
     trained = train(adapted, start, split, steps=10, batch_size=4)
     apart = train(adapted, start, split, steps=10, batch_size=4, execution=Execution(vectorize=False))
     torch.testing.assert_close(flatten(trained.adapters), flatten(apart.adapters), rtol=0, atol=1e-5)

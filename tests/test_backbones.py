@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from potara_lite.adapters.lora import attach, lora_layers
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import lora_layers
 from potara_lite.files import FileError, data_path
 from potara_lite.models import vit as backbones
 from potara_lite.models.vit import Attention, LabViT, lab_vit, torchvision_vit

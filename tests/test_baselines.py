@@ -8,8 +8,8 @@ from conftest import SIZES
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig
 
-from potara_lite.adapters.lora import attach, lora_layers
-from potara_lite.adapters.state import adapter_from_delta, client_adapter, delta, flatten, unflatten
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import adapter_from_delta, client_adapter, delta, flatten, lora_layers, unflatten
 from potara_lite.baselines.merges import dare, fisher_merge, layer_grams, merge_deltas, regmean, task_arithmetic, ties
 from potara_lite.merging.merge import compress
 from potara_lite.training.gradients import diagonal_fisher, per_sample_gradients

@@ -8,7 +8,7 @@ from potara_lite.adapters.state import adapter_bytes, client_adapter, delta, sta
 from potara_lite.baselines.clusters import cluster_clients, similarity, three_models, train_clusters
 from potara_lite.estimators import estimate_combination, estimate_curve, simplex_moments
 from potara_lite.estimators.moments import combination_weights
-from potara_lite.experiment import Trial
+from potara_lite.experiment import Run
 
 
 def close(found, expected):
@@ -91,8 +91,8 @@ def test_a_cluster_is_a_federation_of_its_clients(adapted64, federation64):
 
 def test_three_models_take_the_pairs_steps_and_one_upload_more(adapted, federation):
     setting = Setting(clients=3, rounds=4, round_steps=2, local_steps=6, batch_size=4)
-    trial = Trial(adapted, federation, setting, seed=0)
-    result = three_models(clusters=2)(trial)
+    run = Run(adapted, federation, setting, seed=0)
+    result = three_models(clusters=2)(run)
     size = adapter_bytes(adapted.initial)
     assert result.ledger.steps.tolist() == [setting.total_steps] * 3
     assert result.ledger.up.tolist() == [5 * size + 4 * 6] * 3  # four rounds, the local adapter, six losses

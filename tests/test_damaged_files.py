@@ -27,8 +27,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from potara_lite.adapters.files import load_adapter, save_adapter
-from potara_lite.adapters.lora import attach, pattern, rank_dim
-from potara_lite.adapters.state import stack_adapters
+from potara_lite.adapters.lora import attach, pattern
+from potara_lite.adapters.state import rank_dim, stack_adapters
 from potara_lite.baselines.sweep import read_results, sweep
 from potara_lite.experiment import Result
 from potara_lite.federation import split as data, tasks as text_data
@@ -254,7 +254,7 @@ def tasks(tmp_path):
 
 @pytest.fixture
 def cells(tmp_path, adapted, federation):
-    def method(trial):
+    def method(run):
         stack = stack_adapters([adapted.initial] * 3)
         return Result(adapted, stack, Ledger.zeros(3), 0.0)
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 from potara_lite.federation import split as data
 from potara_lite.federation.partition import dirichlet_proportions, draw, partition, shift_images
 from potara_lite.federation.sources import fashion_mnist, from_tensors, from_torchvision
-from potara_lite.federation.split import Federation, Split, check_file
+from potara_lite.federation.split import Federation, Split
+from potara_lite.files import check_file
 
 
 def numbered_pool(per_class, classes=10, start=0):

@@ -19,8 +19,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
 
 from potara_lite import Setting, compare
-from potara_lite.deployment import Patience, Plan
-from potara_lite.experiment import PAIR_METHODS
+from potara_lite.deployment import RunConfig, Timeouts
+from potara_lite.experiment import MODEL_PAIR_METHODS
 
 try:
     import tomllib
@@ -74,12 +74,12 @@ def test_private_keys_are_their_owners_alone_and_never_written_over(credentials)
 
 
 def test_the_apps_configuration_is_that_of_the_library():
-    """Every key is read, and what is not said of the plan is what the library has by default."""
+    """Every key is read, and what is not said of the run_config is what the library has by default."""
     config = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    plan, plain = Plan.of(config), Setting()
-    differ = {name for name, value in vars(plan.setting).items() if value != getattr(plain, name)}
-    assert differ == {"clients", "rounds", "local_steps"} and plan.algorithm.name == "FedIT"
-    assert Patience.of(config) == Patience(join=300.0, answer=600.0, least=1)
+    run_config, plain = RunConfig.of(config), Setting()
+    differ = {name for name, value in vars(run_config.setting).items() if value != getattr(plain, name)}
+    assert differ == {"clients", "rounds", "local_steps"} and run_config.algorithm.name == "FedIT"
+    assert Timeouts.of(config) == Timeouts(join=300.0, answer=600.0, least=1)
     read = {name.replace("_", "-") for name in vars(plain)} | {"method", "seed", "clip", "noise-multiplier", "out"}
     assert set(config) <= read | {"join-timeout", "timeout", "min-clients"}
 
@@ -138,7 +138,7 @@ def test_over_tls_a_stranger_is_refused_and_the_rows_are_the_engines(tmp_path, m
     options = dict(clients=3, tls=True, simulation=False, stranger=True, kill=None, config=config, limit=1200.0)
     found = loopback.play(argparse.Namespace(out=tmp_path / "out", **options))
     assert found["stranger"] == "Exit Code: 305"
-    methods = {name: PAIR_METHODS[name] for name in ("federated", "local", "potara-calibrated")}
+    methods = {name: MODEL_PAIR_METHODS[name] for name in ("federated", "local", "potara-calibrated")}
     setting = Setting(clients=3, rounds=2, round_steps=5, local_steps=10, test_size=50)
     rows, reference = pd.read_csv(tmp_path / "out" / "results.csv"), compare(setting, [0], methods)
     pd.testing.assert_frame_equal(rows.drop(columns="seconds"), reference.drop(columns="seconds"), rtol=1e-5)

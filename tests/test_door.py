@@ -77,7 +77,7 @@ def things():
     from potara_lite.baselines.algorithms import FEDIT
     from potara_lite.baselines.privacy import Privacy
     from potara_lite.estimators.moments import Moments
-    from potara_lite.experiment import Pair, Result, Trial
+    from potara_lite.experiment import ModelPair, Result, Run
 
     t = SimpleNamespace(backbone=tiny_vit(), federation=tiny_federation(torch.float32))
     t.adapted, t.split = attach(t.backbone, rank=2, alpha=3), t.federation.calibration
@@ -91,8 +91,8 @@ def things():
     numbers = Split.of([(torch.arange(3), torch.arange(3))] * 2)
     t.numbers = potara_lite.Federation(numbers, numbers, numbers, 4)
     t.ledger = potara_lite.Ledger.zeros(3)
-    t.pair = Pair(t.federated, t.local, (t.ledger, t.ledger), (0.0, 0.0))
-    t.trial, t.result = Trial(t.adapted, t.federation, TINY, 0), Result(t.adapted, t.local, t.ledger, 0.0)
+    t.pair = ModelPair(t.federated, t.local, (t.ledger, t.ledger), (0.0, 0.0))
+    t.run, t.result = Run(t.adapted, t.federation, TINY, 0), Result(t.adapted, t.local, t.ledger, 0.0)
     t.grams = {layer: torch.eye(16).repeat(3, 1, 1) for layer in t.adapted.scaling if not layer.endswith("fc2")}
     t.moments, t.privacy, t.fedit = Moments([1.0, 2.0], [2.0, 1.0], [0.0, 0.5]), Privacy(1.0, 1.0, 0), FEDIT
     t.speaker = attach(Speaker(), targets=["out"], head=None, rank=2)
@@ -228,13 +228,13 @@ CALLS = {
     "merging.connectivity.along_plane": lambda t: estimated(t) | dict(x=[0.0, 1.0], y=[0.5], batch_size=4),
     "estimators.calibrated.estimate_calibrated": estimated,
     "estimators.calibrated.estimate_pooled": lambda t: estimated(t) | dict(
-        points=3, probe=0.3, by=estimators.head_and_body
+        points=3, step=0.3, by=estimators.head_and_body
     ),
     "estimators.calibrated.pooled_weight": lambda t: dict(
-        weights=t.grid, losses=t.losses, sizes=t.sizes, spread=0.1, prior_spread=0.3
+        weights=t.grid, losses=t.losses, sizes=t.sizes, tau=0.1, sigma=0.3
     ),
     "estimators.calibrated.pooled_offset": lambda t: dict(
-        low=t.losses[0], middle=t.losses[1], high=t.losses[2], sizes=t.sizes, probe=0.3, spread=0.2
+        low=t.losses[0], middle=t.losses[1], high=t.losses[2], sizes=t.sizes, step=0.3, tau=0.2
     ),
     "estimators.estimate.estimate_uniform": estimated,
     "estimators.gauss_newton.moments_from_slopes": lambda t: dict(
@@ -289,11 +289,11 @@ CALLS = {
     ),
     "experiment.one_of_pair": lambda t: dict(which=0),
     "experiment.local_from_federated": lambda t: dict(lr_scale=1.0),
-    "experiment.merging": lambda t: dict(merge=len, pair_of=len),
-    "experiment.with_estimator": lambda t: dict(estimator=len, merge=len, pair_of=len),
+    "experiment.merging": lambda t: dict(merge=len, model_pair=len),
+    "experiment.with_estimator": lambda t: dict(estimator=len, merge=len, model_pair=len),
     "experiment.oracle_weight": lambda t: dict(weights=t.grid, loss=t.losses[..., 0]),
     "experiment.run_methods": lambda t: dict(setting=TINY, seeds=[0], methods={"x": len}, prepare=len, progress=False),
-    "results.result_rows": lambda t: dict(method="x", trial=t.trial, result=t.result, split=t.split),
+    "results.result_rows": lambda t: dict(method="x", run=t.run, result=t.result, split=t.split),
     "results.compare": lambda t: dict(setting=TINY, seeds=[0], methods={"x": initial_adapter}),
     "results.summary": lambda t: dict(rows=t.rows),
     "results.leaderboard": lambda t: dict(rows=t.rows, local="local"),
@@ -499,7 +499,7 @@ BAD = {
     "train_size": [*SIZE, (lambda v: [3, 0], "train_size[1] must be at least 1, not 0"), (lambda v: [3], "1 clients")],
     "seed sample_labels": [-1, 0.5, "0", True, 2**64],
     "lr lr_scale spread probe": [-0.1, 0, INF, *NUMBER],
-    "alpha prior_spread target": [-1, 0, *NUMBER],
+    "alpha sigma target": [-1, 0, *NUMBER],
     "ridge tolerance weight_decay damping prior mu strength rounds_scale noise_multiplier std": [-0.1, INF, *NUMBER],
     "head_share off_diagonal share_of": [-0.1, 1.5, *NUMBER],
     "participation density": [0, -0.5, 1.5, *NUMBER],
@@ -515,7 +515,7 @@ BAD = {
                 (lambda v: [3], "3")],
     "folder root name_or_path checkpoint path": PATH,
     "saved": [5, "x", (ADAPTER[4][0], "list"), (lambda v: {}, "tensors")],
-    "merge prepare eval_split by tokenizer estimator pair_of loss_of noisy function": FUNCTION,
+    "merge prepare eval_split by tokenizer estimator model_pair loss_of noisy function": FUNCTION,
     "weights_name": [5, True],
     "adapted": [None, 3, "net", (lambda v: v.model, "PeftModel")],
     "split": [None, 3, (lambda v: things().federation, "Federation"), (lambda v: v.x, "Tensor")],
@@ -525,7 +525,7 @@ BAD = {
     "backbone network": [None, "net", (lambda v: torch.nn.Linear, "type")],
     "config": [5, (lambda v: {"r": 4}, "dict")],
     "rng": [0, None],
-    "trial result algorithm privacy moments_of": [None, 3, (lambda v: {}, "dict")],
+    "run result algorithm privacy moments_of": [None, 3, (lambda v: {}, "dict")],
     "algorithm_of": [None, 3, (lambda v: {}, "{}")],
     "board": [None, 3, (lambda v: v.drop(columns="bytes"), "'bytes'"), (lambda v: pd.concat([v, v]), "a line for each"),
               (lambda v: v.reset_index(drop=True), "a line for each"), (lambda v: v.iloc[:0], "(0, ")],
@@ -698,9 +698,9 @@ MEANT = {
     **{(f"baselines.merges.{name}", "models"): "several"
        for name in ("task_arithmetic", "fisher_merge", "regmean", "merge_deltas")},
     ("estimators.combination.estimate_combination", "models"): "several",
-    ("estimators.combination.estimate_combination", "own"): "head_share",
-    ("baselines.clusters.three_models", "own"): "head_share",
-    ("baselines.clusters.three_models", "share"): "head_share",
+    ("estimators.combination.estimate_combination", "personal"): "head_share",
+    ("baselines.clusters.three_models", "personal"): "head_share",
+    ("baselines.clusters.three_models", "shrinkage"): "head_share",
     ("baselines.clusters.cluster_clients", "clusters"): "clients",
     ("baselines.clusters.three_models", "clusters"): "clients",
     ("baselines.clusters.cluster_clients", "similar"): "g_f",
@@ -782,7 +782,7 @@ def test_what_is_right_is_taken(function):
 BARE = {
     "what a name or a shape says": """
         adapters.state.is_dense_factor estimators.estimate.by_layer estimators.estimate.head_and_body
-        estimators.calibrated.two_groups baselines.rounds.is_head baselines.rounds.is_shared baselines.algorithms.is_own
+        estimators.calibrated.two_groups baselines.rounds.is_head baselines.rounds.is_shared baselines.algorithms.is_personal
         federation.inputs.kind_of federation.inputs.any_tensor results.rows_with models.language.installed_minilm
         federation.tasks.read_glosses baselines.algorithms.fedalt""",
     "checks themselves, tested in the rows below and where they are used": """
@@ -801,11 +801,11 @@ BARE = {
     "dictionaries of tensors and batches taken apart and put together, in every step": """
         adapters.state.adapter_from_delta adapters.lora.delta_added adapters.state.flatten adapters.state.unflatten adapters.state.select_clients
         federation.partition.draw federation.inputs.map_inputs federation.inputs.pad_stack federation.inputs.take merging.merge.concat_ranks merging.merge.limit_rank
-        models.frozen_trunk.blocks_below models.frozen_trunk.call_network models.frozen_trunk.hidden_below models.frozen_trunk.replaced_forwards
+        models.frozen_trunk.frozen_blocks models.frozen_trunk.call_network models.frozen_trunk.run_frozen_blocks models.frozen_trunk.replaced_forwards
         estimators.estimate.from_moments estimators.estimate.group_coordinates estimators.estimate.group_sum
         estimators.gauss_newton.example_mean estimators.paper.diagonal_moments""",
     "the engine room: every step and every example goes through it": """
-        training.batching.map_clients training.batching.plan training.batching.with_autocast training.grouped_lora.as_one_batch
+        training.batching.map_clients training.batching.plan training.batching.with_autocast training.grouped_lora.group_lora
         training.loss.example_accuracies training.loss.example_losses training.loss.mean_loss training.loss.token_mean
         training.train.adamw_step training.train.batched_logits training.train.losses
         training.train.plain_loss""",
@@ -814,12 +814,12 @@ BARE = {
         estimators.calibrated.pooled_mean estimators.calibrated.weigh estimators.calibrated.weigh_offset
         estimators.combination.simplex_moments""",
     "parts of methods, which `run_algorithm`, `run_methods` and `sweep` call": """
-        results.holm experiment.best_on_test experiment.independent_pair experiment.initial_adapter
+        results.holm experiment.best_on_test experiment.independent_models experiment.initial_adapter
         baselines.algorithms.fold
-        baselines.algorithms.fold_and_redraw baselines.algorithms.folded baselines.algorithms.keep_anchor
+        baselines.algorithms.merge_and_redraw baselines.algorithms.merged_residual baselines.algorithms.keep_global_reference
         baselines.algorithms.mean_and_residual baselines.algorithms.mean_product baselines.algorithms.others
         baselines.algorithms.own baselines.algorithms.shared_loss baselines.algorithms.shares
-        baselines.algorithms.squared_distance baselines.algorithms.stacked baselines.algorithms.with_folded
+        baselines.algorithms.squared_distance baselines.algorithms.stacked baselines.algorithms.with_merged_residual
         baselines.methods.fisher_merge_of_pair baselines.methods.merged_from_federated baselines.methods.regmean_of_pair
         baselines.methods.remaining_steps baselines.clusters.train_clusters
         baselines.rounds.add_prefix baselines.rounds.client_step baselines.rounds.fedavg
@@ -836,7 +836,7 @@ APART = (
     "files.py",
 )  # tested for themselves
 CLASSES = (
-    "Setting Federation Split Moments Estimate Execution Ledger Pair Result Trial Algorithm Phase Question".split()
+    "Setting Federation Split Moments Estimate Execution Ledger ModelPair Result Run Algorithm Phase Question".split()
 )
 
 
@@ -1069,8 +1069,8 @@ WRONG = [
     ("pair of one", lambda t: type(t.pair)(t.federated, t.one, (), ()), ("local", "not one adapter")),
     ("result of NaN", lambda t: type(t.result)(t.adapted, entry(lambda x: x * NAN)(t.local), t.ledger, 0.0), ("fin",)),
     ("result of 7", lambda t: type(t.result)(t.adapted, t.local, t.ledger, 0.0, HALF * 14), ("weight", "7.0")),
-    ("trial of a split", lambda t: type(t.trial)(t.adapted, t.split, TINY, 0), ("federation", "Split")),
-    ("trial of seed -1", lambda t: type(t.trial)(t.adapted, t.federation, TINY, -1), ("seed", "-1")),
+    ("run of a split", lambda t: type(t.run)(t.adapted, t.split, TINY, 0), ("federation", "Split")),
+    ("run of seed -1", lambda t: type(t.run)(t.adapted, t.federation, TINY, -1), ("seed", "-1")),
     # Algorithms
     *((f"algorithm {n}", lambda t, n=n, v=v: A("x", **{n: v}), (n, said))
       for n, v, said in (("init", 3, "3"), ("phases", (), "()"), ("phases", (3,), "3"), ("is_uploaded", "A", "'A'"),
@@ -1186,7 +1186,7 @@ def test_what_the_checks_cost_is_less_than_a_hundredth_of_a_run():
     found = json.loads((ROOT / "benchmarks" / "door.json").read_text())
     page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
     shares = sorted(run["in checks"] / run["seconds"] for run in found["runs"])
-    assert shares[len(shares) // 2] == found["share"] and shares[-1] < 0.01
+    assert shares[len(shares) // 2] == found["shrinkage"] and shares[-1] < 0.01
     (number,) = {run["checks"] for run in found["runs"]}
     said = f"The {number:,} checks of arguments and data take {100 * found['share']:.1f} % of the command's default run"
     assert said in page
@@ -1356,17 +1356,17 @@ def test_no_estimate_is_made_of_other_clients_or_with_odd_options(options, clien
 
 
 @EXPLORED
-@given(name=st.sampled_from(["damping", "prior", "clip", "probe", "points", "spread", "prior_spread"]), value=ODD)
+@given(name=st.sampled_from(["damping", "prior", "clip", "probe", "points", "spread", "sigma"]), value=ODD)
 def test_no_odd_number_reaches_the_moments(name, value):
     t = things()
     calls = {
         "damping": lambda: estimators.fisher_moments(**gradients(t), damping=value).weight,
         "prior": lambda: estimators.laplace_moments(**gradients(t), examples=(t.sizes, t.sizes), prior=value).weight,
         "clip": lambda: estimators.fisher_moments(**gradients(t), clip=value).weight,
-        "probe": lambda: estimators.pooled_offset(*t.losses, t.sizes, probe=value)[0],
+        "probe": lambda: estimators.pooled_offset(*t.losses, t.sizes, step=value)[0],
         "points": lambda: potara_lite.weight_grid(value),
-        "spread": lambda: estimators.pooled_weight(t.grid, t.losses, t.sizes, spread=value)[0],
-        "prior_spread": lambda: estimators.pooled_weight(t.grid, t.losses, t.sizes, prior_spread=value)[0],
+        "spread": lambda: estimators.pooled_weight(t.grid, t.losses, t.sizes, tau=value)[0],
+        "sigma": lambda: estimators.pooled_weight(t.grid, t.losses, t.sizes, sigma=value)[0],
     }
     found = outcome(calls[name])
     if found is not None:

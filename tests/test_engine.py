@@ -383,7 +383,7 @@ def test_a_trial_is_made_once_for_each_model_and_shape(adapted, backbone, federa
 
     first = chunks(2)
     assert chunks(2) == first and len(calls) == 1
-    assert len(chunks(8)) >= len(first) and len(calls) == 2  # other shapes are another trial
+    assert len(chunks(8)) >= len(first) and len(calls) == 2  # other shapes are another run
     chunks(2, autocast=torch.bfloat16)
     assert len(calls) == 3  # and so is another precision
     chunks(2, function=model), chunks(2, function=model)
@@ -395,7 +395,7 @@ def test_a_trial_is_made_once_for_each_model_and_shape(adapted, backbone, federa
 
 
 def test_what_a_trial_saw_is_not_kept(adapted, federation):
-    """What autograd packed is gone with the graph: once it held the graph that held it, and every trial leaked."""
+    """What autograd packed is gone with the graph: once it held the graph that held it, and every run leaked."""
     stack, x, counts = repeat_adapter(adapted.initial, 3), federation.train.x, []
     for _ in range(3):
         for _ in range(5):

@@ -416,7 +416,7 @@ def test_three_estimates_are_weighed_by_their_precisions():
     best, noise = torch.tensor([0.3, 0.7, 0.5]).double(), 1.5 * normal(3, 80, seed=4)
     real = torch.arange(80) < n.view(-1, 1)
     losses = parabolas(best, 80, h, noise) * real.unsqueeze(1)
-    found, details = pooled_weight(WEIGHTS, losses, n, spread=tau, prior_spread=sigma)
+    found, details = pooled_weight(WEIGHTS, losses, n, tau=tau, sigma=sigma)
     mean = (noise * real).sum(1) / n
     variance = ((noise - mean.view(-1, 1)) * real).square().sum() / (n - 1).sum()
     own, sampling = best - mean / h, variance / (n.double() * h**2)
@@ -424,8 +424,8 @@ def test_three_estimates_are_weighed_by_their_precisions():
     centre = ((known * own).sum() + 0.5 / sigma**2) / (known.sum() + 1 / sigma**2)
     expected = (own / sampling + centre / tau**2) / (1 / sampling + 1 / tau**2)
     close(found, expected)
-    close(details["centre"], centre)
-    close(details["share"], tau**2 / (tau**2 + sampling))
+    close(details["prior_mean"], prior_mean)
+    close(details["shrinkage"], tau**2 / (tau**2 + sampling))
     close(details["loss"], (losses.sum(2) / n.view(-1, 1)))
     assert expected.std() > 0.05 and abs(centre - 0.5) > 0.003
 
@@ -436,7 +436,7 @@ def test_without_noise_each_client_gets_its_minimum_and_without_a_curve_a_half()
     outside = pooled_weight(WEIGHTS, parabolas([-0.4, 1.3, 1.2], 30), n)[0]
     assert outside.tolist() == [0.0, 1.0, 1.0]
     found, details = pooled_weight(WEIGHTS, parabolas([0.2, 0.3, 0.4], 30, 0.0), n)
-    assert found.tolist() == [0.5] * 3 and not details["share"].any()
+    assert found.tolist() == [0.5] * 3 and not details["shrinkage"].any()
 
 
 @pytest.mark.parametrize("bend", [-1.0, 0.0, 0.01])
@@ -460,7 +460,7 @@ def test_clients_that_agree_get_nearly_the_minimum_of_their_pool():
     losses = parabolas([0.3] * 6, 50, noise=bartlett(6, 50))
     weight, details = pooled_weight(WEIGHTS, losses, torch.full((6,), 50))
     close(weight, weight[:1].expand(6), atol=1e-12)
-    assert 0.3 < weight[0] < details["centre"] < 0.315  # drawn a little to the middle
+    assert 0.3 < weight[0] < details["prior_mean"] < 0.315  # drawn a little to the middle
 
 
 def test_a_client_with_many_samples_keeps_its_own_minimum_and_one_with_few_gets_the_pools():
@@ -472,7 +472,7 @@ def test_a_client_with_many_samples_keeps_its_own_minimum_and_one_with_few_gets_
     real = (torch.arange(5000) < sizes.view(-1, 1)).unsqueeze(1)
     weight, _ = pooled_weight(WEIGHTS, parabolas(best, 5000, noise=noise) * real, sizes)
     assert abs(weight[4] - 0.8) < 0.03
-    assert weight[5] < 0.65  # pulled at least this far towards the centre
+    assert weight[5] < 0.65  # pulled at least this far towards the prior_mean
     assert (weight[:4] < 0.5).all()
 
 
@@ -492,19 +492,21 @@ def test_padding_of_the_losses_does_not_matter_to_the_pool():
     usual, details = pooled_weight(WEIGHTS, losses, sizes)
     padded, more = pooled_weight(WEIGHTS, torch.cat([losses, torch.zeros(3, 9, 9)], dim=2), sizes)
     close(padded, usual, rtol=1e-9)
-    close(more["share"], details["share"], rtol=1e-9)
+    close(more["shrinkage"], details["shrinkage"], rtol=1e-9)
 
 
 def test_noise_that_overconfident_models_make_leaves_less_to_the_own_minimum():
     sizes, noise = torch.full((4,), 500), bartlett(4, 500)
-    shares = [pooled_weight(WEIGHTS, parabolas([0.5] * 4, 500, noise=k * noise), sizes)[1]["share"] for k in (1, 1.5)]
+    shares = [
+        pooled_weight(WEIGHTS, parabolas([0.5] * 4, 500, noise=k * noise), sizes)[1]["shrinkage"] for k in (1, 1.5)
+    ]
     odds = [share / (1 - share) for share in shares]
     close(odds[0], 1.5**2 * odds[1])
 
 
 def test_pooling_regrets_less_than_each_client_alone_which_regrets_half_a_parameter():
     """Bartlett noise: 8 clients, 30 samples, curvature 3, best weights scattered by 0.1; 1/(2n) for each alone, and for
-    the pool half the curvature times the variance of the combination, and the centre's error."""
+    the pool half the curvature times the variance of the combination, and the prior_mean's error."""
     h, n, clients, runs, tau = 3.0, 30, 8, 400, 0.1
     rng = np.random.default_rng(9)
     alone, pooled = [], []
@@ -519,16 +521,16 @@ def test_pooling_regrets_less_than_each_client_alone_which_regrets_half_a_parame
     combined, share = h / 2 / (1 / s2 + 1 / tau**2), tau**2 / (tau**2 + s2)
     centre = h / 2 * (1 - share) ** 2 / (clients / (s2 + tau**2) + 1 / 0.25**2)
     assert abs(alone.mean() - 1 / (2 * n)) < 4 * alone.std() / runs**0.5
-    assert abs(pooled.mean() - combined - centre) < 4 * pooled.std() / runs**0.5 + 0.02 * combined
+    assert abs(pooled.mean() - combined - prior_mean) < 4 * pooled.std() / runs**0.5 + 0.02 * combined
     assert pooled.mean() < 0.6 * alone.mean()
 
 
 # An offset between two groups, common to all clients.
 
 
-def probed(best, h, noise, probe=0.3):
-    """Losses ``(C, N)`` at the offsets -probe, 0 and probe of the parabola ``h/2 (d - best)² + noise d``."""
-    return [h / 2 * (d - best) ** 2 + noise * d for d in (-probe, 0.0, probe)]
+def probed(best, h, noise, step=0.3):
+    """Losses ``(C, N)`` at the offsets -step, 0 and probe of the parabola ``h/2 (d - best)² + noise d``."""
+    return [h / 2 * (d - best) ** 2 + noise * d for d in (-step, 0.0, step)]
 
 
 def test_the_offset_is_weighed_against_nothing_by_its_precision():
@@ -536,15 +538,15 @@ def test_the_offset_is_weighed_against_nothing_by_its_precision():
     noise = normal(3, 30, seed=2) * (torch.arange(30) < n.view(-1, 1))
     real = (torch.arange(30) < n.view(-1, 1)).double()
     losses = [part * real for part in probed(best, h, noise)]
-    found, details = pooled_offset(*losses, n, spread=0.2)
+    found, details = pooled_offset(*losses, n, tau=0.2)
     mean = noise.sum(1) / n
     variance = ((noise - mean.view(-1, 1)) * real).square().sum() / (n - 1).sum()
     sampling = variance / (n.sum() * h**2)
     share = 0.2**2 / (0.2**2 + sampling)
     close(found, share * (best - noise.sum() / n.sum() / h))
-    close(details["offset_share"], share)
+    close(details["offset_shrinkage"], share)
     wide = [torch.cat([part, torch.zeros(3, 5)], 1) for part in losses]
-    close(pooled_offset(*wide, n, spread=0.2)[0], found)
+    close(pooled_offset(*wide, n, tau=0.2)[0], found)
 
 
 def test_the_offset_survives_what_tells_nothing():

@@ -28,13 +28,13 @@ from potara_lite.baselines import rounds
 from potara_lite.baselines.algorithms import ALGORITHMS, FEDIT
 from potara_lite.baselines.privacy import Privacy
 from potara_lite.baselines.rounds import run_algorithm
-from potara_lite.deployment import Home, Patience, Plan, client_app, play, server_app
-from potara_lite.experiment import PAIR_METHODS, training_options
+from potara_lite.deployment import ClientState, RunConfig, Timeouts, client_app, play, server_app
+from potara_lite.experiment import MODEL_PAIR_METHODS, training_options
 from potara_lite.files import FileError
 
 ROUNDS = dict(rounds=3, **{"round-steps": 2, "local-steps": 4, "batch-size": 4, "lr": 1e-2})
 CONFIG = {"clients": 3, "method": "FedIT", "seed": 6} | ROUNDS
-QUICK = Patience(join=0.2, answer=5.0, pause=0.01)
+QUICK = Timeouts(join=0.2, answer=5.0, pause=0.01)
 
 
 @pytest.fixture
@@ -44,55 +44,57 @@ def world(adapted64, federation64):
     def make(method="FedIT", clients=(2, 0, 1), **options):
         config = CONFIG | {"method": method}
         algorithms = options.pop("algorithms", ALGORITHMS)
-        app = client_app(lambda plan, i, node: (adapted64, federation64.rows([i])), algorithms)
+        app = client_app(lambda run_config, i, node: (adapted64, federation64.rows([i])), algorithms)
         grid = LocalGrid(app, {client: {} for client in clients}, config, **options)
-        plan = Plan.of(config, algorithms)
-        return grid, plan, lambda patience=QUICK: play(grid, plan, adapted64, patience)
+        run_config = RunConfig.of(config, algorithms)
+        return grid, run_config, lambda timeouts=QUICK: play(grid, run_config, adapted64, timeouts)
 
     return make
 
 
-def engine(plan, adapted, federation):
+def engine(run_config, adapted, federation):
     """The same run by the engine: the algorithm's result and the local models."""
-    options = training_options(plan.setting)
+    options = training_options(run_config.setting)
     result = run_algorithm(
-        plan.algorithm, adapted, federation.train,
-        rounds=plan.setting.rounds, local_steps=plan.setting.round_steps, seed=plan.seed, **options,
+        run_config.algorithm, adapted, federation.train,
+        rounds=run_config.setting.rounds, local_steps=run_config.setting.round_steps, seed=run_config.seed, **options,
     )  # fmt: skip
     start = repeat_adapter(adapted.initial, len(federation))
-    local = train(adapted, start, federation.train, steps=plan.setting.local_steps, seed=(plan.seed, 1), **options)
+    local = train(
+        adapted, start, federation.train, steps=run_config.setting.local_steps, seed=(run_config.seed, 1), **options
+    )
     return result, local.adapters
 
 
 @pytest.mark.parametrize("method", ALGORITHMS)
 def test_every_algorithm_is_what_the_engine_plays(method, world, adapted64, federation64):
-    grid, plan, run = world(method)
-    outcome, (result, local) = run(), engine(plan, adapted64, federation64)
-    assert outcome.events == []
-    for name in outcome.message.keys() & result.tensors.keys():
-        torch.testing.assert_close(outcome.message[name], result.tensors[name], rtol=1e-9, atol=1e-12)
+    grid, run_config, run = world(method)
+    result, (result, local) = run(), engine(run_config, adapted64, federation64)
+    assert result.events == []
+    for name in result.message.keys() & result.tensors.keys():
+        torch.testing.assert_close(result.message[name], result.tensors[name], rtol=1e-9, atol=1e-12)
     if result.federated is not None:
         for name, tensor in result.federated.items():
-            torch.testing.assert_close(outcome.federated[name], tensor, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(result.federated[name], tensor, rtol=1e-9, atol=1e-12)
     loss, accuracy = evaluate(result.adapted, result.personal, federation64.test)
-    rows = outcome.rows[outcome.rows.method == "federated"]
+    rows = result.rows[result.rows.method == "federated"]
     np.testing.assert_allclose(rows.loss, loss, rtol=1e-9)
     assert rows.accuracy.tolist() == accuracy.tolist() and rows.client.tolist() == [0, 1, 2]
     for column, paid in (("bytes_up", "up"), ("bytes_down", "down"), ("steps", "steps")):
         assert rows[column].tolist() == getattr(result.ledger, paid).tolist(), column
     if method in ("FedEx-LoRA", "FLoRA", "APFL", "FedDPA-T", "FedALT"):  # their models are no adapters of rank r
-        assert set(outcome.rows.method) == {"federated"} and outcome.weight == {}
+        assert set(result.rows.method) == {"federated"} and result.weight == {}
         return
     estimate = estimate_calibrated(adapted64, result.personal, local, federation64.calibration)
-    np.testing.assert_allclose([outcome.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
+    np.testing.assert_allclose([result.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
     loss, _ = evaluate(adapted64, merge_exact(result.personal, local, estimate.weight), federation64.test)
-    np.testing.assert_allclose(outcome.rows[outcome.rows.method == "potara-calibrated"].loss, loss, rtol=1e-9)
+    np.testing.assert_allclose(result.rows[result.rows.method == "potara-calibrated"].loss, loss, rtol=1e-9)
 
 
 def test_the_numbers_that_travel_are_those_of_the_estimate(world, adapted64, federation64):
-    grid, plan, run = world()
+    grid, run_config, run = world()
     run()
-    result, local = engine(plan, adapted64, federation64)
+    result, local = engine(run_config, adapted64, federation64)
     floats = estimate_calibrated(adapted64, result.personal, local, federation64.calibration).floats
     for client in range(3):
         found = {"up": 0, "down": 0}
@@ -119,7 +121,7 @@ def test_the_app_writes_what_the_command_writes(tmp_path, monkeypatch):
     grid = LocalGrid(client_app(), {i: {"folder": str(tmp_path)} for i in range(3)}, config)
     server_app()(grid, Context(1, 0, {}, RecordDict(), config))
     found = pd.read_csv(tmp_path / "results.csv")
-    methods = {name: PAIR_METHODS[name] for name in ("federated", "local", "potara-calibrated")}
+    methods = {name: MODEL_PAIR_METHODS[name] for name in ("federated", "local", "potara-calibrated")}
     pd.testing.assert_frame_equal(
         found.drop(columns="seconds"), compare(SMALL, [1], methods).drop(columns="seconds"), rtol=1e-5
     )
@@ -137,10 +139,10 @@ def test_the_app_writes_what_the_command_writes(tmp_path, monkeypatch):
 
 def test_private_rounds_are_those_of_the_engine(world, adapted64, federation64):
     private = replace(ALGORITHMS["FFA-LoRA"], privacy=Privacy(clip=0.05, noise_multiplier=0.5, seed=3))
-    _, plan, run = world("private", algorithms={"private": private})
-    outcome, (result, _) = run(), engine(plan, adapted64, federation64)
-    for name in outcome.message:
-        torch.testing.assert_close(outcome.message[name], result.tensors[name], rtol=1e-9, atol=1e-12)
+    _, run_config, run = world("private", algorithms={"private": private})
+    result, (result, _) = run(), engine(run_config, adapted64, federation64)
+    for name in result.message:
+        torch.testing.assert_close(result.message[name], result.tensors[name], rtol=1e-9, atol=1e-12)
 
 
 # Faults. Who takes part in which round is told to the engine, whose run is then the oracle.
@@ -155,14 +157,14 @@ def trained(grid, total=3):
     return [sorted(some) for some in found]
 
 
-def engine_with(parts, monkeypatch, plan, adapted, federation):
+def engine_with(parts, monkeypatch, run_config, adapted, federation):
     """The engine's run with these clients in each round."""
     monkeypatch.setattr(rounds, "participants", lambda ids, share, seed, number: torch.tensor(parts[number]))
-    return engine(plan, adapted, federation)
+    return engine(run_config, adapted, federation)
 
 
-def assert_same_message(outcome, result):
-    for name, tensor in outcome.message.items():
+def assert_same_message(result, result):
+    for name, tensor in result.message.items():
         torch.testing.assert_close(tensor[0], result.tensors[name][0], rtol=1e-9, atol=1e-12)
 
 
@@ -213,13 +215,13 @@ def test_a_client_with_a_fault_misses_its_round_and_no_other(
     method, answer, said, world, monkeypatch, adapted64, federation64
 ):
     second = in_round(1)
-    grid, plan, run = world(method, fault=lambda client, m: answer(m) if client == 1 and second(m) else None)
-    outcome = run()
-    (event,) = outcome.events
+    grid, run_config, run = world(method, fault=lambda client, m: answer(m) if client == 1 and second(m) else None)
+    result = run()
+    (event,) = result.events
     assert event["client"] == 1 and event["what"].startswith(said)
-    result, local = engine_with([[0, 1, 2], [0, 2], [0, 1, 2]], monkeypatch, plan, adapted64, federation64)
-    assert_same_message(outcome, result)
-    rows = outcome.rows[outcome.rows.method == "federated"]
+    result, local = engine_with([[0, 1, 2], [0, 2], [0, 1, 2]], monkeypatch, run_config, adapted64, federation64)
+    assert_same_message(result, result)
+    rows = result.rows[result.rows.method == "federated"]
     loss, _ = evaluate(adapted64, result.personal, federation64.test)
     np.testing.assert_allclose(rows.loss, loss, rtol=1e-9)
     assert rows.steps.tolist() == (result.ledger.steps).tolist()
@@ -232,14 +234,14 @@ def test_a_client_that_comes_late_gets_the_result_and_uploads_no_tensor(world, m
         if second(message) and 102 not in grid.nodes:
             grid.add(102, {"partition-id": 2})
 
-    grid, plan, run = world(clients=(0, 1), fault=arrive)
-    outcome = run()
-    assert [(event["client"], event["what"][:11]) for event in outcome.events] == [(2, "joined late")]
-    result, local = engine_with([[0, 1]] * 3, monkeypatch, plan, adapted64, federation64)
-    assert_same_message(outcome, result)
+    grid, run_config, run = world(clients=(0, 1), fault=arrive)
+    result = run()
+    assert [(event["client"], event["what"][:11]) for event in result.events] == [(2, "joined late")]
+    result, local = engine_with([[0, 1]] * 3, monkeypatch, run_config, adapted64, federation64)
+    assert_same_message(result, result)
     estimate = estimate_calibrated(adapted64, result.personal, local, federation64.calibration)
-    np.testing.assert_allclose([outcome.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
-    late = outcome.rows[(outcome.rows.client == 2) & (outcome.rows.method == "potara-calibrated")].iloc[0]
+    np.testing.assert_allclose([result.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
+    late = result.rows[(result.rows.client == 2) & (result.rows.method == "potara-calibrated")].iloc[0]
     message = result.by_round.down[-1, 0].item()
     assert (late.bytes_up, late.bytes_down, late.steps) == (13 * 4, message + 3 * 4, 4)
     assert not [kind for kind, client, _, reply in grid.log if client == 2 and "tensors" in (reply or {})]
@@ -247,33 +249,33 @@ def test_a_client_that_comes_late_gets_the_result_and_uploads_no_tensor(world, m
 
 def test_a_client_with_another_rank_is_refused(adapted64, backbone64, federation64, monkeypatch):
     other = attach(backbone64, rank=3, alpha=4.5)
-    app = client_app(lambda plan, i, node: (other if i == 1 else adapted64, federation64.rows([i])))
-    grid, plan = LocalGrid(app, {0: {}, 1: {}, 2: {}}, CONFIG), Plan.of(CONFIG)
-    outcome = play(grid, plan, adapted64, QUICK)
-    assert [(event["client"], event["what"]) for event in outcome.events] == [
+    app = client_app(lambda run_config, i, node: (other if i == 1 else adapted64, federation64.rows([i])))
+    grid, run_config = LocalGrid(app, {0: {}, 1: {}, 2: {}}, CONFIG), RunConfig.of(CONFIG)
+    result = play(grid, run_config, adapted64, QUICK)
+    assert [(event["client"], event["what"]) for event in result.events] == [
         (1, "refused: another backbone, rank, setting or seed than the server's")
     ]
     assert trained(grid) == [[0, 2]] * 3
-    assert_same_message(outcome, engine_with([[0, 2]] * 3, monkeypatch, plan, adapted64, federation64)[0])
+    assert_same_message(result, engine_with([[0, 2]] * 3, monkeypatch, run_config, adapted64, federation64)[0])
 
 
 @pytest.mark.parametrize("client, said", [(0, "another node already is this client"), (3, "its number is outside 0")])
 def test_a_node_that_is_no_further_client_is_refused(client, said, adapted64, federation64):
     part = federation64.train.rows([0])
     data = replace(federation64, **{name: replace(part, ids=(client,)) for name in ("train", "calibration", "test")})
-    app = client_app(lambda plan, i, node: (adapted64, data if node.get("odd") else federation64.rows([i])))
+    app = client_app(lambda run_config, i, node: (adapted64, data if node.get("odd") else federation64.rows([i])))
     grid = LocalGrid(app, {0: {}, 1: {}, 2: {}}, CONFIG)
     grid.get_node_ids = lambda: list(grid.nodes)
     grid.add(200, {"partition-id": client, "odd": True})
-    outcome = play(grid, Plan.of(CONFIG), adapted64, QUICK)
-    assert any(event["what"].startswith(f"refused: {said}") for event in outcome.events)
-    assert len(outcome.rows) == 9
+    result = play(grid, RunConfig.of(CONFIG), adapted64, QUICK)
+    assert any(event["what"].startswith(f"refused: {said}") for event in result.events)
+    assert len(result.rows) == 9
 
 
 def test_a_node_that_restarts_goes_on_with_what_it_had(tmp_path, adapted64, federation64):
     """Between rounds the node of client 1 ends and comes back as another, with an empty memory and the same folder."""
     config = CONFIG | {"method": "Ditto"}
-    app = client_app(lambda plan, i, node: (adapted64, federation64.rows([i])))
+    app = client_app(lambda run_config, i, node: (adapted64, federation64.rows([i])))
     grid = LocalGrid(app, {i: {"folder": str(tmp_path)} for i in range(3)}, config)
     looks = []
 
@@ -284,18 +286,18 @@ def test_a_node_that_restarts_goes_on_with_what_it_had(tmp_path, adapted64, fede
             grid.add(301, {"partition-id": 1, "folder": str(tmp_path)})
         return list(grid.nodes)
 
-    grid.get_node_ids, plan = restart, Plan.of(config)
-    outcome = play(grid, plan, adapted64, QUICK)
-    assert [(event["client"], event["what"]) for event in outcome.events] == [(1, "is back")]
-    result, _ = engine(plan, adapted64, federation64)
-    assert_same_message(outcome, result)
+    grid.get_node_ids, run_config = restart, RunConfig.of(config)
+    result = play(grid, run_config, adapted64, QUICK)
+    assert [(event["client"], event["what"]) for event in result.events] == [(1, "is back")]
+    result, _ = engine(run_config, adapted64, federation64)
+    assert_same_message(result, result)
     loss, _ = evaluate(adapted64, result.personal, federation64.test)
-    np.testing.assert_allclose(outcome.rows[outcome.rows.method == "federated"].loss, loss, rtol=1e-9)
+    np.testing.assert_allclose(result.rows[result.rows.method == "federated"].loss, loss, rtol=1e-9)
     assert trained(grid) == [[0, 1, 2]] * 3
 
 
 def test_a_state_that_is_damaged_is_refused_by_name(tmp_path):
-    home = Home(SimpleNamespace(node_config={"partition-id": 1, "folder": str(tmp_path)}, run_id=7))
+    home = ClientState(SimpleNamespace(node_config={"partition-id": 1, "folder": str(tmp_path)}, run_id=7))
     home.save({"local": {"b": torch.ones(2), "a": torch.zeros(3)}})
     assert list(home.load()["local"]) == ["b", "a"] and [path.suffix for path in home.path.parent.iterdir()] == [
         ".safetensors"
@@ -308,10 +310,13 @@ def test_a_state_that_is_damaged_is_refused_by_name(tmp_path):
 
 
 def test_what_another_run_left_behind_is_not_gone_on_with(tmp_path, adapted64, federation64):
-    app, plan = client_app(lambda plan, i, node: (adapted64, federation64.rows([i]))), Plan.of(CONFIG)
+    app, run_config = client_app(lambda run_config, i, node: (adapted64, federation64.rows([i]))), RunConfig.of(CONFIG)
     one, two = (
         play(
-            LocalGrid(app, {i: {"folder": str(tmp_path)} for i in range(3)}, CONFIG, run_id=run), plan, adapted64, QUICK
+            LocalGrid(app, {i: {"folder": str(tmp_path)} for i in range(3)}, CONFIG, run_id=run),
+            run_config,
+            adapted64,
+            QUICK,
         )
         for run in (1, 2)
     )
@@ -325,27 +330,27 @@ def test_where_the_state_is_the_sum_of_all_messages_who_missed_one_is_out(
     method, world, monkeypatch, adapted64, federation64
 ):
     first = in_round(0)
-    grid, plan, run = world(method, fault=lambda client, m: "silence" if client == 2 and first(m) else None)
-    outcome = run()
-    assert trained(grid) == [[0, 1]] * 3 and outcome.rows.client.tolist() == [0, 1]
+    grid, run_config, run = world(method, fault=lambda client, m: "silence" if client == 2 and first(m) else None)
+    result = run()
+    assert trained(grid) == [[0, 1]] * 3 and result.rows.client.tolist() == [0, 1]
     monkeypatch.setattr(rounds, "participants", lambda *_: torch.tensor([0, 1]))
-    result, _ = engine(plan, adapted64, federation64)
+    result, _ = engine(run_config, adapted64, federation64)
     for name, tensor in result.federated.items():
-        torch.testing.assert_close(outcome.federated[name], tensor, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(result.federated[name], tensor, rtol=1e-9, atol=1e-12)
 
 
 def test_messages_that_differ_by_client_wait_for_all_clients(world):
     first = in_round(0)
     grid, _, run = world("FedALT", fault=lambda client, m: "silence" if client == 2 and first(m) else None)
-    outcome = run()
-    assert [event["what"][:16] for event in outcome.events] == ["train: no answer", "the message stay"]
-    assert trained(grid) == [[0, 1], [0, 1, 2], [0, 1, 2]] and len(outcome.rows) == 3
+    result = run()
+    assert [event["what"][:16] for event in result.events] == ["train: no answer", "the message stay"]
+    assert trained(grid) == [[0, 1], [0, 1, 2], [0, 1, 2]] and len(result.rows) == 3
 
 
 def test_too_few_clients_are_an_error_and_not_a_wait(world):
     _, _, run = world(clients=(0,))
     with pytest.raises(RuntimeError, match="1 clients joined within 0.1 s, at least 2 are needed"):
-        run(Patience(join=0.1, pause=0.01, least=2))
+        run(Timeouts(join=0.1, pause=0.01, least=2))
     _, _, run = world(fault=lambda client, m: "silence" if m.metadata.message_type == "query.finish" else None)
     with pytest.raises(RuntimeError, match="no client was left"):
         run()
@@ -353,10 +358,10 @@ def test_too_few_clients_are_an_error_and_not_a_wait(world):
 
 def test_a_configuration_is_refused_at_the_door():
     with pytest.raises(ValueError, match="method 'FedItt' is none of"):
-        Plan.of({"method": "FedItt"})
+        RunConfig.of({"method": "FedItt"})
     with pytest.raises(ValueError, match="clients must be at least 1"):
-        Plan.of({"clients": 0})
-    assert Patience.of({"timeout": 3.0, "min-clients": 2}) == Patience(answer=3.0, least=2)
+        RunConfig.of({"clients": 0})
+    assert Timeouts.of({"timeout": 3.0, "min-clients": 2}) == Timeouts(answer=3.0, least=2)
 
 
 def garbage(**records):
@@ -371,8 +376,8 @@ def garbage(**records):
 
 WHO = dict(client=1, train=13, calibration=6)
 GARBAGE = [
-    ("query.join", garbage(), "no proper introduction: KeyError"),
-    ("query.join", garbage(metrics=WHO), "no proper introduction: KeyError"),
+    ("query.join", garbage(), "no proper handshake: KeyError"),
+    ("query.join", garbage(metrics=WHO), "no proper handshake: KeyError"),
     ("query.join", garbage(metrics=WHO | {"train": -1}, config={}), "train must be at least 1, not -1"),
     ("query.join", garbage(metrics=WHO | {"train": np.nan}, config={}), "train must be a whole number, not nan"),
     ("query.join", garbage(metrics=WHO | {"client": 0.5}, config={}), "client must be a whole number, not 0.5"),
@@ -399,9 +404,9 @@ GARBAGE = [
 @pytest.mark.parametrize("kind, answer, said", GARBAGE, ids=[f"{kind}: {said}" for kind, _, said in GARBAGE])
 def test_what_comes_over_the_network_is_checked_where_it_arrives(kind, answer, said, world):
     _, _, run = world(fault=lambda client, m: answer(m) if client == 1 and m.metadata.message_type == kind else None)
-    outcome = run()
-    assert any(said in event["what"] for event in outcome.events), outcome.events
-    others = outcome.rows[outcome.rows.client != 1]
+    result = run()
+    assert any(said in event["what"] for event in result.events), result.events
+    others = result.rows[result.rows.client != 1]
     assert len(others) == 6 and np.isfinite(others[["loss", "accuracy", "weight"]]).to_numpy().all()
 
 
@@ -417,20 +422,20 @@ def test_another_precision_is_no_update(world):
 
 
 WRONG = [
-    (lambda: Plan.of({"seed": "x"}), "seed must be a whole number, not 'x'"),
-    (lambda: Plan.of({"seed": -1}), "seed must be at least 0, not -1"),
-    (lambda: Plan.of({"rounds": 1.5}), "rounds must be a whole number, not 1.5"),
-    (lambda: Plan.of({"lr": "fast"}), "lr must be a number, not 'fast'"),
-    (lambda: Plan(None, FEDIT), "setting must be a Setting, not None"),
-    (lambda: Plan(Setting(), "FedIT"), "algorithm must be an Algorithm, not 'FedIT'"),
-    (lambda: Patience.of({"timeout": 0}), "answer must be positive, not 0"),
-    (lambda: Patience.of({"join-timeout": "x"}), "join must be a number, not 'x'"),
-    (lambda: Patience.of({"min-clients": 0}), "least must be at least 1, not 0"),
-    (lambda: Patience(pause=float("nan")), "pause must be at least 0, not nan"),
+    (lambda: RunConfig.of({"seed": "x"}), "seed must be a whole number, not 'x'"),
+    (lambda: RunConfig.of({"seed": -1}), "seed must be at least 0, not -1"),
+    (lambda: RunConfig.of({"rounds": 1.5}), "rounds must be a whole number, not 1.5"),
+    (lambda: RunConfig.of({"lr": "fast"}), "lr must be a number, not 'fast'"),
+    (lambda: RunConfig(None, FEDIT), "setting must be a Setting, not None"),
+    (lambda: RunConfig(Setting(), "FedIT"), "algorithm must be an Algorithm, not 'FedIT'"),
+    (lambda: Timeouts.of({"timeout": 0}), "answer must be positive, not 0"),
+    (lambda: Timeouts.of({"join-timeout": "x"}), "join must be a number, not 'x'"),
+    (lambda: Timeouts.of({"min-clients": 0}), "least must be at least 1, not 0"),
+    (lambda: Timeouts(pause=float("nan")), "pause must be at least 0, not nan"),
     (lambda: client_app(3), "load must be a function, not 3"),
     (lambda: client_app(len, {"x": 3}), "must be an Algorithm, not 3"),
     (lambda: server_app("x"), "load must be a function, not 'x'"),
-    (lambda: play(None, {}, None), "plan must be a Plan, not dict"),
+    (lambda: play(None, {}, None), "run_config must be a RunConfig, not dict"),
 ]
 
 
@@ -493,28 +498,30 @@ def test_twenty_kills_cost_the_rounds_of_those_killed_and_nothing_else(tmp_path,
     one killed earlier, nothing that the engine's run without it has not."""
     config = CONFIG | {"rounds": 25, "method": "afresh"}
     algorithms = {"afresh": replace(FEDIT, keep_optimizer=False)}
-    app = client_app(lambda plan, i, node: (adapted64, federation64.rows([i])), algorithms)
+    app = client_app(lambda run_config, i, node: (adapted64, federation64.rows([i])), algorithms)
     grid = KillingGrid(app, {i: {"folder": str(tmp_path)} for i in range(3)}, config, kills=20)
-    plan = Plan.of(config, algorithms)
-    outcome = play(grid, plan, adapted64, QUICK)
+    run_config = RunConfig.of(config, algorithms)
+    result = play(grid, run_config, adapted64, QUICK)
     parts = trained(grid, 25)
     assert len(grid.moments) == 20 and sum(map(len, parts)) == 25 * 3 - 20 and max(grid.moments) > 2 * min(grid.moments)
-    assert sum(event["what"] == "train: error 1: RuntimeError: killed" for event in outcome.events) == 20
-    message = replay(parts, plan, adapted64, federation64)
-    for name, tensor in outcome.message.items():
+    assert sum(event["what"] == "train: error 1: RuntimeError: killed" for event in result.events) == 20
+    message = replay(parts, run_config, adapted64, federation64)
+    for name, tensor in result.message.items():
         torch.testing.assert_close(tensor, message[name], rtol=1e-9, atol=1e-12)
-    local = engine(plan, adapted64, federation64)[1]
+    local = engine(run_config, adapted64, federation64)[1]
     estimate = estimate_calibrated(adapted64, message, local, federation64.calibration)
-    np.testing.assert_allclose([outcome.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
+    np.testing.assert_allclose([result.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
 
 
-def replay(parts, plan, adapted, federation):
+def replay(parts, run_config, adapted, federation):
     """The last message of FedIT when these clients take part in each round; one without any changes nothing."""
     message = repeat_adapter(adapted.initial, 3)
     for number, some in enumerate(parts):
         if some:
             mine, split = select_clients(message, torch.tensor(some)), federation.train.rows(some)
-            new = plan.algorithm.new_optimizers(mine)
-            mine, _ = rounds.client_step(plan.algorithm, adapted, split, mine, new, number=number, **plan.training)
-            message = rounds.server_step(plan.algorithm, mine, split.sizes, 3, sent=message, number=number)
+            new = run_config.algorithm.new_optimizers(mine)
+            mine, _ = rounds.client_step(
+                run_config.algorithm, adapted, split, mine, new, number=number, **run_config.training
+            )
+            message = rounds.server_step(run_config.algorithm, mine, split.sizes, 3, sent=message, number=number)
     return message

@@ -34,7 +34,7 @@ from potara_lite.baselines.methods import METHODS
 from potara_lite.baselines.sweep import union
 from potara_lite.estimators import ESTIMATORS, estimate_gauss_newton
 from potara_lite.estimators.curve import client_logits
-from potara_lite.experiment import Trial
+from potara_lite.experiment import Run
 from potara_lite.federation.batches import batch_indices
 from potara_lite.federation.inputs import take
 from potara_lite.federation.partition import partition
@@ -47,7 +47,7 @@ from potara_lite.models.language import TextClassifier, causal_lm, text_encoder
 from potara_lite.setting import Setting
 from potara_lite.training.batching import Execution, plan
 from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
-from potara_lite.training.grouped_lora import OneBatch, as_one_batch
+from potara_lite.training.grouped_lora import GroupedLoRA, group_lora
 from potara_lite.training.loss import example_accuracies, example_losses, mean_loss
 from potara_lite.training.train import evaluate, train
 
@@ -196,7 +196,7 @@ def test_all_clients_at_once_train_as_one_after_another_with_peft(kind):
     adapted, split = adapted_of(kind), federation_of(kind).train
     forward = plan(adapted, repeat_adapter(adapted.initial, 3), split.x, batch_size=4, backward=True,
                    execution=Execution()).forward  # fmt: skip
-    assert isinstance(forward, OneBatch) and forward.matches_vmap(repeat_adapter(adapted.initial, 3), split.x)
+    assert isinstance(forward, GroupedLoRA) and forward.matches_vmap(repeat_adapter(adapted.initial, 3), split.x)
     trained = train(adapted, repeat_adapter(adapted.initial, 3), split, steps=50, batch_size=4, lr=1e-3)
     for client in range(3):
         model, n = peft_model(adapted), SIZES[client]
@@ -243,8 +243,8 @@ def test_per_sample_gradients_are_those_of_each_example_alone(kind, random_stack
             oracle = torch.cat([model.get_parameter(adapted.parameter_names[k]).grad.flatten() for k in stack])
             torch.testing.assert_close(gradients[client, i], oracle, **kind[4])
         assert not gradients[client, n:].any()
-    monkeypatch.setattr("potara_lite.training.grouped_lora.as_one_batch", lambda adapted: adapted)
-    monkeypatch.setattr("potara_lite.training.grouped_lora.as_one_batch", lambda adapted: adapted)
+    monkeypatch.setattr("potara_lite.training.grouped_lora.group_lora", lambda adapted: adapted)
+    monkeypatch.setattr("potara_lite.training.grouped_lora.group_lora", lambda adapted: adapted)
     torch.testing.assert_close(per_sample_gradients(adapted, stack, split), gradients, **kind[4])
 
 
@@ -283,7 +283,7 @@ def test_what_is_below_the_adapted_blocks_is_computed_once(kind, random_stack):
     adapted, federation = adapted_of(kind, torch.float64, last=1), federation_of(kind)
     embedded = federation.map(adapted.embed)
     assert embedded.train.x[HIDDEN].shape == (*federation.train.x["input_ids"].shape, 16)
-    assert [type(block).__name__ for block in adapted.blocks_below] in (["BertLayer"] * 2, ["LlamaDecoderLayer"] * 2)
+    assert [type(block).__name__ for block in adapted.frozen_blocks] in (["BertLayer"] * 2, ["LlamaDecoderLayer"] * 2)
     stack, direction = random_stack(adapted, 3, seed=1), random_direction(adapted, 3, seed=2)
 
     def results(data):
@@ -295,7 +295,7 @@ def test_what_is_below_the_adapted_blocks_is_computed_once(kind, random_stack):
         )  # fmt: skip
 
     plain = results(federation)
-    for block in adapted.blocks_below:
+    for block in adapted.frozen_blocks:
         block.forward = None
     for one, two in zip(plain, results(embedded), strict=True):
         torch.testing.assert_close(one, two, **kind[4])
@@ -307,9 +307,9 @@ def test_a_vision_transformer_of_torchvision_has_its_blocks_below_computed_once(
     images = torch.rand(2, 3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     split = Split.of([(x, torch.tensor([0, 1, 3])) for x in images])
     embedded, stack = split.map(adapted.embed), random_stack(adapted, 2, seed=1)
-    assert embedded.x[HIDDEN].shape == (2, 3, 5, 16) and len(adapted.blocks_below) == 2
+    assert embedded.x[HIDDEN].shape == (2, 3, 5, 16) and len(adapted.frozen_blocks) == 2
     plain = evaluate(adapted, stack, split), flatten(train(adapted, stack, split, steps=3, batch_size=2).adapters)
-    for block in adapted.blocks_below:
+    for block in adapted.frozen_blocks:
         block.forward = None
     again = evaluate(adapted, stack, embedded), flatten(train(adapted, stack, embedded, steps=3, batch_size=2).adapters)
     torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-12)
@@ -317,14 +317,14 @@ def test_a_vision_transformer_of_torchvision_has_its_blocks_below_computed_once(
 
 def test_where_nothing_is_frozen_below_the_inputs_stay_as_they_are(kind):
     adapted, split = adapted_of(kind, last=3), federation_of(kind).test
-    assert adapted.blocks_below == [] and split.map(adapted.embed).x.keys() == split.x.keys()
+    assert adapted.frozen_blocks == [] and split.map(adapted.embed).x.keys() == split.x.keys()
 
 
 def test_a_trained_module_below_the_adapted_blocks_is_seen():
     network = tiny_encoder()
     adapted = attach(network, targets=linear_layers(network, 1), head="encoder.embeddings.LayerNorm")
     x, _ = labelled(texts(4, seed=0), seed=0)
-    assert adapted.blocks_below and adapted.embed(x) is x
+    assert adapted.frozen_blocks and adapted.embed(x) is x
 
 
 def test_linear_layers_are_those_of_the_last_blocks():
@@ -358,7 +358,7 @@ def test_methods_of_the_field_take_text(kind, method):
     setting = Setting(clients=3, rounds=2, round_steps=2, local_steps=4, batch_size=3)
     adapted = adapted_of(kind, last=1)
     federation = federation_of(kind).map(adapted.embed)
-    loss, accuracy = METHODS[method](Trial(adapted, federation, setting, seed=0)).evaluate(union(federation.test, 2))
+    loss, accuracy = METHODS[method](Run(adapted, federation, setting, seed=0)).evaluate(union(federation.test, 2))
     assert loss.isfinite().all() and ((accuracy >= 0) & (accuracy <= 1)).all()
 
 
@@ -387,7 +387,7 @@ def test_a_backbone_in_bf16_trains_adapters_in_float32(kind):
     (network.encoder if kind[2] else network).to(torch.bfloat16)
     adapted, split = attach(network, targets=linear_layers(network, 1), head=kind[2]), federation_of(kind).train
     stack = repeat_adapter(adapted.initial, 3)
-    assert as_one_batch(adapted).matches_vmap(stack, split.x)
+    assert group_lora(adapted).matches_vmap(stack, split.x)
     trained = train(adapted, stack, split.map(adapted.embed), steps=20, lr=1e-2)
     assert {tensor.dtype for tensor in trained.adapters.values()} == {torch.float32}
     assert (trained.losses[:, -5:].mean(1) < trained.losses[:, :5].mean(1)).all()
@@ -599,8 +599,8 @@ def test_minilm_is_taken_from_its_folder_with_its_frozen_blocks_computed_once(ca
         [(encode_texts(tokenizer, rows), torch.arange(4)), (encode_texts(tokenizer, rows[3:]), torch.ones(1).long())]
     )
     embedded, stack = split.map(adapted.embed), random_stack(adapted, 2, seed=0)
-    assert len(adapted.blocks_below) == 4 and embedded.x[HIDDEN].shape[-1] == 384
-    assert as_one_batch(adapted).matches_vmap(stack, split.x)
+    assert len(adapted.frozen_blocks) == 4 and embedded.x[HIDDEN].shape[-1] == 384
+    assert group_lora(adapted).matches_vmap(stack, split.x)
     plain, again = (evaluate(adapted, stack, data) for data in (split, embedded))
     torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
 

@@ -9,8 +9,8 @@ from conftest import tiny_vit
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-from potara_lite.adapters.lora import attach, lora_layers
-from potara_lite.adapters.state import client_adapter, delta
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import client_adapter, delta, lora_layers
 from potara_lite.merging.merge import combine_adapters, compress, merge_exact, merge_factors
 
 CONFIGS = {

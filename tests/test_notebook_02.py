@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from potara_lite.adapters.lora import lora_layers
-from potara_lite.adapters.state import client_adapter, delta
+from potara_lite.adapters.state import client_adapter, delta, lora_layers
 from potara_lite.course.exercises import connectivity as checkers
 from potara_lite.course.explorers import basis_explorer
 from potara_lite.merging.connectivity import along_plane, along_segment, barrier

@@ -17,7 +17,7 @@ from potara_lite.baselines.rounds import run_algorithm
 from potara_lite.merging.merge import merge_exact
 from potara_lite.training.batching import Execution, map_clients, plan
 from potara_lite.training.gradients import per_sample_gradients
-from potara_lite.training.grouped_lora import OneBatch, as_one_batch
+from potara_lite.training.grouped_lora import GroupedLoRA, group_lora
 from potara_lite.training.train import evaluate, train
 
 OPTIONS = dict(steps=4, batch_size=4, lr=2e-3, seed=3)
@@ -104,7 +104,7 @@ def test_logits_gradients_and_training_are_those_of_each_client_alone(kind, fede
     flat, x = flatten(stack).requires_grad_(), split.x[:, :4]
     like = client_adapter(stack, 0)
     together, alone = (
-        map_clients(as_one_batch(adapted), unflatten(flat, like), x),
+        map_clients(group_lora(adapted), unflatten(flat, like), x),
         one_by_one(adapted, unflatten(flat, like), x),
     )
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
@@ -155,17 +155,17 @@ def test_a_network_that_disagrees_gets_chunks_for_copies_of_the_adapter(federati
 
 def test_it_is_taken_where_it_should_be(adapted64, federation64, random_stack):
     for adapted in (adapted64, attached(), attached(Twice)):
-        forward = as_one_batch(adapted)
-        assert isinstance(forward, OneBatch)
+        forward = group_lora(adapted)
+        assert isinstance(forward, GroupedLoRA)
         assert forward.matches_vmap(random_stack(adapted, 3, seed=0), federation64.train.x)
 
 
 def test_it_is_not_taken_where_it_would_be_wrong(federation64, random_stack):
     for kind in (SequenceFirst, Coupled):
         adapted = attached(kind)
-        forward, stack = as_one_batch(adapted), random_stack(adapted, 3, seed=0)
+        forward, stack = group_lora(adapted), random_stack(adapted, 3, seed=0)
         assert not forward.matches_vmap(stack, federation64.train.x)
-        wrong = forward.in_one_batch(stack, federation64.train.x)
+        wrong = forward.grouped_logits(stack, federation64.train.x)
         assert (wrong - one_by_one(adapted, stack, federation64.train.x)).abs().max() > 1e-3
 
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_told_apart_by_rows_is_left_to_vmap():
     config = LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["norm"])
     convolution = attach(nn.Sequential(nn.Conv2d(1, 4, 28), nn.Flatten(), nn.Linear(4, 4)), targets=["0"], head="2")
     for adapted in (training, hooked, merged, off, attached(Normed, config=config), convolution, gated(plain)):
-        assert as_one_batch(adapted) is adapted
+        assert group_lora(adapted) is adapted
 
 
 def test_merged_models_of_any_rank_are_evaluated(adapted64, federation64, random_stack):
@@ -209,7 +209,7 @@ def sharp(f, tensors):
 @pytest.mark.parametrize("objective", [maml, sharp])
 def test_objectives_may_differentiate(adapted64, federation64, random_stack, objective):
     stack, split = random_stack(adapted64, 3, seed=4), federation64.train
-    assert isinstance(as_one_batch(adapted64), OneBatch)
+    assert isinstance(group_lora(adapted64), GroupedLoRA)
     together = train(adapted64, stack, split, objective=objective, **OPTIONS)
     alone = train(adapted64, stack, split, objective=objective, execution=Execution(vectorize=False), **OPTIONS)
     torch.testing.assert_close(together.losses, alone.losses, rtol=1e-9, atol=0)
@@ -221,7 +221,7 @@ def test_objectives_may_differentiate(adapted64, federation64, random_stack, obj
 def test_some_clients_may_share_what_does_not_vary(adapted64, federation64, random_adapter):
     """An adapter or examples without a client dimension are everybody's."""
     adapter, x = random_adapter(adapted64, seed=5), federation64.train.x[:, :2]
-    logits = vmap(as_one_batch(adapted64), in_dims=(None, 0))(adapter, x)
+    logits = vmap(group_lora(adapted64), in_dims=(None, 0))(adapter, x)
     expected = torch.stack([adapted64(adapter, one) for one in x])
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-12)
 
@@ -230,7 +230,7 @@ def test_called_alone_it_is_the_backbone(adapted64, federation64, random_adapter
     adapter, x = random_adapter(adapted64, seed=6), federation64.train.x[0, :2]
     flat = flatten({name: t.unsqueeze(0) for name, t in adapter.items()}).requires_grad_()
     slopes = []
-    for forward in (adapted64, as_one_batch(adapted64)):
+    for forward in (adapted64, group_lora(adapted64)):
         one = {name: t[0] for name, t in unflatten(flat, adapter).items()}
         slopes.append(torch.autograd.grad(forward(one, x).square().sum(), flat)[0])
     torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
@@ -243,9 +243,9 @@ def test_the_network_is_as_it_was_even_after_a_failure(federation64, random_stac
     layer.forward = own  # an instance's own forward, as some libraries put there
     before = {name: dict(vars(module)) for name, module in adapted.model.named_modules()}
     stack = random_stack(adapted, 3, seed=7)
-    map_clients(as_one_batch(adapted), stack, federation64.train.x)
+    map_clients(group_lora(adapted), stack, federation64.train.x)
     with pytest.raises(RuntimeError):
-        as_one_batch(adapted).in_one_batch(stack, federation64.train.x[..., :20])
+        group_lora(adapted).grouped_logits(stack, federation64.train.x[..., :20])
     for name, module in adapted.model.named_modules():
         assert vars(module).get("forward") is before[name].get("forward")
     assert layer.forward is own
@@ -261,7 +261,7 @@ def test_adapters_in_bf16_give_gradients_in_bf16(adapted, federation, random_sta
 def test_an_adapter_behind_a_gate_trains_by_vmap(adapted64, federation64):
     """FedALT's gates stand between A and B, which rows alone do not see."""
     result = run_algorithm(fedalt(), adapted64, federation64.train, rounds=1, local_steps=1, batch_size=4, lr=1e-2)
-    assert as_one_batch(result.adapted) is result.adapted
+    assert group_lora(result.adapted) is result.adapted
 
 
 def test_an_objective_that_differentiates_is_given_a_quarter_of_the_clients(adapted, federation):

@@ -10,8 +10,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from potara_lite import Moments
-from potara_lite.adapters.lora import is_lora
-from potara_lite.adapters.state import client_adapter, delta, flatten, repeat_adapter
+from potara_lite.adapters.state import client_adapter, delta, flatten, is_lora, repeat_adapter
 from potara_lite.baselines.algorithms import FEDEX, FEDIT, FFA
 from potara_lite.baselines.privacy import (
     Privacy,

@@ -69,22 +69,22 @@ def test_budgets_give_the_baselines_600_steps_and_the_merges_700(adapted, federa
     steps = {}
 
     def remember(name):
-        def method(trial):
-            steps[name] = trial.setting.total_steps
-            return trial.setting.total_steps
+        def method(run):
+            steps[name] = run.setting.total_steps
+            return run.setting.total_steps
 
         return method
 
-    trial = paper.Trial(adapted, federation, paper.PAPER, 0)
-    assert paper.with_600_steps(remember("baseline"))(trial) == 600
+    run = paper.Run(adapted, federation, paper.PAPER, 0)
+    assert paper.with_600_steps(remember("baseline"))(run) == 600
     assert paper.PAPER.total_steps == 700
     assert paper.PAPER.rounds * paper.PAPER.round_steps == 400
 
 
 def test_a_latecomers_federated_model_has_not_seen_it(adapted, federation):
     setting = paper.Setting(clients=3, rounds=2, round_steps=1, local_steps=1, batch_size=4)
-    trial = paper.Trial(adapted, federation, setting, seed=0)
-    late, part = (paper.federated_without(is_late, trial) for is_late in (True, False))
+    run = paper.Run(adapted, federation, setting, seed=0)
+    late, part = (paper.federated_without(is_late, run) for is_late in (True, False))
     options = paper.training_options(setting) | dict(rounds=2, local_steps=1, seed=0)
     without = paper.fedit(adapted, federation.train.rows([1, 2]), **options).adapter
     for name, tensor in without.items():

@@ -35,15 +35,15 @@ def test_with_some_of_the_clients_it_is_fedit_still(adapted64, federation64, kee
 
 
 def test_who_sits_out_keeps_what_it_has(adapted64, federation64):
-    """Ditto's personal model of a client trains in its own rounds only, against the anchor of that round."""
+    """Ditto's personal model of a client trains in its own rounds only, against the global_reference of that round."""
     result, parts = run_algorithm(ditto(0.3), adapted64, federation64.train, rounds=2, **SOME), chosen(2)
     shared, own = adapted64.initial, repeat_adapter(adapted64.initial, 3)
     states = [None] * 3
     for number, some in enumerate(parts):
         for i in some:
 
-            def objective(f, tensors, anchor=shared):
-                return f(tensors) + 0.15 * sum((tensors[n] - anchor[n]).square().sum() for n in tensors)
+            def objective(f, tensors, global_reference=shared):
+                return f(tensors) + 0.15 * sum((tensors[n] - global_reference[n]).square().sum() for n in tensors)
 
             one = train(
                 adapted64, {n: t[i : i + 1] for n, t in own.items()}, federation64.train.rows([i]), steps=3,
@@ -108,4 +108,4 @@ def test_full_participation_is_what_it_was(adapted64, federation64):
     one = run_algorithm(ditto(0.3), adapted64, federation64.train, rounds=2, **OPTIONS)
     two = run_algorithm(ditto(0.3), adapted64, federation64.train, rounds=2, participation=1.0, **OPTIONS)
     assert torch.equal(flatten(one.personal), flatten(two.personal))
-    assert select_prefix(one.tensors, "anchor").keys() == adapted64.initial.keys()
+    assert select_prefix(one.tensors, "global_reference").keys() == adapted64.initial.keys()

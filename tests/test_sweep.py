@@ -23,7 +23,7 @@ from potara_lite.adapters.state import adapter_bytes, client_adapter, delta, fla
 from potara_lite.baselines import algorithms, methods as M
 from potara_lite.baselines.sweep import COLUMNS, fingerprint, read_results, sweep, union
 from potara_lite.estimators import ESTIMATORS, Estimate
-from potara_lite.experiment import ORACLE, Trial, local_from_federated, one_of_pair, train_pair, with_estimator
+from potara_lite.experiment import ORACLE, Run, local_from_federated, one_of_pair, train_pair, with_estimator
 from potara_lite.merging.merge import merge_exact
 from potara_lite.plots import frontiers
 from potara_lite.results import leaderboard, paired_differences, pareto_front
@@ -38,74 +38,72 @@ PARTS = {"federated part": 4, "local part": 4}
 
 
 @pytest.fixture(scope="module")
-def trial(adapted, federation):
-    return Trial(adapted, federation, SETTING, 0)
+def run(adapted, federation):
+    return Run(adapted, federation, SETTING, 0)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_method_takes_the_same_steps_and_gives_every_client_a_model(trial, name):
-    result = ALL[name](trial)
-    assert result.ledger.steps.tolist() == [PARTS.get(name, trial.setting.total_steps)] * 3
+def test_every_method_takes_the_same_steps_and_gives_every_client_a_model(run, name):
+    result = ALL[name](run)
+    assert result.ledger.steps.tolist() == [PARTS.get(name, run.setting.total_steps)] * 3
     for client in range(3):
-        x, y = trial.federation.test.client(client)
+        x, y = run.federation.test.client(client)
         assert F.cross_entropy(result.adapted(client_adapter(result.adapters, client), x), y).isfinite()
     assert result.seconds >= 0 and (result.weight is None or result.weight.shape == (3,))
 
 
 def test_potara_pays_two_thirds_of_fedits_bytes(adapted, federation):
-    trial = Trial(adapted, federation, replace(SETTING, rounds=4), 0)  # 8 federated steps, 4 local ones
-    potara, other = (M.METHODS[name](trial).ledger for name in ("potara-calibrated", "FedIT"))
+    run = Run(adapted, federation, replace(SETTING, rounds=4), 0)  # 8 federated steps, 4 local ones
+    potara, other = (M.METHODS[name](run).ledger for name in ("potara-calibrated", "FedIT"))
     size = adapter_bytes(adapted.initial)
-    estimate = ESTIMATORS["potara-calibrated"](adapted, *trial.pair.models, federation)
+    estimate = ESTIMATORS["potara-calibrated"](adapted, *run.pair.models, federation)
     up, down = estimate.floats
     assert up > 0 and potara.up.tolist() == [4 * size + 4 * up] * 3 and potara.down[0] == 5 * size + 4 * down
     assert other.up.tolist() == [6 * size] * 3
 
 
-def test_methods_are_what_they_are_called(trial):
-    pair = train_pair(trial.adapted, trial.federation, SETTING, 0)
-    assert torch.equal(flatten(M.METHODS["local part"](trial).adapters), flatten(pair.local))
-    assert torch.equal(flatten(M.METHODS["federated part"](trial).adapters), flatten(pair.federated))
+def test_methods_are_what_they_are_called(run):
+    pair = train_pair(run.adapted, run.federation, SETTING, 0)
+    assert torch.equal(flatten(M.METHODS["local part"](run).adapters), flatten(pair.local))
+    assert torch.equal(flatten(M.METHODS["federated part"](run).adapters), flatten(pair.federated))
     half = merge_exact(pair.federated, pair.local, 0.5)
-    torch.testing.assert_close(flatten(M.METHODS["uniform"](trial).adapters), flatten(half), rtol=1e-5, atol=1e-7)
-    longer = fedit(trial.adapted, trial.federation.train, rounds=4, local_steps=2, batch_size=4, lr=1e-2).adapter
-    found = M.FAMILIES["FedIT"](lr_scale=1)(trial).adapters
+    torch.testing.assert_close(flatten(M.METHODS["uniform"](run).adapters), flatten(half), rtol=1e-5, atol=1e-7)
+    longer = fedit(run.adapted, run.federation.train, rounds=4, local_steps=2, batch_size=4, lr=1e-2).adapter
+    found = M.FAMILIES["FedIT"](lr_scale=1)(run).adapters
     assert all(torch.allclose(found[name][1], tensor, rtol=1e-5, atol=1e-7) for name, tensor in longer.items())
 
 
-def test_a_local_model_trained_from_the_federated_one_is_fine_tuning(trial):
+def test_a_local_model_trained_from_the_federated_one_is_fine_tuning(run):
     """At weight 0 it is the fine-tuned model, but for the order of the batches; at weight 1 the federated one."""
 
     def merged(weight, lr_scale=1.0):
-        return with_estimator(lambda *_: Estimate(torch.full((3,), weight)), pair_of=local_from_federated(lr_scale))
+        return with_estimator(lambda *_: Estimate(torch.full((3,), weight)), model_pair=local_from_federated(lr_scale))
 
     def fine_tuned(lr):
         options = dict(steps=4, batch_size=4, lr=lr, seed=(0, 1))
-        return delta(train(trial.adapted, trial.pair.federated, trial.federation.train, **options).adapters, scaling)
+        return delta(train(run.adapted, run.pair.federated, run.federation.train, **options).adapters, scaling)
 
-    scaling = trial.adapted.scaling
-    found = {weight: delta(merged(weight)(trial).adapters, scaling) for weight in (0.0, 1.0)}
+    scaling = run.adapted.scaling
+    found = {weight: delta(merged(weight)(run).adapters, scaling) for weight in (0.0, 1.0)}
     torch.testing.assert_close(found[0.0], fine_tuned(1e-2), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found[1.0], delta(trial.pair.federated, scaling), rtol=1e-5, atol=1e-6)
-    assert merged(0.0)(trial).ledger.steps.tolist() == [SETTING.total_steps] * 3
-    half = replace(
-        trial, setting=replace(SETTING, lr=5e-3, federated_lr_scale=2.0)
-    )  # another trial has models of its own
-    for other in (merged(0.0)(half), merged(0.0, lr_scale=0.5)(trial)):
+    torch.testing.assert_close(found[1.0], delta(run.pair.federated, scaling), rtol=1e-5, atol=1e-6)
+    assert merged(0.0)(run).ledger.steps.tolist() == [SETTING.total_steps] * 3
+    half = replace(run, setting=replace(SETTING, lr=5e-3, federated_lr_scale=2.0))  # another run has models of its own
+    for other in (merged(0.0)(half), merged(0.0, lr_scale=0.5)(run)):
         torch.testing.assert_close(delta(other.adapters, scaling), fine_tuned(5e-3), rtol=1e-5, atol=1e-6)
 
 
-def test_the_setting_starts_the_local_models_from_the_federated_one(trial):
+def test_the_setting_starts_the_local_models_from_the_federated_one(run):
     """As the field's pair does it; the local model then costs what the federated one cost as well."""
     setting = replace(SETTING, local_from_federated=True)
-    pair, expected = train_pair(trial.adapted, trial.federation, setting, 0), trial.pair_from_federated()
-    assert torch.equal(flatten(pair.federated), flatten(trial.pair.federated))
+    pair, expected = train_pair(run.adapted, run.federation, setting, 0), run.pair_from_federated()
+    assert torch.equal(flatten(pair.federated), flatten(run.pair.federated))
     assert torch.equal(flatten(pair.local), flatten(expected.local))
-    assert not torch.equal(flatten(pair.local), flatten(trial.pair.local))
-    alone, after = (one_of_pair(1)(replace(trial, setting=s)).ledger for s in (SETTING, setting))
+    assert not torch.equal(flatten(pair.local), flatten(run.pair.local))
+    alone, after = (one_of_pair(1)(replace(run, setting=s)).ledger for s in (SETTING, setting))
     assert alone.up.eq(0).all() and alone.steps.tolist() == [SETTING.local_steps] * 3
     assert torch.equal(after.up, pair.ledgers[0].up) and after.steps.tolist() == [SETTING.total_steps] * 3
-    merged = with_estimator(lambda *_: Estimate(torch.full((3,), 0.5)))(replace(trial, setting=setting)).ledger
+    merged = with_estimator(lambda *_: Estimate(torch.full((3,), 0.5)))(replace(run, setting=setting)).ledger
     assert merged.steps.tolist() == [SETTING.total_steps] * 3  # the federated steps once
 
 
@@ -120,27 +118,27 @@ def test_the_two_models_of_a_pair_may_have_learning_rates_of_their_own(adapted, 
 
 
 @pytest.mark.parametrize("family", ["FedIT, fine-tuned", "FedProx, fine-tuned", "WiSE-FT"])
-def test_more_rounds_leave_fewer_steps_for_the_fine_tuning(trial, family):
+def test_more_rounds_leave_fewer_steps_for_the_fine_tuning(run, family):
     """Two or three rounds of two steps, of eight steps in all."""
-    size = adapter_bytes(trial.adapted.initial)
+    size = adapter_bytes(run.adapted.initial)
     for rounds, number in ((1, 2), (1.5, 3)):
-        result = M.FAMILIES[family](lr_scale=1, rounds_scale=rounds)(trial)
+        result = M.FAMILIES[family](lr_scale=1, rounds_scale=rounds)(run)
         assert result.ledger.up.tolist() == [number * size] * 3 and result.ledger.steps.tolist() == [8] * 3
 
 
 def test_a_budget_that_rounds_cannot_fill_is_refused(adapted, federation):
-    trial = Trial(adapted, federation, replace(SETTING, local_steps=3), 0)
+    run = Run(adapted, federation, replace(SETTING, local_steps=3), 0)
     with pytest.raises(ValueError, match="Ditto: rounds of 4 steps do not make 7"):
-        M.from_algorithm(algorithms.ditto())(trial)
+        M.from_algorithm(algorithms.ditto())(run)
 
 
-def test_learning_rates_are_in_units_of_the_settings(trial):
-    half = replace(trial, setting=replace(trial.setting, lr=trial.setting.lr / 2))
+def test_learning_rates_are_in_units_of_the_settings(run):
+    half = replace(run, setting=replace(run.setting, lr=run.setting.lr / 2))
     for family in ("FedSA-LoRA", "local"):
         found = [
             M.FAMILIES[family](lr_scale=1)(half),
-            M.FAMILIES[family](lr_scale=0.5)(trial),
-            M.FAMILIES[family](lr_scale=1)(trial),
+            M.FAMILIES[family](lr_scale=0.5)(run),
+            M.FAMILIES[family](lr_scale=1)(run),
         ]
         one, two, other = (flatten(result.adapters) for result in found)
         assert torch.equal(one, two) and (one - other).abs().max() > 1e-3
@@ -150,11 +148,11 @@ def test_fisher_merging_of_one_client_is_fisher_merging(adapted64, federation64)
     """By hand: both deltas in full, the Fisher of every entry, their weighted mean; their mean where both are zero."""
     from potara_lite.training.gradients import delta_gradients
 
-    trial = Trial(adapted64, federation64, SETTING, 0)
-    pair, adapted = trial.pair, trial.adapted
-    merged = delta(M.METHODS["Fisher merging"](trial).adapters, adapted.scaling)
+    run = Run(adapted64, federation64, SETTING, 0)
+    pair, adapted = run.pair, run.adapted
+    merged = delta(M.METHODS["Fisher merging"](run).adapters, adapted.scaling)
     both = [delta(model, adapted.scaling) for model in (pair.federated, pair.local)]
-    samples = trial.federation.calibration
+    samples = run.federation.calibration
     fishers = [
         delta_gradients(adapted, model, samples).square().sum(1) / samples.sizes.unsqueeze(1)
         for model in (pair.federated, pair.local)
@@ -189,9 +187,9 @@ def test_a_sweep_gives_a_row_per_client_and_never_computes_twice(tmp_path, prepa
     calls = []
 
     def counted(name):
-        def method(trial):
-            calls.append((name, trial.seed))
-            return M.METHODS[name](trial)
+        def method(run):
+            calls.append((name, run.seed))
+            return M.METHODS[name](run)
 
         return method
 
@@ -223,7 +221,7 @@ def test_a_sweep_gives_a_row_per_client_and_never_computes_twice(tmp_path, prepa
 
 
 def test_what_was_interrupted_goes_on_and_half_a_file_is_not_read(tmp_path, prepared):
-    def broken(trial):
+    def broken(run):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -263,9 +261,9 @@ def test_a_cell_is_computed_anew_when_what_made_it_changes(tmp_path, prepared, m
     calls = []
 
     def method(option):
-        def run(trial):
+        def run(run):
             calls.append(option)
-            return M.METHODS["local"](trial)
+            return M.METHODS["local"](run)
 
         return run
 
@@ -295,7 +293,7 @@ def test_fingerprints_tell_the_methods_of_the_field_apart_and_are_the_same_in_an
     )
     assert found.stdout.split() == list(prints.values())
 
-    def loop(trial):
+    def loop(run):
         return loop
 
     assert fingerprint(loop) == fingerprint(loop)
@@ -308,7 +306,7 @@ def test_without_rows_of_the_local_method_nothing_is_said_of_better(federation):
         union(federation.test, 0)
 
 
-def test_rows_are_judged_on_the_split_that_is_asked_for(tmp_path, prepared, trial):
+def test_rows_are_judged_on_the_split_that_is_asked_for(tmp_path, prepared, run):
     rows = sweep(
         few("local"),
         {"one": SETTING},
@@ -318,12 +316,12 @@ def test_rows_are_judged_on_the_split_that_is_asked_for(tmp_path, prepared, tria
         eval_split=lambda data: data.calibration,
         union_size=2,
     )
-    result = M.METHODS["local"](trial)
+    result = M.METHODS["local"](run)
     for client in range(3):
         model = client_adapter(result.adapters, client)
-        for split, column in ((trial.federation.calibration, ""), (union(trial.federation.calibration, 2), "union_")):
+        for split, column in ((run.federation.calibration, ""), (union(run.federation.calibration, 2), "union_")):
             x, y = split.client(client)
-            logits = trial.adapted(model, x)
+            logits = run.adapted(model, x)
             assert rows[f"{column}loss"][client] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-4)
             assert rows[f"{column}accuracy"][client] == pytest.approx(float((logits.argmax(1) == y).float().mean()))
 
@@ -513,18 +511,18 @@ def test_the_options_of_the_highest_mean_accuracy_are_chosen(monkeypatch):
     assert field.best(rows) == {"Ditto": {"lr_scale": 0.5, "strength": 0.1}, "local": {"lr_scale": 2}}
 
 
-def test_candidates_are_the_methods_with_these_options(trial):
+def test_candidates_are_the_methods_with_these_options(run):
     field = script("field")
     tried = field.candidates()
     assert {name.split(" (")[0] for name in tried} == set(field.OPTIONS) and len(tried) > 100
     other = replace(SETTING, federated_lr_scale=1, local_lr_scale=0.5, rounds=1, local_steps=6)
-    longer = field.equal_merge(federated_lr_scale=1, local_lr_scale=0.5, rounds=1)(trial)
-    found = longer, M.METHODS["uniform"](replace(trial, setting=other))
+    longer = field.equal_merge(federated_lr_scale=1, local_lr_scale=0.5, rounds=1)(run)
+    found = longer, M.METHODS["uniform"](replace(run, setting=other))
     assert (
         torch.equal(*(flatten(result.adapters) for result in found))
-        and longer.ledger.steps[0] == trial.setting.total_steps
+        and longer.ledger.steps[0] == run.setting.total_steps
     )
-    found = tried["Ditto (lr_scale=1, strength=0.01)"](trial), M.from_algorithm(algorithms.ditto(0.01))(trial)
+    found = tried["Ditto (lr_scale=1, strength=0.01)"](run), M.from_algorithm(algorithms.ditto(0.01))(run)
     assert torch.equal(*(flatten(result.adapters) for result in found))
 
 
@@ -536,8 +534,8 @@ def test_options_are_chosen_on_calibration_examples_of_another_seed(tmp_path, mo
     rows = pd.read_csv(tmp_path / "field-quick-tune.csv.gz")
     assert set(rows.seed) == {100} and not set(rows.seed) & {s for seeds in field.SEEDS.values() for s in seeds}
     setting = replace(field.SCALES["quick"]["label skew"], calibration_size=150)
-    trial = Trial(*field.prepare(setting, 100), setting, 100)
-    _, accuracy = evaluate(trial.adapted, M.local_training(2)(trial).adapters, trial.federation.calibration)
+    run = Run(*field.prepare(setting, 100), setting, 100)
+    _, accuracy = evaluate(run.adapted, M.local_training(2)(run).adapters, run.federation.calibration)
     assert rows[rows.method == "local (lr_scale=2)"].accuracy.tolist() == pytest.approx(accuracy.tolist())
     assert "local: {'lr_scale': " in capsys.readouterr().out
 

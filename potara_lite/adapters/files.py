@@ -7,12 +7,11 @@ import json
 import re
 from pathlib import Path
 
-from peft.utils.other import get_pattern_key
-
-from ..checks import kind, named
+from ..checks import PathLike, checked
+from ..compat import pattern_value
 from ..files import reading, write_atomically
-from .lora import AdaptedBackbone, check_patterns
-from .state import Adapter, door, factor_names, factors, is_lora, lora_layers, rank_dim
+from .lora import AdaptedBackbone
+from .state import Adapter, OneAdapter, check_adapter, factor_names, factors, lora_layers
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
@@ -22,8 +21,8 @@ NOT_A_SUM = (  # the options of PEFT's LoRA with which an adapted layer is not W
 )  # fmt: skip
 
 
-@door(adapter=named(kind("Tensor"), least=0))
-def save_adapter(adapted: AdaptedBackbone, adapter: Adapter, folder: str | Path) -> Path:
+@checked
+def save_adapter(adapted: AdaptedBackbone, adapter: OneAdapter, folder: PathLike) -> Path:
     """Write one adapter as a PEFT folder that ``PeftModel.from_pretrained`` loads.
 
     The rank on disk is the adapter's own. A merge of rank ``k * r`` is saved with ``alpha`` enlarged so that the
@@ -33,8 +32,9 @@ def save_adapter(adapted: AdaptedBackbone, adapter: Adapter, folder: str | Path)
     """
     from safetensors.torch import save
 
-    _check_whole(adapted, adapter)
-    folder, config = Path(folder), copy.deepcopy(adapted.config)
+    adapter = check_adapter(adapted, adapter)
+    folder = Path(folder)
+    config = copy.deepcopy(adapted.config)
     ranks = {layer: len(factors(adapter, layer)[0]) for layer in lora_layers(adapter)}
     alphas = {layer: adapted.scaling[layer] * (r**0.5 if config.use_rslora else r) for layer, r in ranks.items()}
     config.r = max(ranks.values())
@@ -55,8 +55,8 @@ def _pattern(layer: str) -> str:
     return "^" + re.escape(layer.removeprefix("base_model.model."))
 
 
-@door()
-def load_adapter(adapted: AdaptedBackbone, folder: str | Path) -> Adapter:
+@checked
+def load_adapter(adapted: AdaptedBackbone, folder: PathLike) -> Adapter:
     """Read a PEFT folder back as an adapter of this backbone; its rank may differ from the configuration's.
 
     Raises ``FileError`` (a ``ValueError``) that names the folder when a file is missing or damaged, or when its kind,
@@ -68,22 +68,27 @@ def load_adapter(adapted: AdaptedBackbone, folder: str | Path) -> Adapter:
     with reading(folder):
         with reading(folder / CONFIG_FILE):
             config = _lora_options(folder / CONFIG_FILE)
-        tensors = load_file(folder / WEIGHTS_FILE)
-        _check_whole(adapted, tensors)
+        tensors = _whole(adapted, load_file(folder / WEIGHTS_FILE))
         for layer in lora_layers(adapted.initial):
-            rank, found = len(tensors[factor_names(layer)[0]]), _of_layer(config, "rank", layer)
-            if rank != found:
-                raise ValueError(f"{layer} has rank {rank}, {CONFIG_FILE} says {found}")
+            rank = len(tensors[factor_names(layer)[0]])
+            expected = _of_layer(config, "rank", layer)
+            if rank != expected:
+                raise ValueError(f"{layer} has rank {rank}, {CONFIG_FILE} says {expected}")
             scaling = _of_layer(config, "alpha", layer) / (rank**0.5 if config.get("use_rslora") else rank)
             if not abs(scaling - adapted.scaling[layer]) <= 1e-9 * adapted.scaling[layer]:
                 raise ValueError(f"{layer} has scaling {scaling}, this backbone uses {adapted.scaling[layer]}")
-    return {name: tensors[name] for name in adapted.initial}
+    return tensors
+
+
+@checked
+def _whole(adapted: AdaptedBackbone, adapter: OneAdapter) -> Adapter:
+    """What was read, checked like an argument."""
+    return check_adapter(adapted, adapter)
 
 
 def _lora_options(path: Path) -> dict:
     """The options of a LoRA adapter. Raises ``ValueError`` for one that is not W + scaling * B A."""
     options = json.loads(path.read_text("utf-8"))
-    check_patterns(options)
     if options["peft_type"] != "LORA":
         raise ValueError(f"peft_type must be 'LORA', not {options['peft_type']!r}")
     if odd := [name for name in NOT_A_SUM if options.get(name)]:
@@ -93,31 +98,5 @@ def _lora_options(path: Path) -> dict:
 
 def _of_layer(options: dict, kind: str, layer: str) -> float:
     """The ``"rank"`` or the ``"alpha"`` that PEFT reads of its options for a layer."""
-    patterns = options.get(f"{kind}_pattern") or {}
-    key = get_pattern_key(patterns, layer.removeprefix("base_model.model."))
-    return patterns.get(key, options["r" if kind == "rank" else "lora_alpha"])
-
-
-def _check_whole(adapted: AdaptedBackbone, adapter: Adapter) -> None:
-    """Raise ``ValueError`` for what is not one whole adapter of this backbone, of any rank."""
-    if adapter.keys() != adapted.initial.keys():
-        odd = sorted(adapter.keys() ^ adapted.initial.keys())
-        raise ValueError(f"an adapter of another base: {len(odd)} tensors differ, such as {odd[0]!r}")
-    for name, like in adapted.initial.items():
-        tensor, shape = adapter[name], list(like.shape)
-        if tensor.dim() == len(shape) + 1:
-            raise ValueError(
-                f"{name} has a dimension too many, {tuple(tensor.shape)}: a stack? client_adapter gives one"
-            )
-        if is_lora(name) and tensor.dim() == len(shape):
-            shape[rank_dim(name, like)] = max(1, tensor.shape[rank_dim(name, like)])  # any but 0
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not of this base: {tuple(like.shape)}")
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, expected a float of at least 16 bits")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite")
-    for layer in lora_layers(adapter):
-        a, b = factors(adapter, layer)
-        if a.shape[0] != b.shape[1]:
-            raise ValueError(f"{layer} has factors of ranks {a.shape[0]} and {b.shape[1]}")
+    default = options["r" if kind == "rank" else "lora_alpha"]
+    return pattern_value(options.get(f"{kind}_pattern") or {}, layer.removeprefix("base_model.model."), default)

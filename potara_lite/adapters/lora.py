@@ -1,87 +1,45 @@
-"""LoRA on a frozen backbone through PEFT, and adapters as plain dictionaries of tensors.
+"""LoRA on a frozen backbone through PEFT: ``attach`` puts it there, ``AdaptedBackbone`` runs any adapter.
 
-An *adapter* is what PEFT says it is: the names and tensors of ``get_peft_model_state_dict``, that is the LoRA factors
-``A`` (r, in) and ``B`` (out, r) of every adapted layer and the directly trained weights (the new head). A *stack* is
-the same dictionary with the clients on dim 0. ``AdaptedBackbone`` runs any of them; ``stacks.py`` says what a tensor's
-name and shape mean.
+An adapter is a dictionary of tensors, the names and tensors of PEFT's ``get_peft_model_state_dict``; ``state.py`` says
+what their names and shapes mean.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from threading import RLock
+from typing import Any
 
-try:
-    from re import _parser as expressions
-except ImportError:  # Python 3.10
-    import sre_parse as expressions
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
-from ..checks import kind, one_or_several, optional, positive, refuse, shown, text
-from ..compat import _unseen
+from ..checks import Device, List, Positive, Seed, Size, checked, invalid, shown
+from ..compat import dropout_rate, has_hooks, make_attention_explicit, shared_parameters
 from ..federation.inputs import Inputs
-from ..models.frozen_trunk import blocks_below, call_network, check_names, hidden_below
+from ..models.frozen_trunk import call_network, check_names, frozen_blocks, run_frozen_blocks
 from ..models.language import check_tokens
-from .state import Adapter, adapter_bytes, door, is_lora, layer_of, lora_layers
-
-ALL_MASK_ATTENTION_FUNCTIONS.update(eager=_unseen(eager_mask), sdpa=_unseen(sdpa_mask))
+from .state import Adapter, adapter_bytes, is_lora, layer_of, lora_layers
 
 
-PATTERNS = "target_modules exclude_modules layers_pattern modules_to_save rank_pattern alpha_pattern".split()
+class ModelState:
+    """What one model has besides its weights: a lock, and what was measured of it (see ``training``).
 
-MOST_WAYS, MOST_PATTERNS, LENGTH = 300_000, 1000, 30  # of a pattern; of an option; of a layer's name
+    A forward pass of one adapter swaps tensors of the model that all adapters share, so it holds the lock.
+    """
 
+    def __init__(self):
+        self.lock = RLock()
+        self.measured: dict[Any, Any] = {}
 
-def pattern(name: str, value: str, given: object = None) -> str:
-    """A regular expression for the names of layers. Raises ``ValueError`` for one whose match may never end."""
-    found = text(name, value, {})
-    try:
-        ways = _ways(expressions.parse(found))
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{name} must be a regular expression, not {shown(found)}: {error}") from None
-    if ways > MOST_WAYS:
-        refuse(name, "a pattern that is soon matched, with few repetitions and none inside another", found)
-    return found
-
-
-def _ways(parts: Iterable) -> int:
-    """In how many ways the parts of a regular expression can match a name, at most; from ``MOST_WAYS`` on any more."""
-    ways = 1
-    for kind_of_part, argument in parts:
-        operation = str(kind_of_part)
-        if operation == "BRANCH":
-            ways *= sum(map(_ways, argument[1]))
-        elif operation.endswith("REPEAT"):
-            least, most = (min(int(bound), LENGTH) for bound in argument[:2])
-            each = _ways(argument[2])
-            ways *= sum(each**times for times in range(least, most + 1))
-        else:
-            some = argument if isinstance(argument, tuple) else [argument]
-            inside = [_ways(one) for one in some if isinstance(one, expressions.SubPattern)]
-            ways = max(ways, *inside) if operation.startswith("ASSERT") else ways * math.prod(inside)
-        ways = min(ways, MOST_WAYS + 1)
-    return ways
-
-
-def check_patterns(options: Mapping) -> None:
-    """Raise ``ValueError`` for options of PEFT with a pattern that ``pattern`` refuses, or with too many of them."""
-    for name in PATTERNS:
-        found = options.get(name) or []
-        if isinstance(found, Mapping) and len(found) > MOST_PATTERNS:
-            raise ValueError(f"{name} must have at most {MOST_PATTERNS} patterns, not {len(found)}")
-        for one in [found] if isinstance(found, str) else found:
-            pattern(name, one)
+    def __reduce__(self):  # a copy of a model has a state of its own
+        return ModelState, ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,6 +56,7 @@ class AdaptedBackbone:
     initial: Adapter
     parameter_names: dict[str, str]
     scaling: dict[str, float]
+    state: ModelState = field(default_factory=ModelState)
 
     def __repr__(self) -> str:  # short and cheap: vmap asks for it at every call
         name = type(self.model.get_base_model()).__name__
@@ -128,7 +87,8 @@ class AdaptedBackbone:
         def run(*args, **kwargs):
             return functional_call(self.model, weights, args, kwargs)
 
-        return call_network(run, x, self.blocks_below)
+        with self.state.lock:
+            return call_network(run, x, self.frozen_blocks)
 
     def embed(self, x: Inputs) -> Inputs:
         """What the frozen part below the first adapted block makes of a batch; every adapter's logits on the result are
@@ -143,21 +103,23 @@ class AdaptedBackbone:
             with torch.no_grad():
                 x = network.embed(x)
         owners = [self.model.get_submodule(name.rpartition(".")[0]) for name in self.parameter_names.values()]
-        return hidden_below(network, x, self.blocks_below, owners)
+        with self.state.lock:
+            return run_frozen_blocks(network, x, self.frozen_blocks, owners)
 
     @cached_property
     def dropouts(self) -> list[tuple[str, nn.Module]]:
         """The modules, by name, that would drop at random in training mode."""
-        return [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.modules.dropout._DropoutNd) or hasattr(module, "attention_dropout")
-        ]
+        return [(name, module) for name, module in self.model.named_modules() if dropout_rate(module)]
 
     @cached_property
-    def blocks_below(self) -> list[nn.Module]:
+    def frozen_blocks(self) -> list[nn.Module]:
         """The frozen blocks below the first adapted one."""
-        return blocks_below(self.model, list(self.scaling))
+        return frozen_blocks(self.model, list(self.scaling))
+
+    @cached_property
+    def gated_layers(self) -> set[str]:
+        """The adapted layers that weigh several experts (``baselines.algorithms.gated``): A has a row more for each."""
+        return {layer for layer in self.scaling if has_hooks(self.model.get_submodule(layer).lora_A["default"])}
 
     def check_inputs(self, x: Inputs, ids: Sequence[int] | None = None) -> None:
         """Raise ``ValueError`` for inputs that the network does not take, for token ids and positions that it has no
@@ -166,10 +128,9 @@ class AdaptedBackbone:
         With ``ids``, the numbers of the clients, these are on dim 0.
         """
         if not isinstance(x, Tensor | Mapping):
-            refuse("x", "a tensor or a dictionary of tensors", x)
+            invalid("x", "a tensor or a dictionary of tensors", x)
         for name, module in self.dropouts:
-            rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else module.attention_dropout
-            if module.training and rate:
+            if module.training and dropout_rate(module):
                 raise ValueError(f"dropout is active in {name}: call model.eval(), so that clients are independent")
         if isinstance(x, Mapping):
             check_names(self.model.get_base_model(), x)
@@ -195,28 +156,22 @@ class AdaptedBackbone:
         """In which precision the backbone computes."""
         return next(iter(self.initial.values())).dtype
 
-    @door()
-    def to(self, device: str | torch.device) -> AdaptedBackbone:
+    @checked
+    def to(self, device: Device) -> AdaptedBackbone:
         """The same backbone on ``device`` (the model itself is moved, as ``nn.Module.to`` does)."""
         initial = {name: tensor.to(device) for name, tensor in self.initial.items()}
-        return AdaptedBackbone(self.model.to(device), initial, self.parameter_names, self.scaling)
+        return replace(self, model=self.model.to(device), initial=initial)
 
 
-@door(
-    backbone=kind("Module"),
-    targets=one_or_several(pattern),
-    head=optional(pattern),
-    config=kind("LoraConfig"),
-    alpha=positive,
-)
+@checked
 def attach(
     backbone: nn.Module,
     *,
-    rank: int = 4,
-    alpha: float | None = None,
-    targets: str | Sequence[str] = ("qkv", "proj", "fc1", "fc2"),
+    rank: Size = 4,
+    alpha: Positive | None = None,
+    targets: str | List[str] = ("qkv", "proj", "fc1", "fc2"),
     head: str | None = "head",
-    seed: int = 0,
+    seed: Seed = 0,
     config: LoraConfig | None = None,
 ) -> AdaptedBackbone:
     """Put LoRA on the ``targets`` of a copy of ``backbone`` and train ``head`` directly, starting from zero.
@@ -227,8 +182,8 @@ def attach(
 
     Raises ``ValueError`` for a ``rank`` below 1, a scaling that is not a positive number, dropout (the random numbers
     of one client would depend on the others), for DoRA and embedding layers (not a sum of ``B A``), for ``targets`` or
-    a ``head`` that the backbone has not, for patterns whose match may never end, and for one whose weight is another
-    layer's, too (a language model's output tied to its embedding).
+    a ``head`` that the backbone has not, and for one whose weight is another layer's, too (a language model's output
+    tied to its embedding).
     """
     if config is None:
         config = LoraConfig(
@@ -241,60 +196,57 @@ def attach(
         raise ValueError(f"lora_dropout={config.lora_dropout}: train without dropout, so that clients are independent")
     if config.use_dora:
         raise ValueError("use_dora=True: a DoRA layer is not W + scaling * B A, so deltas cannot be merged")
-    check_patterns(vars(config))
-    _check_untied(backbone, config)
+    model = _peft_model(backbone, config, seed)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    initial = {name: tensor.detach().clone() for name, tensor in state.items()}
+    parameters = [name for name, _ in model.named_parameters() if ".default." in name]
+    parameter_names = {_adapter_name(name): name for name in parameters}
+    _check_mergeable(model, initial, parameter_names)
+    _check_found(initial, config)
+    _check_untied(backbone, initial)
+    for name, tensor in initial.items():
+        if not is_lora(name):
+            tensor.zero_()
+    scaling = {layer: model.get_submodule(layer).scaling["default"] for layer in lora_layers(initial)}
+    for layer, value in scaling.items():
+        if not 0 < value < float("inf"):
+            invalid(f"the scaling of {layer}", "positive", value)
+    return AdaptedBackbone(model, initial, {name: parameter_names[name] for name in initial}, scaling)
+
+
+def _peft_model(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
+    """A copy of the backbone with LoRA, in eval mode, on the CPU; the copy shares the memory of the frozen weights.
+
+    Raises ``ValueError`` for targets that PEFT does not know or cannot adapt.
+    """
+    plain = [parameter for parameter in backbone.parameters() if type(parameter) is nn.Parameter]
+    shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in plain}
+    network = copy.deepcopy(backbone, shared).cpu()
+    make_attention_explicit(network)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT says so and sets it right (GPT-2's layers)
         torch.manual_seed(seed)
         try:
-            model = get_peft_model(_copy_of(backbone).cpu(), copy.deepcopy(config))
+            model = get_peft_model(network, copy.deepcopy(config))
         except ValueError as error:
-            raise ValueError(
-                f"targets {shown(config.target_modules)} cannot be adapted: {str(error).split('. ')[0]}"
-            ) from error
-    model.eval().requires_grad_(False)
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    initial = {name: tensor.detach().clone() for name, tensor in state.items()}
-    names = {
-        _adapter_name(parameter): parameter for parameter, _ in model.named_parameters() if ".default." in parameter
-    }
-    _check_mergeable(model, initial, names)
-    _check_found(initial, config)
-    if config.modules_to_save:
-        for name, tensor in initial.items():
-            if not is_lora(name):
-                tensor.zero_()
-    scaling = {layer: model.get_submodule(layer).scaling["default"] for layer in lora_layers(initial)}
-    for layer, value in scaling.items():
-        positive(f"the scaling of {layer}", value, {})
-    return AdaptedBackbone(model, initial, {name: names[name] for name in initial}, scaling)
-
-
-def _copy_of(backbone: nn.Module) -> nn.Module:
-    """The same network with parameters of its own, which share the memory of the backbone's."""
-    plain = [parameter for parameter in backbone.parameters() if type(parameter) is nn.Parameter]
-    shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in plain}
-    return copy.deepcopy(backbone, shared)
-
-
-def _check_untied(backbone: nn.Module, config: LoraConfig) -> None:
-    """Raise ``ValueError`` for a target or a head whose weight is another module's, too."""
-    owners: dict[int, list[str]] = {}
-    for name, module in backbone.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    heads = tuple(f".{head}" for head in config.modules_to_save or [])
-    for names in owners.values():
-        for name in names if len(names) > 1 else []:
-            is_target = config.target_modules is not None and check_target_module_exists(config, name)
-            if is_target or f".{name}".endswith(heads):
-                others = [other for other in names if other != name]
-                raise ValueError(f"{name} is tied: its weight is also that of {others}, which must stay as it is")
+            reason = str(error).split(". ")[0]
+            raise ValueError(f"targets {shown(config.target_modules)} cannot be adapted: {reason}") from error
+    return model.eval().requires_grad_(False)
 
 
 def _adapter_name(parameter: str) -> str:
     """The adapter's name for a parameter of the PEFT model."""
     return parameter.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
+def _check_untied(backbone: nn.Module, initial: Adapter) -> None:
+    """Raise ``ValueError`` for an adapted or directly trained layer whose weight is another module's, too."""
+    trained = {layer_of(name).removesuffix(".weight").removesuffix(".bias") for name in initial}
+    for names in shared_parameters(backbone):
+        for name in names:
+            if f"base_model.model.{name}" in trained:
+                others = [other for other in names if other != name]
+                raise ValueError(f"{name} is tied: its weight is also that of {others}, which must stay as it is")
 
 
 def _check_mergeable(model: PeftModel, initial: Adapter, parameter_names: dict[str, str]) -> None:
@@ -325,12 +277,13 @@ def _check_found(initial: Adapter, config: LoraConfig) -> None:
 def delta_added(adapted: AdaptedBackbone, change: Adapter) -> Iterator[None]:
     """The backbone with ``change``, the ``delta`` of one adapter, in the frozen weights of its adapted layers."""
     layers = {name: adapted.model.get_submodule(name.removesuffix(".weight")) for name in change}
-    before = {name: layer.base_layer.weight.data for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            moved = change[name].detach().mT if getattr(layer, "fan_in_fan_out", False) else change[name].detach()
-            layer.base_layer.weight.data = before[name] + moved.reshape(before[name].shape)
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.base_layer.weight.data = before[name]
+    with adapted.state.lock:
+        before = {name: layer.base_layer.weight.data for name, layer in layers.items()}
+        try:
+            for name, layer in layers.items():
+                moved = change[name].detach().mT if getattr(layer, "fan_in_fan_out", False) else change[name].detach()
+                layer.base_layer.weight.data = before[name] + moved.reshape(before[name].shape)
+            yield
+        finally:
+            for name, layer in layers.items():
+                layer.base_layer.weight.data = before[name]

@@ -1,29 +1,30 @@
-"""What an adapter's tensors say by their names and shapes, and what has to fit together at the door.
+"""Adapters as dictionaries of tensors: names and shapes, what fits together, stacks of clients, deltas.
 
 An *adapter* is what PEFT says it is: the LoRA factors ``A`` (r, in) and ``B`` (out, r) of every adapted layer and the
 directly trained weights (the new head), by name. A *stack* is the same dictionary with the clients on dim 0. What a
 name and a shape say (``is_lora``, ``layer_of``, ``factors``, ``rank_dim``) is known here and nowhere else.
-
-``door`` is that of ``door.py`` with the checks of adapters, clients and weights besides: floating dtypes, finite
-values, the tensors of the backbone, as many adapters as clients, a mixing weight for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import torch
+from pydantic import AfterValidator, PlainValidator
 from torch import Tensor
 
-from .. import checks as plain
-from ..checks import Check, kind, named, refuse, several, shown
+from ..checks import Count, List, Named, Numbers, Positive, Size, all_finite, checked, invalid, is_dense
+
+if TYPE_CHECKING:
+    from ..federation.split import Split
+    from .lora import AdaptedBackbone
 
 Adapter = dict[str, Tensor]
+Weight = float | Tensor | Mapping[str, float | Tensor]  # on a model: a number, (C,) of a stack, or either by layer
 
-FLOAT8 = [dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and "float8" in str(dtype)]
+
+# What a name and a shape say.
 
 
 def is_lora(name: str, factor: str = "") -> bool:
@@ -66,448 +67,188 @@ def is_stack(adapter: Adapter) -> bool | None:
     return next((bool(client_dims(tensor)) for name, tensor in adapter.items() if is_lora(name)), None)
 
 
-def check_same_base(*adapters: Adapter) -> None:
-    """Raise ``ValueError`` unless the adapters have the same tensors in the same shapes (the rank included)."""
-    first = adapters[0]
-    for other in adapters[1:]:
-        if first.keys() != other.keys():
-            odd = sorted(first.keys() ^ other.keys())
-            raise ValueError(f"adapters of different bases: {len(odd)} tensors are in one only, such as {odd[0]!r}")
-        for name in first:
-            if first[name].shape != other[name].shape:
-                shapes = f"{tuple(first[name].shape)} and {tuple(other[name].shape)}"
-                raise ValueError(f"adapters of different ranks or bases: {name!r} has shapes {shapes}")
+# Types of adapters in signatures.
 
 
-def is_traced(tensor: Tensor) -> bool:
-    """Whether it stands for many inside ``vmap`` or another transform, where its values cannot be looked at."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether all its numbers are there: it is not sparse, and on a device that holds values."""
-    return tensor.layout == torch.strided and tensor.device.type != "meta"
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: by their sum, one by one only where that says no."""
-    return is_traced(tensor) or isfinite(tensor.detach().sum().item()) or bool(tensor.isfinite().all())
-
-
-def numbers(*dims: int, whole: bool = False, least: float | None = None, most: float | None = None) -> Check:
-    """A tensor of finite numbers with one of these numbers of dimensions and none of them empty; a list, an array of
-    numpy or a column of pandas becomes one, in float64 or int64."""
-
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
-        found = as_numbers(name, value)
-        if found.dim() not in dims or not found.numel():
-            refuse(name, f"numbers in {' or '.join(map(str, dims))} dimensions", value)
-        if not all_finite(found):
-            raise ValueError(f"{name} must be finite, {'not' if found.dim() == 0 else 'unlike'} {shown(value)}")
-        if whole and found.is_floating_point():
-            refuse(name, "whole numbers", value)
-        if not is_traced(found):
-            low, high = found.detach().aminmax()
-            if (least is not None and low < least) or (most is not None and high > most):
-                bounds = f"at least {least}" if most is None else f"in [{least}, {most}]"
-                raise ValueError(f"{name} must be {bounds}, not {(low if low < least else high).item()}")
-        return found
-
-    return check
-
-
-def as_numbers(name: str, value: Any) -> Tensor:
-    """A tensor as it is, and what a number, a list, an array or a column holds, in float64 or int64.
-
-    Raises ``ValueError`` for what are no real numbers.
-    """
-    if isinstance(value, Tensor):
-        if value.is_complex() or value.dtype in (torch.bool, *FLOAT8) or not is_dense(value):
-            refuse(name, "real numbers, all of them there", value)
-        return value
-    kinds = {"i": np.int64, "u": np.int64, "f": np.float64}
-    try:
-        array = np.asarray(value)
-        return torch.from_numpy(array.astype(kinds[array.dtype.kind]))
-    except (ValueError, TypeError, RuntimeError, KeyError):  # text, objects, rows of different lengths
-        refuse(name, "numbers", value)
-
-
-def any_adapter(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
-    """An adapter or a stack: floating tensors of 16 bits or more, all finite."""
-    named = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-    if not named or not value or not all(isinstance(one, Tensor) for one in value.values()):
-        what = "an empty one" if named and not value else type(value).__name__
-        raise ValueError(f"{name} must be an adapter, a dictionary of tensors by name, not {what}")
-    for key, tensor in value.items():
-        if not is_dense(tensor):
-            raise ValueError(f"{name} must hold its numbers: {key!r} is {tensor.layout} on {tensor.device}")
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-            raise ValueError(f"{name} must be of floating numbers of 16 bits or more: {key!r} is {tensor.dtype}")
-        if not all_finite(tensor):
-            row = int((~tensor.isfinite().flatten(1).all(1)).nonzero()[0]) if is_stack(value) else None
-            raise ValueError(f"{name} must be finite: {key!r} is not{'' if row is None else f' for client {row}'}")
-    if len({client_dims(tensor) for key, tensor in value.items() if is_lora(key)}) > 1:
-        raise ValueError(f"{name} must have the clients on dim 0 of all its tensors or of none")
+def _tensors(value: Any) -> Adapter:
+    """A dictionary of tensors by name."""
+    by_name = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if not by_name or not value or not all(isinstance(one, Tensor) for one in value.values()):
+        what = "an empty one" if by_name and not value else type(value).__name__
+        raise ValueError(f"must be an adapter, a dictionary of tensors by name, not {what}")
     return value
 
 
-def whole_adapter(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
+def _finite(adapter: Adapter) -> Adapter:
+    """An adapter or a stack of floating tensors of 16 bits or more, all finite."""
+    for name, tensor in adapter.items():
+        if not is_dense(tensor):
+            raise ValueError(f"must hold its numbers: {name!r} is {tensor.layout} on {tensor.device}")
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise ValueError(f"must be of floating numbers of 16 bits or more: {name!r} is {tensor.dtype}")
+        if not all_finite(tensor):
+            row = int((~tensor.isfinite().flatten(1).all(1)).nonzero()[0]) if is_stack(adapter) else None
+            raise ValueError(f"must be finite: {name!r} is not{'' if row is None else f' for client {row}'}")
+    if len({client_dims(tensor) for name, tensor in adapter.items() if is_lora(name)}) > 1:
+        raise ValueError("must have the clients on dim 0 of all its tensors or of none")
+    return adapter
+
+
+def _complete(adapter: Adapter) -> Adapter:
     """An adapter or a stack with both factors of every layer, matrices or kernels that can be multiplied."""
-    found = any_adapter(name, value, given)
-    for layer in dict.fromkeys(layer_of(key) for key in found if is_lora(key)):
-        a, b = (found.get(key) for key in factor_names(layer))
+    for layer in dict.fromkeys(layer_of(name) for name in adapter if is_lora(name)):
+        a, b = (adapter.get(name) for name in factor_names(layer))
         if a is None or b is None or not 2 <= a.dim() == b.dim() <= 5 or a.dtype != b.dtype:
-            raise ValueError(f"{name} must have two factors, A and B of one dtype, in each layer, unlike {layer!r}")
+            raise ValueError(f"must have two factors, A and B of one dtype, in each layer, unlike {layer!r}")
         if a.shape[client_dims(a)] != b.shape[client_dims(b) + 1]:
-            raise ValueError(f"{name} must have one rank in each layer, unlike {layer!r}")
-    return found
+            raise ValueError(f"must have one rank in each layer, unlike {layer!r}")
+    return adapter
 
 
-def one_adapter(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
-    """An adapter of one client, with the tensors of the backbone where there is one."""
-    found = any_adapter(name, value, given)
-    if is_stack(found):
-        raise ValueError(f"{name} must be one adapter, not a stack of {_count(found)} (see client_adapter)")
-    return fitting(name, found, given["adapted"], 0) if "adapted" in given else found
+def _one(adapter: Adapter) -> Adapter:
+    if is_stack(adapter):
+        raise ValueError(f"must be one adapter, not a stack of {count_clients(adapter)} (see client_adapter)")
+    return adapter
 
 
-def stack(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
-    """A stack, with the tensors of the backbone where there is one."""
-    found = rows_of_clients(name, any_adapter(name, value, given), given)
-    return fitting(name, found, given["adapted"]) if "adapted" in given else found
-
-
-def rows_of_clients(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
-    """A stack, whatever its values are: that of a client whose training failed can be taken apart."""
-    found = plain.named(plain.kind("Tensor"))(name, value, given)
-    if is_stack(found) is False:
-        raise ValueError(f"{name} must be a stack, with the clients on dim 0, not one adapter (see repeat_adapter)")
-    counts = sorted({len(tensor) if tensor.dim() else 0 for tensor in found.values()})
+def _stacked(stack: Adapter) -> Adapter:
+    if is_stack(stack) is False:
+        raise ValueError("must be a stack, with the clients on dim 0, not one adapter (see repeat_adapter)")
+    counts = sorted({len(tensor) if tensor.dim() else 0 for tensor in stack.values()})
     if len(counts) > 1 or 0 in counts:
-        raise ValueError(f"{name} must have as many clients in every tensor, 1 or more, not {counts}")
-    return found
+        raise ValueError(f"must have as many clients in every tensor, 1 or more, not {counts}")
+    return stack
 
 
-def trained_stack(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
-    """A stack of what trains, which need not be the backbone's own tensors."""
-    return stack(name, value, {})
+Tensors = Annotated[Adapter, PlainValidator(_tensors)]  # whatever its values are: those of a failed training, too
+AnyAdapter = Annotated[Tensors, AfterValidator(_finite)]  # an adapter or a stack
+CompleteAdapter = Annotated[AnyAdapter, AfterValidator(_complete)]
+OneAdapter = Annotated[AnyAdapter, AfterValidator(_one)]
+AnyStack = Annotated[Tensors, AfterValidator(_stacked)]
+Stack = Annotated[AnyAdapter, AfterValidator(_stacked)]
+CompleteStacks = List[Annotated[Stack, AfterValidator(_complete)]]
 
 
-def stacks(name: str, value: Any, given: Mapping[str, Any]) -> list[Adapter]:
-    """Several stacks of one base and as many clients, of any ranks."""
-    found = plain.several(trained_stack)(name, value, given)
-    for i, one in enumerate(found):
-        whole_adapter(f"{name}[{i}]", one, {})
-        if _count(one) != _count(found[0]):
-            raise ValueError(f"{name}[{i}]: {_count(one)} adapters for {_count(found[0])} clients")
-    return [like_but_rank(f"{name}[{i}]", one, _first_client(found[0]), 1) for i, one in enumerate(found)]
+# What must fit together.
 
 
-def model(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
-    """One of the models that are merged: of a backbone, a stack; else an adapter or a stack like the one before."""
-    if "adapted" in given:
-        return stack(name, value, given)
-    found, before = whole_adapter(name, value, given), given.get("federated")
-    if name == "local":
-        _like("federated and local", found, before)
-    return found
-
-
-def like_federated(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
-    """A stack like the one before it, ``federated``."""
-    return model(name, stack(name, value, given), given)
-
-
-def models(name: str, value: Any, given: Mapping[str, Any]) -> list[Adapter]:
-    """Several adapters or stacks of one base and in one order of tensors."""
-    found = plain.several(whole_adapter)(name, value, given)
-    for i, other in enumerate(found):
-        _like(f"{name}[{i}]", other, found[0])
-    return [{key: one[key] for key in found[0]} for one in found]
-
-
-def _like(name: str, adapter: Adapter, first: Adapter) -> None:
-    try:
-        check_same_base(first, adapter)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _count(stack: Adapter) -> int:
+def count_clients(stack: Adapter) -> int:
+    """The number of clients of a stack."""
     return len(next(iter(stack.values())))
 
 
-def _first_client(stack: Adapter) -> Adapter:
-    return {key: tensor[0] for key, tensor in stack.items()}
+def match_adapter(name: str, adapter: Adapter, like: Adapter, *, stacked: bool, same_rank: bool = False) -> Adapter:
+    """The adapter (with ``stacked`` a stack) in the order of the tensors of ``like``, one adapter, which must be its own.
 
-
-def like_but_rank(name: str, adapter: Adapter, first: Adapter, dims: int) -> Adapter:
-    """The adapter in the order of the first one's tensors, which must be its own; ``dims`` stand before them."""
-    if odd := sorted(adapter.keys() ^ first.keys()):
+    Raises ``ValueError`` for other names or shapes; the ranks may differ unless ``same_rank``.
+    """
+    if odd := sorted(adapter.keys() ^ like.keys()):
         raise ValueError(f"{name} must be of this base: {len(odd)} tensors are of one only, such as {odd[0]!r}")
-    for key, like in first.items():
-        found, expected = list(adapter[key].shape[dims:]), list(like.shape)
-        if is_lora(key) and len(found) == len(expected):
-            found[is_lora(key, "B")] = expected[is_lora(key, "B")]  # the rank
+    for key, tensor in like.items():
+        expected, found = list(tensor.shape), list(adapter[key].shape[stacked:])
+        if is_lora(key) and len(found) == len(expected) and not same_rank:
+            dim = is_lora(key, "B")
+            expected[dim] = max(1, found[dim])
         if found != expected:
-            shapes = f"{tuple(adapter[key].shape)}, expected {(*['C'] * dims, *expected)}"
+            shapes = f"{tuple(adapter[key].shape)}, expected {(*['C'] * stacked, *expected)}"
             raise ValueError(f"{name} must be of this base: {key!r} has shape {shapes}")
-    return {key: adapter[key] for key in first}
+    return {key: adapter[key] for key in like}
 
 
-def fitting(name: str, adapter: Adapter, adapted: Any, dims: int = 1) -> Adapter:
-    """The stack (with 0 ``dims``, the adapter) in the order of the backbone's tensors, which must be its own."""
-    found = like_but_rank(name, adapter, adapted.initial, dims)
+def check_adapter(
+    adapted: AdaptedBackbone, adapter: Adapter, name: str = "adapter", *, stacked: bool = False
+) -> Adapter:
+    """The adapter (with ``stacked`` a stack) in the order of the backbone's tensors, which must be its own.
+
+    Raises ``ValueError`` for other names or shapes, and for two factors of different ranks.
+    """
+    found = match_adapter(name, adapter, adapted.initial, stacked=stacked)
     for layer in lora_layers(found):
         a, b = (found[key].shape for key in factor_names(layer))
-        if a[dims] != b[dims + 1] and not adapted.model.get_submodule(layer).lora_A["default"]._forward_hooks:
-            raise ValueError(
-                f"{name} must have one rank in each layer: {layer!r} has {a[dims]} in A, {b[dims + 1]} in B"
-            )
+        if a[stacked] != b[stacked + 1] and layer not in adapted.gated_layers:
+            ranks = f"{layer!r} has {a[stacked]} in A, {b[stacked + 1]} in B"
+            raise ValueError(f"{name} must have one rank in each layer: {ranks}")
     return found
 
 
-def of_as_many(kind: str) -> Check:
-    """A ``Split`` or a ``Federation`` of as many clients as every stack before it has."""
+def check_models(adapted: AdaptedBackbone, split: Split, **stacks: Adapter) -> list[Adapter]:
+    """The stacks, by the names of the arguments that they were, in the order of the backbone's tensors.
 
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> Any:
-        found = plain.kind(kind)(name, value, given)
-        _check_inputs(name, found, given)
-        for other in ("adapters", "start", "federated", "local", "optimum", "direction"):
-            stack = given[other] if isinstance(given.get(other), Mapping | Tensor) else None
-            count = len(found) if stack is None else _count(stack) if isinstance(stack, Mapping) else len(stack)
-            if count != len(found):
-                raise ValueError(f"{other}: {count} adapters for {len(found)} clients")
-        return found
-
-    return check
-
-
-def _check_inputs(name: str, split: Any, given: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for inputs in a precision that the backbone does not compute in."""
-    x = getattr(split, "x", {}) if "adapted" in given else {}
-    for tensor in x.values() if isinstance(x, dict) else [x]:
-        if tensor.is_floating_point() and tensor.dtype not in (known := given["adapted"].dtypes):
-            raise ValueError(f"{name}: inputs of {tensor.dtype} for a backbone of {' and '.join(map(str, known))}")
+    Raises ``ValueError`` unless each is of this backbone and has an adapter for every client of ``split``, and for
+    inputs in a precision that the backbone does not compute in.
+    """
+    inputs = split.x.values() if isinstance(split.x, dict) else [split.x]
+    for tensor in inputs:
+        if tensor.is_floating_point() and tensor.dtype not in adapted.dtypes:
+            known = " and ".join(map(str, adapted.dtypes))
+            raise ValueError(f"split: inputs of {tensor.dtype} for a backbone of {known}")
+    for name, stack in stacks.items():
+        check_count(name, stack, len(split))
+    return [check_adapter(adapted, stack, name, stacked=True) for name, stack in stacks.items()]
 
 
-def per_client(check: Check) -> Check:
-    """As many numbers as there are clients in the split."""
-
-    def check_count(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
-        found = check(name, value, given)
-        if len(found) != len(given["split"]):
-            raise ValueError(f"{name}: {len(found)} of them for {len(given['split'])} clients")
-        return found
-
-    return check_count
+def check_count(name: str, stack: Adapter, clients: int) -> None:
+    """Raise ``ValueError`` unless the stack has an adapter for each of so many clients."""
+    if (count := count_clients(stack)) != clients:
+        raise ValueError(f"{name}: {count} adapters for {clients} clients")
 
 
-def labels(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
-    """Labels in the shape of the split's own."""
-    like = given["split"].y
-    found = numbers(like.dim(), whole=True, least=-100)(name, value, given)
-    if found.shape != like.shape:
-        refuse(name, f"of shape {tuple(like.shape)}, as those of split", found)
-    if (odd := found[(found < 0) & (found != -100)]).numel():
-        raise ValueError(f"{name} must be at least 0, or -100 where one is ignored, not {int(odd[0])}")
-    return found.long()
+def check_same_base(name: str, adapters: Sequence[Adapter], *, same_rank: bool = True) -> list[Adapter]:
+    """Several adapters or stacks in the order of the first one's tensors.
+
+    Raises ``ValueError`` unless all have the same tensors in the same shapes, but for the rank unless ``same_rank``.
+    """
+    stacked = bool(is_stack(adapters[0]))
+    first = {key: tensor[0] for key, tensor in adapters[0].items()} if stacked else adapters[0]
+    for i, one in enumerate(adapters):
+        if bool(is_stack(one)) != stacked:
+            raise ValueError(f"{name}[{i}]: a stack and one adapter cannot go together")
+        if stacked:
+            check_count(f"{name}[{i}]", one, count_clients(adapters[0]))
+    options = dict(stacked=stacked, same_rank=same_rank)
+    return [match_adapter(f"{name}[{i}]", one, first, **options) for i, one in enumerate(adapters)]
 
 
-def state(name: str, value: Any, given: Mapping[str, Any]) -> Any:
-    """An optimiser's state, of as many clients and numbers as there are."""
-    found = plain.kind("OptimizerState")(name, value, given)
-    if (count := len(found.steps)) != len(given["split"]):
-        raise ValueError(f"{name}: the state of {count} clients for {len(given['split'])}")
-    one = _first_client(given["adapters"]) if "adapters" in given else given.get("adapter") or given["adapted"].initial
-    size = sum(tensor.numel() for tensor in one.values())
-    if found.mean.shape[1:] != (size,) or found.square.shape != found.mean.shape:
-        raise ValueError(f"{name} must have {size} numbers for each client, not shape {tuple(found.mean.shape)}")
-    return found
+def check_weight(weight: Weight, adapter: Adapter, name: str = "weight", bounds: tuple = (0, 1)) -> Weight:
+    """A mixing weight that fits the adapter: a number, one for every client of a stack, or either by layer.
 
-
-def client_row(name: str, value: Any, given: Mapping[str, Any]) -> int:
-    """The row of a client in the stack before."""
-    return plain.whole(0, _count(given["stack"]) - 1)(name, value, given)
-
-
-def fixed(name: str, value: Any, given: Mapping[str, Any]) -> Adapter:
-    """A stack of tensors that do not train; there may be none."""
-    if isinstance(value, Mapping) and not value:
-        return value
-    found = any_adapter(name, value, given)
-    if (count := _count(found)) != len(given["split"]):
-        raise ValueError(f"{name}: {count} adapters for {len(given['split'])} clients")
-    return found
-
-
-def direction(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
-    """A number for each of the stack's, a row per client."""
-    found, size = (
-        numbers(2)(name, value, given),
-        sum(tensor.numel() for tensor in _first_client(given["adapters"]).values()),
-    )
-    if found.shape[1] != size:
-        refuse(name, f"of shape (C, {size}), a row for each client's adapter", found)
-    return found
-
-
-def mixing_weight(low: float | None = 0, high: float | None = 1) -> Check:
-    """A number in these bounds, one for every client of a stack, or a dictionary of either by layer."""
-    one = numbers(0, 1, least=low, most=high)
-
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> Any:
-        adapter = given["federated"] if "federated" in given else given["adapters"][0]
-        if not isinstance(value, Mapping):
-            found = one(name, value, given)
-            if found.dim() and (not is_stack(adapter) or len(found) != _count(adapter)):
-                stack = f"a stack of {_count(adapter)} clients" if is_stack(adapter) else "one adapter"
-                raise ValueError(f"{name}: {len(found)} weights for {stack}")
-            return found if isinstance(value, Tensor) or found.dim() else float(found)
+    Raises ``ValueError`` for one out of the ``bounds`` and for layers that are missing or unknown.
+    """
+    if isinstance(weight, Mapping):
         layers = {layer_of(key) for key in adapter}
-        if missing := sorted(layers - value.keys()):
+        if missing := sorted(layers - weight.keys()):
             raise ValueError(f"{name}: no mixing weight for {missing[0]!r}")
-        if unknown := sorted(value.keys() - layers):
+        if unknown := sorted(weight.keys() - layers):
             raise ValueError(f"{name}: there is no layer {unknown[0]!r}")
-        return {layer: check(f"{name}[{layer!r}]", value[layer], given) for layer in value}
-
-    return check
-
-
-def weights_of_clients(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
-    """A mixing weight for each adapter of a stack."""
-    found = numbers(1, least=0, most=1)(name, value, given)
-    if len(found) != _count(given["adapters"]):
-        raise ValueError(f"{name}: {len(found)} weights for {_count(given['adapters'])} adapters")
-    return found
-
-
-def mixing_weights(name: str, value: Any, given: Mapping[str, Any]) -> list:
-    """As many weights as adapters, any finite ones."""
-    found = as_numbers(name, value).tolist() if isinstance(value, Tensor | np.ndarray) and value.ndim == 1 else value
-    found = plain.several(mixing_weight(None, None))(name, found, given)
-    if len(found) != len(given["adapters"]):
-        raise ValueError(f"{name}: {len(given['adapters'])} adapters, {len(found)} weights")
-    return found
+        return {layer: check_weight(one, adapter, f"{name}[{layer!r}]", bounds) for layer, one in weight.items()}
+    least, most = bounds
+    try:
+        found = Numbers("|C", least=least, most=most).check(weight)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+    if found.dim() and (not is_stack(adapter) or len(found) != count_clients(adapter)):
+        stack = f"a stack of {count_clients(adapter)} clients" if is_stack(adapter) else "one adapter"
+        raise ValueError(f"{name}: {len(found)} weights for {stack}")
+    return found if isinstance(weight, Tensor) or found.dim() else float(found)
 
 
-def shaped_like(other: str, *dims: int, **bounds: Any) -> Check:
-    """A tensor of numbers in the shape of another argument's."""
-
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
-        found = numbers(*dims, **bounds)(name, value, given)
-        if found.shape != given[other].shape:
-            refuse(name, f"of shape {tuple(given[other].shape)}, as {other}", found)
-        return found
-
-    return check
+def check_scaling(scaling: Mapping[str, float], adapter: Adapter) -> None:
+    """Raise ``ValueError`` unless there is a scaling for every adapted layer."""
+    if missing := sorted(set(lora_layers(adapter)) - scaling.keys()):
+        raise ValueError(f"scaling must have every adapted layer, but {missing[0]!r} is missing")
 
 
-def curves_over(other: str) -> Check:
-    """Numbers (C, W), a column for each of another argument's numbers."""
-
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
-        found = numbers(2)(name, value, given)
-        if found.shape[1] != len(given[other]):
-            raise ValueError(f"{name}: {found.shape[1]} columns for {len(given[other])} {other}")
-        return found
-
-    return check
+# Deltas, stacks, bytes.
 
 
-def one_for_each(other: str, **bounds: Any) -> Check:
-    """Numbers (C,), as many as another argument has rows."""
-
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
-        found = numbers(1, **bounds)(name, value, given)
-        if len(found) != len(given[other]):
-            raise ValueError(f"{name}: {len(found)} of them for {len(given[other])} clients")
-        return found
-
-    return check
-
-
-def sizes_of(other: str, dim: int | None = None) -> Check:
-    """How many examples each client of another argument has: 1 or more, at most those along ``dim``."""
-
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
-        found = one_for_each(other, whole=True, least=1)(name, value, given)
-        if dim is not None and (most := given[other].shape[dim]) < found.max():
-            raise ValueError(f"{name} must be at most {most}, the examples of {other}, not {int(found.max())}")
-        return found
-
-    return check
-
-
-def groups_of(other: str) -> Check:
-    """The number of the group of each coordinate, the last dimension of another argument."""
-
-    def check(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
-        found = numbers(1, whole=True, least=0)(name, value, given)
-        if len(found) != given[other].shape[-1]:
-            raise ValueError(f"{name}: {len(found)} of them for {given[other].shape[-1]} coordinates of {other}")
-        if found.max() >= len(found):
-            raise ValueError(f"{name} must be below {len(found)}, the number of coordinates, not {int(found.max())}")
-        return found.long()
-
-    return check
-
-
-def interval(name: str, value: Any, given: Mapping[str, Any]) -> tuple[float, float]:
-    """Two ends, the lower one first."""
-    low, high = ends = tuple(plain.several(plain.finite)(name, value, given))[:2] if _is_pair(value) else (1, 0)
-    if low > high:
-        refuse(name, "two numbers, the smaller one first", value)
-    return ends
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
-
-
-def scaling(name: str, value: Any, given: Mapping[str, Any]) -> dict[str, float]:
-    """The scaling of every adapted layer."""
-    found = plain.named(plain.positive)(name, value, given)
-    adapter = given.get("adapter") or next(iter(given.get("models") or given.get("adapters") or [{}]))
-    if missing := sorted(set(lora_layers(adapter)) - found.keys()):
-        raise ValueError(f"{name} must have every adapted layer, but {missing[0]!r} is missing")
-    return found
-
-
-STACKS: dict[str, Check] = {
-    "adapter": one_adapter,
-    "adapters": stack,
-    "stack": stack,
-    "federated": model,
-    "local": model,
-    "optimum": stack,
-    "models": models,
-    "split": of_as_many("Split"),
-    "federation": of_as_many("Federation"),
-    "labels": labels,
-    "state": state,
-    "fixed": fixed,
-    "weight": mixing_weight(),
-    "scaling": scaling,
-    "train_sizes": per_client(numbers(1, whole=True, least=1)),
-    "g_f": numbers(3),
-    "g_l": shaped_like("g_f", 3),
-}
-
-
-def door(**checks: Check) -> Callable[[Callable], Callable]:
-    """The decorator of ``door.py`` with the checks of adapters, clients and weights."""
-    return plain.door(**STACKS | checks)
-
-
-@door(adapter=whole_adapter)
-def delta(adapter: Adapter, scaling: dict[str, float]) -> Adapter:
+@checked
+def delta(adapter: CompleteAdapter, scaling: Named[Positive]) -> Adapter:
     """The task vector: ``scaling * B A`` of every adapted layer, and the directly trained weights.
 
     Takes one adapter, A ``(r, in)`` and B ``(out, r)``, or a stack, A ``(C, r, in)`` and B ``(C, out, r)``;
     returns ``{layer.weight: (..., out, in), ...}``. A convolution's kernel is flattened into ``in``.
     """
+    check_scaling(scaling, adapter)
     result = {}
     for layer in lora_layers(adapter):
         a, b = factors(adapter, layer)
@@ -515,13 +256,15 @@ def delta(adapter: Adapter, scaling: dict[str, float]) -> Adapter:
     return result | {name: tensor for name, tensor in adapter.items() if not is_lora(name)}
 
 
-@door(adapters=stacks)
-def delta_inner_products(adapters: Sequence[Adapter], scaling: dict[str, float]) -> Tensor:
+@checked
+def delta_inner_products(adapters: CompleteStacks, scaling: Named[Positive]) -> Tensor:
     """The inner products of the deltas of K stacks, ``(C, K, K)`` float64, without forming a delta.
 
     ``<B_i A_i, B_j A_j> = tr (B_iᵀ B_j)(A_j A_iᵀ)`` in every adapted layer, plus the products of the directly trained
     weights. The stacks may have different ranks.
     """
+    adapters = check_same_base("adapters", adapters, same_rank=False)
+    check_scaling(scaling, adapters[0])
     total = 0.0
     for layer in lora_layers(adapters[0]):
         pairs = [[factor.double() for factor in factors(adapter, layer)] for adapter in adapters]
@@ -564,22 +307,24 @@ def is_dense_factor(name: str, adapter: Adapter) -> bool:
     return is_lora(name, "A") == (b.shape[-2] <= a.shape[-1])
 
 
-@door(adapters=several(one_adapter))
-def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
+@checked
+def stack_adapters(adapters: List[OneAdapter]) -> Adapter:
     """Adapters of several clients as one stack: each tensor gets the clients on dim 0."""
-    check_same_base(*adapters)
+    adapters = check_same_base("adapters", adapters)
     return {name: torch.stack([adapter[name] for adapter in adapters]) for name in adapters[0]}
 
 
-@door()
-def repeat_adapter(adapter: Adapter, clients: int) -> Adapter:
+@checked
+def repeat_adapter(adapter: OneAdapter, clients: Size) -> Adapter:
     """One adapter given to every client: a stack whose rows are equal (and share no memory)."""
     return {name: tensor.expand(clients, *tensor.shape).clone() for name, tensor in adapter.items()}
 
 
-@door(stack=rows_of_clients, client=client_row)
-def client_adapter(stack: Adapter, client: int) -> Adapter:
+@checked
+def client_adapter(stack: AnyStack, client: Count) -> Adapter:
     """One client's adapter out of a stack, by its row."""
+    if client >= (clients := count_clients(stack)):
+        invalid("client", f"at most {clients - 1}", client)
     return {name: tensor[client] for name, tensor in stack.items()}
 
 
@@ -601,7 +346,18 @@ def unflatten(flat: Tensor, like: Adapter) -> Adapter:
     return {name: part.reshape(-1, *like[name].shape) for name, part in zip(like, parts)}
 
 
-@door(adapter=named(kind("Tensor"), least=0))
-def adapter_bytes(adapter: Adapter) -> int:
+@checked
+def adapter_bytes(adapter: Mapping[str, Tensor]) -> int:
     """What an adapter weighs when it travels: the bytes of its tensors, in the dtype they have."""
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
+
+
+from ..checks import _nothing
+
+door = numbers = per_client = of_as_many = shaped_like = curves_over = one_for_each = sizes_of = groups_of = _nothing
+interval = stacks = stack = models = model = like_federated = weights_of_clients = mixing_weights = direction = None
+trained_stack = rows_of_clients = any_adapter = whole_adapter = one_adapter = client_row = labels = None
+
+
+def fitting(name, adapter, adapted, dims=1):
+    return check_adapter(adapted, adapter, name, stacked=bool(dims))

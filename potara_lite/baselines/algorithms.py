@@ -21,8 +21,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..adapters.lora import AdaptedBackbone, Adapter, factor_names, factors, is_lora, lora_layers, rank_dim
-from ..adapters.state import client_adapter, client_dims, repeat_adapter
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import (
+    Adapter,
+    client_adapter,
+    client_dims,
+    factor_names,
+    factors,
+    is_lora,
+    lora_layers,
+    rank_dim,
+    repeat_adapter,
+)
 from ..checks import door, fraction, several, unchecked, whole
 from ..merging.merge import combine_adapters, compress, concat_ranks, limit_rank
 from ..training.fedavg import weighted_average
@@ -51,25 +61,25 @@ def shared_loss(f: Callable[[Adapter], Tensor], tensors: Adapter) -> Tensor:
 
 
 def squared_distance(tensors: Adapter, prefix: str) -> Tensor:
-    """``|select_prefix(prefix) - anchor|²`` over all tensors of the two adapters."""
-    one, anchor = select_prefix(tensors, prefix), select_prefix(tensors, "anchor")
-    return sum((one[name] - anchor[name]).square().sum() for name in one)
+    """``|select_prefix(prefix) - global_reference|²`` over all tensors of the two adapters."""
+    one, global_reference = select_prefix(tensors, prefix), select_prefix(tensors, "global_reference")
+    return sum((one[name] - global_reference[name]).square().sum() for name in one)
 
 
-def keep_anchor(tensors: Adapter, number: int) -> Adapter:
+def keep_global_reference(tensors: Adapter, number: int) -> Adapter:
     """Remember the shared adapter as it was received."""
-    return tensors | add_prefix("anchor", select_prefix(tensors))
+    return tensors | add_prefix("global_reference", select_prefix(tensors))
 
 
 @door()
 def fedprox(mu: float = 0.1) -> Algorithm:
-    """FedIT whose clients minimise ``f(w) + mu/2 |w - anchor|²``, the anchor being w as received (Li et al., MLSys
+    """FedIT whose clients minimise ``f(w) + mu/2 |w - global_reference|²``, the global_reference being w as received (Li et al., MLSys
     2020, arXiv 1812.06127). ``mu=0`` is FedIT."""
 
     def objective(f, tensors):
         return f(select_prefix(tensors)) + mu / 2 * squared_distance(tensors, "")
 
-    return replace(FEDIT, name="FedProx", phases=(Phase(objective=objective),), on_receive=keep_anchor)
+    return replace(FEDIT, name="FedProx", phases=(Phase(objective=objective),), on_receive=keep_global_reference)
 
 
 @door()
@@ -86,7 +96,7 @@ def wise_ft(algorithm: Algorithm, steps: int, weight: float = 0.5) -> Algorithm:
     return replace(finetuned(algorithm, steps), name=f"WiSE-FT of {algorithm.name}", wise_ft_weight=weight)
 
 
-# Exact aggregation. What is folded into the frozen weights is held as an adapter of its own, of any rank.
+# Exact aggregation. What is merged_residual into the frozen weights is held as an adapter of its own, of any rank.
 
 
 def shares(sizes: Tensor) -> list[float]:
@@ -94,20 +104,22 @@ def shares(sizes: Tensor) -> list[float]:
     return (sizes.double() / sizes.sum()).tolist()
 
 
-def folded(tensors: Adapter) -> Adapter:
-    """What was folded into the frozen weights."""
-    return select_prefix(tensors, "folded")
+def merged_residual(tensors: Adapter) -> Adapter:
+    """What was merged_residual into the frozen weights."""
+    return select_prefix(tensors, "merged_residual")
 
 
-def with_folded(tensors: Adapter) -> Adapter:
-    """The shared adapter beside what was folded into the frozen weights."""
-    return concat_ranks(select_prefix(tensors), folded(tensors))
+def with_merged_residual(tensors: Adapter) -> Adapter:
+    """The shared adapter beside what was merged_residual into the frozen weights."""
+    return concat_ranks(select_prefix(tensors), merged_residual(tensors))
 
 
 def fold(tensors: Adapter, prefix: str) -> Adapter:
-    """Add what came under ``prefix`` to what is folded already."""
+    """Add what came under ``prefix`` to what is merged_residual already."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{prefix}:")}
-    return kept | add_prefix("folded", limit_rank(concat_ranks(folded(tensors), select_prefix(tensors, prefix))))
+    return kept | add_prefix(
+        "merged_residual", limit_rank(concat_ranks(merged_residual(tensors), select_prefix(tensors, prefix)))
+    )
 
 
 def mean_and_residual(stack: Adapter, sizes: Tensor) -> Adapter:
@@ -129,12 +141,12 @@ FEDEX = Algorithm(
     phases=(Phase(objective=shared_loss),),
     aggregate=mean_and_residual,
     on_receive=lambda tensors, number: fold(tensors, "residual"),
-    frozen=folded,
-    personal_model=with_folded,
-    federated_model=lambda tensors: client_adapter(with_folded(tensors), 0),
+    frozen=merged_residual,
+    personal_model=with_merged_residual,
+    federated_model=lambda tensors: client_adapter(with_merged_residual(tensors), 0),
     broadcast_to_all=True,
 )
-"""FedIT, and the residual of its mean goes down too (as factors) and is folded into the frozen weights (Singhal et al.,
+"""FedIT, and the residual of its mean goes down too (as factors) and is merged_residual into the frozen weights (Singhal et al.,
 ACL 2025, arXiv 2410.09432). One client has no residual: local."""
 
 
@@ -147,7 +159,7 @@ def stacked(stack: Adapter, sizes: Tensor) -> Adapter:
     )
 
 
-def fold_and_redraw(tensors: Adapter, number: int) -> Adapter:
+def merge_and_redraw(tensors: Adapter, number: int) -> Adapter:
     """Fold what is stacked, and begin the factors anew: the entries of the first A in an order drawn for each round,
     the same for all clients, and B zero."""
     if number == 0:
@@ -160,8 +172,8 @@ def fold_and_redraw(tensors: Adapter, number: int) -> Adapter:
     return fold(tensors | fresh, "stacked")
 
 
-FLORA = replace(FEDEX, name="FLoRA", aggregate=stacked, on_receive=fold_and_redraw, keep_optimizer=False)
-"""The clients' factors are stacked, sent to all and folded into the frozen weights; every round begins with new factors
+FLORA = replace(FEDEX, name="FLoRA", aggregate=stacked, on_receive=merge_and_redraw, keep_optimizer=False)
+"""The clients' factors are stacked, sent to all and merged_residual into the frozen weights; every round begins with new factors
 (Wang et al., NeurIPS 2024, arXiv 2409.05976). After one round it is the exact mean of the clients' local models."""
 
 
@@ -227,32 +239,32 @@ def fedrep(head_share: float = 0.5) -> Algorithm:
     return replace(FEDPER, name="FedRep", phases=(head, body))
 
 
-# Two models. The shared adapter has plain names, the personal one the prefix ``own:``.
+# Two models. The shared adapter has plain names, the personal one the prefix ``personal:``.
 
 
-def is_own(name: str) -> bool:
+def is_personal(name: str) -> bool:
     """A tensor of the personal adapter."""
-    return name.startswith("own:")
+    return name.startswith("personal:")
 
 
 def own(tensors: Adapter) -> Adapter:
     """The personal adapter."""
-    return select_prefix(tensors, "own")
+    return select_prefix(tensors, "personal")
 
 
-TWO = replace(FEDIT, init=lambda stack: stack | add_prefix("own", stack))
+TWO = replace(FEDIT, init=lambda stack: stack | add_prefix("personal", stack))
 
 
 @door()
 def ditto(strength: float = 0.1) -> Algorithm:
-    """FedIT, and beside it a personal model that minimises ``f(v) + strength/2 |v - anchor|²``, the anchor being the
+    """FedIT, and beside it a personal model that minimises ``f(v) + strength/2 |v - global_reference|²``, the global_reference being the
     shared one as received (Li et al., ICML 2021, arXiv 2012.04221; strength is its λ). ``strength=0`` is local."""
 
     def objective(f, tensors):
-        return f(own(tensors)) + strength / 2 * squared_distance(tensors, "own")
+        return f(own(tensors)) + strength / 2 * squared_distance(tensors, "personal")
 
-    phases = Phase(objective=shared_loss), Phase(is_trained=is_own, objective=objective)
-    return replace(TWO, name="Ditto", phases=phases, on_receive=keep_anchor, personal_model=own)
+    phases = Phase(objective=shared_loss), Phase(is_trained=is_personal, objective=objective)
+    return replace(TWO, name="Ditto", phases=phases, on_receive=keep_global_reference, personal_model=own)
 
 
 @door(weight=fraction)
@@ -275,7 +287,7 @@ def apfl(weight: float = 0.5, adaptive: bool = True) -> Algorithm:
         return TWO.init(stack) | {"weight:": some.new_full((len(some), 1), weight)}
 
     def is_trained(name: str) -> bool:
-        return is_shared(name) or is_own(name) or (adaptive and name == "weight:")
+        return is_shared(name) or is_personal(name) or (adaptive and name == "weight:")
 
     phase = Phase(is_trained, lambda f, tensors: f(select_prefix(tensors)) + f(mixed(tensors)), models=2)
     return replace(TWO, name="APFL", init=init, phases=(phase,), personal_model=mixed)
@@ -291,7 +303,7 @@ def feddpa(weight: float = 0.5) -> Algorithm:
     def both(tensors: Adapter) -> Adapter:
         return unchecked(combine_adapters)([select_prefix(tensors), own(tensors)], [weight, 1 - weight])
 
-    phases = Phase(is_trained=is_own), Phase(objective=shared_loss)
+    phases = Phase(is_trained=is_personal), Phase(objective=shared_loss)
     return replace(TWO, name="FedDPA-T", phases=phases, personal_model=both)
 
 

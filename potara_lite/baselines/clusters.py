@@ -9,11 +9,11 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import adapter_bytes, delta_inner_products, door, numbers, repeat_adapter, select_clients
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, adapter_bytes, delta_inner_products, door, numbers, repeat_adapter, select_clients
 from ..checks import fraction, whole
 from ..estimators.combination import estimate_combination
-from ..experiment import Method, Result, Trial, training_options
+from ..experiment import Method, Result, Run, training_options
 from ..federation.split import Split
 from ..merging.merge import combine_adapters
 from ..training.fedavg import Ledger, fedit
@@ -71,22 +71,22 @@ def three_models(clusters: int = 2, own: float = 0.5, share: float = 0.5) -> Met
     clusters are found. The mixing weight that is reported is the federated model's.
     """
 
-    def method(trial: Trial) -> Result:
-        adapted, federation, setting = trial.adapted, trial.federation, trial.setting
-        local, clients, began = trial.pair.local, len(federation), time.perf_counter()
+    def method(run: Run) -> Result:
+        adapted, federation, setting = run.adapted, run.federation, run.setting
+        local, clients, began = run.pair.local, len(federation), time.perf_counter()
         labels = cluster_clients(similarity(local, adapted.scaling), clusters)
         rounds = round(share * setting.rounds)
         options = training_options(setting, setting.federated_lr_scale)
-        options |= dict(local_steps=setting.round_steps, seed=trial.seed)
+        options |= dict(local_steps=setting.round_steps, seed=run.seed)
         shared = fedit(adapted, federation.train, rounds=setting.rounds - rounds, **options)
         cluster, more = train_clusters(adapted, federation.train, labels, rounds=rounds, **options)
         models = [repeat_adapter(shared.adapter, clients), cluster, local]
         weights, _ = estimate_combination(adapted, models, federation.calibration, own=own)
         upload, floats = adapter_bytes(adapted.initial), len(models) * (len(models) + 1) // 2
-        ledger = trial.pair.ledgers[1] + shared.ledger + more
+        ledger = run.pair.ledgers[1] + shared.ledger + more
         ledger = ledger.add(torch.arange(clients), up=upload + 4 * floats, down=4 * len(models))
         merged = combine_adapters(models, list(weights.T))
-        seconds = trial.pair.seconds[1] + time.perf_counter() - began
+        seconds = run.pair.seconds[1] + time.perf_counter() - began
         return Result(adapted, merged, ledger, seconds, weights[:, 0])
 
     return method

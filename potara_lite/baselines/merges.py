@@ -19,8 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters.lora import AdaptedBackbone, Adapter, factor_names, factors, is_lora, layer_of, lora_layers
-from ..adapters.state import adapter_from_delta, client_adapter, delta, door, flatten, numbers, unflatten
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import (
+    Adapter,
+    adapter_from_delta,
+    client_adapter,
+    delta,
+    door,
+    factor_names,
+    factors,
+    flatten,
+    is_lora,
+    layer_of,
+    lora_layers,
+    numbers,
+    unflatten,
+)
 from ..checks import function as any_function, named, refuse, several, unchecked
 from ..federation.inputs import take
 from ..federation.split import Split

@@ -1,4 +1,4 @@
-"""The field as one table of methods, each a function of a ``Trial``: a federation, a seed and a budget of steps.
+"""The field as one table of methods, each a function of a ``Run``: a federation, a seed and a budget of steps.
 
 Every method gets the same optimiser steps per client: those of Potara's federated and local training together. A round
 of a method that trains two models costs twice the steps, so it plays half as many rounds. All methods see the same
@@ -19,17 +19,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..adapters.lora import Adapter
-from ..adapters.state import adapter_from_delta, delta, repeat_adapter, select_clients
+from ..adapters.state import Adapter, adapter_from_delta, delta, repeat_adapter, select_clients
 from ..checks import door, fraction, function as any_function, refuse
 from ..estimators import ESTIMATORS, by_layer, estimate_paper, estimate_pooled, on_calibration, on_train
 from ..experiment import (
+    MODEL_PAIR_METHODS,
     ORACLE,
-    PAIR_METHODS,
     Method,
-    Pair,
+    ModelPair,
     Result,
-    Trial,
+    Run,
     local_from_federated,
     merging,
     one_of_pair,
@@ -47,7 +46,7 @@ from .rounds import Algorithm, run_algorithm
 
 @door(algorithm=lambda name, value, given: value)
 def from_algorithm(algorithm: Algorithm | Callable[[Setting], Algorithm], lr_scale: float = 1.0) -> Method:
-    """An algorithm, for as many rounds as the trial's steps allow.
+    """An algorithm, for as many rounds as the run's steps allow.
 
     Raises ``ValueError`` for what is neither an algorithm nor a function, and where whole rounds do not add up to the
     budget.
@@ -55,16 +54,16 @@ def from_algorithm(algorithm: Algorithm | Callable[[Setting], Algorithm], lr_sca
     if not isinstance(algorithm, Algorithm) and not callable(algorithm):
         refuse("algorithm", "an Algorithm or a function of a setting", algorithm)
 
-    def method(trial: Trial) -> Result:
-        setting = trial.setting
+    def method(run: Run) -> Result:
+        setting = run.setting
         one = algorithm if isinstance(algorithm, Algorithm) else algorithm(setting)
         round_cost = one.local_cost(setting.round_steps)
         rounds, rest = divmod(setting.total_steps - one.local_cost(one.finetune_steps), round_cost)
         if rounds < 0 or rest:
             raise ValueError(f"{one.name}: rounds of {round_cost} steps do not make {setting.total_steps}")
         began, options = time.perf_counter(), training_options(setting, lr_scale)
-        options |= dict(rounds=rounds, local_steps=setting.round_steps, seed=trial.seed)
-        result = run_algorithm(one, trial.adapted, trial.federation.train, **options)
+        options |= dict(rounds=rounds, local_steps=setting.round_steps, seed=run.seed)
+        result = run_algorithm(one, run.adapted, run.federation.train, **options)
         return Result(result.adapted, result.personal, result.ledger, time.perf_counter() - began)
 
     return method
@@ -96,20 +95,20 @@ def wise_ft(weight: float, lr_scale: float, rounds_scale: float) -> Method:
 def local_training(lr_scale: float = 1.0) -> Method:
     """Every client alone, for all of the steps."""
 
-    def method(trial: Trial) -> Result:
-        clients, steps, began = len(trial.federation), trial.setting.total_steps, time.perf_counter()
-        options = training_options(trial.setting, lr_scale) | dict(steps=steps, seed=(trial.seed, 1))
-        initial = repeat_adapter(trial.adapted.initial, clients)
-        trained = train(trial.adapted, initial, trial.federation.train, **options)
+    def method(run: Run) -> Result:
+        clients, steps, began = len(run.federation), run.setting.total_steps, time.perf_counter()
+        options = training_options(run.setting, lr_scale) | dict(steps=steps, seed=(run.seed, 1))
+        initial = repeat_adapter(run.adapted.initial, clients)
+        trained = train(run.adapted, initial, run.federation.train, **options)
         ledger = Ledger.zeros(clients).add(torch.arange(clients), steps=steps)
-        return Result(trial.adapted, trained.adapters, ledger, time.perf_counter() - began)
+        return Result(run.adapted, trained.adapters, ledger, time.perf_counter() - began)
 
     return method
 
 
-def fisher_merge_of_pair(trial: Trial, pair: Pair) -> Adapter:
+def fisher_merge_of_pair(run: Run, pair: ModelPair) -> Adapter:
     """Fisher merging of the deltas, coordinate by coordinate, on the calibration examples; a client at a time."""
-    adapted, samples, merged = trial.adapted, trial.federation.calibration, []
+    adapted, samples, merged = run.adapted, run.federation.calibration, []
     for row in (slice(i, i + 1) for i in range(len(samples))):
         models = [select_clients(model, row) for model in pair.models]
         dense = [adapter_from_delta(delta(one, adapted.scaling), adapted.scaling, one) for one in models]
@@ -119,22 +118,22 @@ def fisher_merge_of_pair(trial: Trial, pair: Pair) -> Adapter:
     return {name: torch.cat([one[name] for one in merged]) for name in merged[0]}
 
 
-def regmean_of_pair(trial: Trial, pair: Pair) -> Adapter:
+def regmean_of_pair(run: Run, pair: ModelPair) -> Adapter:
     """RegMean on the client's training examples, as each of the two models sees them."""
     models = pair.models
-    grams = [baselines.layer_grams(trial.adapted, model, trial.federation.train) for model in models]
+    grams = [baselines.layer_grams(run.adapted, model, run.federation.train) for model in models]
     return baselines.regmean(models, grams)
 
 
 @door(function=any_function)
 def merging_entries(function: Callable[[Tensor], Tensor]) -> Method:
     """A merge of the task vectors entry by entry."""
-    return merging(lambda trial, pair: baselines.merge_deltas(pair.models, trial.adapted.scaling, function))
+    return merging(lambda run, pair: baselines.merge_deltas(pair.models, run.adapted.scaling, function))
 
 
 def merged_from_federated(estimator: str) -> Callable[..., Method]:
     """A merge whose local models start from the federated one; all such merges share them."""
-    return lambda lr_scale=2: with_estimator(ESTIMATORS[estimator], pair_of=local_from_federated(lr_scale))
+    return lambda lr_scale=2: with_estimator(ESTIMATORS[estimator], model_pair=local_from_federated(lr_scale))
 
 
 FAMILIES: dict[str, Callable[..., Method]] = {
@@ -169,7 +168,7 @@ FAMILIES: dict[str, Callable[..., Method]] = {
     "FedALT": lambda lr_scale=1: from_algorithm(algorithms.fedalt(), lr_scale),
     "uniform": lambda: with_estimator(ESTIMATORS["uniform"]),
     "task arithmetic": lambda coefficient=0.5: merging(
-        lambda trial, pair: baselines.task_arithmetic(pair.models, coefficient)
+        lambda run, pair: baselines.task_arithmetic(pair.models, coefficient)
     ),
     "Fisher merging": lambda: merging(fisher_merge_of_pair),
     "RegMean": lambda: merging(regmean_of_pair),
@@ -188,4 +187,4 @@ FAMILIES: dict[str, Callable[..., Method]] = {
     "potara-calibrated, factors": lambda: with_estimator(ESTIMATORS["potara-calibrated"], merge_factors),
 }
 METHODS: dict[str, Method] = {name: family() for name, family in FAMILIES.items()}
-REFERENCES: dict[str, Method] = {ORACLE: PAIR_METHODS[ORACLE]}
+REFERENCES: dict[str, Method] = {ORACLE: MODEL_PAIR_METHODS[ORACLE]}

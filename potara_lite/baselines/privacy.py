@@ -16,8 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters.lora import Adapter, factors, is_lora, layer_of, lora_layers
-from ..adapters.state import any_adapter, door, flatten, numbers, stack, unflatten
+from ..adapters.state import (
+    Adapter,
+    any_adapter,
+    door,
+    factors,
+    flatten,
+    is_lora,
+    layer_of,
+    lora_layers,
+    numbers,
+    stack,
+    unflatten,
+)
 from ..checks import check_fields, function, kind, positive_or_infinite, real, refuse, unchecked, whole
 from ..estimators.moments import Moments
 

@@ -1,7 +1,7 @@
 """Rounds of any federated algorithm: what its clients hold, train, send and receive, and what it costs them.
 
 A client *holds* a dictionary of tensors. Plain names are the adapter that it shares, or its only one; further ones
-have a prefix: ``own:`` (a second, personal adapter), ``anchor:`` (the shared one as it was received), ``folded:``
+have a prefix: ``personal:`` (a second, personal adapter), ``global_reference:`` (the shared one as it was received), ``merged_residual:``
 (what was added to the frozen weights for good) and so on. ``run_algorithm`` plays the rounds of any ``Algorithm``:
 
 1. *down*: every participant takes the message (``tensors | message``), then ``on_receive``;
@@ -21,8 +21,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapters.lora import AdaptedBackbone, Adapter, delta_added, is_lora
-from ..adapters.state import adapter_bytes, client_adapter, delta, door, flatten, repeat_adapter, select_clients
+from ..adapters.lora import AdaptedBackbone, delta_added
+from ..adapters.state import (
+    Adapter,
+    adapter_bytes,
+    client_adapter,
+    delta,
+    door,
+    flatten,
+    is_lora,
+    repeat_adapter,
+    select_clients,
+)
 from ..checks import check_fields, function, kind, options_of, several, unchecked, whole
 from ..federation.split import Split
 from ..merging.merge import merge_exact

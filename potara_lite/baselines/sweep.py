@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..adapters.lora import AdaptedBackbone
 from ..checks import door, function, kind, named, several, whole
-from ..experiment import Method, Trial, prepare
+from ..experiment import Method, Run, prepare
 from ..federation.inputs import map_inputs
 from ..federation.split import Federation, Split
 from ..files import FileError, reading, write_atomically
@@ -101,14 +101,14 @@ def sweep(
     keys = {method: fingerprint((common, function)) for method, function in methods.items()}
     with tqdm(total=len(methods) * len(cells), disable=not progress, unit="run") as bar:
         for name, seed in cells:
-            trial, place = None, folder / _slug(name) / f"seed-{seed}"
+            run, place = None, folder / _slug(name) / f"seed-{seed}"
             place.mkdir(exist_ok=True)
             for method, function in methods.items():
                 path = place / f"{_slug(method)}.csv"
                 bar.set_description(f"{name}, seed {seed}, {method}")
                 if not path.is_file() or _read_cell(path)[0] != keys[method]:
-                    trial = trial or Trial(*prepare(settings[name], seed), settings[name], seed)
-                    rows = _rows(method, function, trial, eval_split(trial.federation), union_size)
+                    run = run or Run(*prepare(settings[name], seed), settings[name], seed)
+                    rows = _rows(method, function, run, eval_split(run.federation), union_size)
                     _write_cell(path, keys[method], rows.assign(federation=name)[COLUMNS])
                 bar.update()
     return read_results(folder)
@@ -194,8 +194,8 @@ def _remember_setting(folder: Path, setting: Setting, union_size: int) -> None:
     write_atomically(path, text)
 
 
-def _rows(name: str, method: Method, trial: Trial, split: Split, union_size: int) -> pd.DataFrame:
-    result = method(trial)
-    rows = result_rows(name, trial, result, split)
-    loss, accuracy = result.evaluate(union(split, union_size), trial.setting.chunk_size)
+def _rows(name: str, method: Method, run: Run, split: Split, union_size: int) -> pd.DataFrame:
+    result = method(run)
+    rows = result_rows(name, run, result, split)
+    loss, accuracy = result.evaluate(union(split, union_size), run.setting.chunk_size)
     return rows.assign(union_loss=loss.cpu().numpy(), union_accuracy=accuracy.cpu().numpy())

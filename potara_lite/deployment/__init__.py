@@ -1,7 +1,7 @@
 """Potara as a Flower app: the same rounds and the same mixing weight between machines that are really apart."""
 
-from .client import Home, client_app
-from .run_config import Plan, load_lab_client
-from .server import Outcome, Patience, play, server_app
+from .client import ClientState, client_app
+from .run_config import RunConfig, load_lab_client
+from .server import RunResult, Timeouts, play, server_app
 
-__all__ = ["Home", "Outcome", "Patience", "Plan", "client_app", "load_lab_client", "play", "server_app"]
+__all__ = ["ClientState", "RunResult", "Timeouts", "RunConfig", "client_app", "load_lab_client", "play", "server_app"]

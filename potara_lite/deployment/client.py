@@ -1,6 +1,6 @@
 """The client of a federation as a Flower ``ClientApp``: it trains, and keeps data, local model and optimiser at home.
 
-A message is a process of its own, which may be killed: what must survive is in ``Home``. The exchanges after the rounds
+A message is a process of its own, which may be killed: what must survive is in ``ClientState``. The exchanges after the rounds
 are those of ``docs/deployment.md``; the numbers that travel are computed by the functions of ``estimators.calibrated``.
 """
 
@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..adapters.files import save_adapter
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import client_adapter, select_clients
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, client_adapter, select_clients
 from ..baselines.algorithms import ALGORITHMS
 from ..baselines.rounds import Algorithm, client_step, finetune_step
 from ..checks import door, function, kind, named, path, whole
-from ..estimators.calibrated import POINTS, PROBE, offset_weights, parabolas
+from ..estimators.calibrated import POINTS, STEP, offset_weights, parabolas
 from ..estimators.curve import client_losses, segment_losses
 from ..experiment import train_local
 from ..federation.split import Federation
@@ -32,12 +32,12 @@ from ..files import reading, write_atomically
 from ..merging.connectivity import weight_grid
 from ..merging.merge import merge_exact
 from ..training.train import OptimizerState, evaluate
-from .run_config import Config, LoadClient, Plan, from_record, load_lab_client, to_record
+from .run_config import Config, LoadClient, RunConfig, from_record, load_lab_client, to_record
 
 State = dict[str, torch.Tensor]  # "part/name": tensor
 
 
-class Home:
+class ClientState:
     """What a client keeps between messages of one run: stacks of one client, by the part that they are.
 
     Kept in ``state/client-NUMBER-run-RUN.safetensors`` in the node's ``folder``, replaced in one step, so that a killed
@@ -82,11 +82,11 @@ class Home:
 class Client:
     """A client while it answers one message: what the run is, what the client has, and what it holds."""
 
-    plan: Plan
+    run_config: RunConfig
     number: int
     adapted: AdaptedBackbone
     data: Federation
-    home: Home
+    home: ClientState
     parts: dict[str, Adapter]
     folder: Path | None
 
@@ -94,8 +94,8 @@ class Client:
     def tensors(self) -> Adapter:
         """What it holds: the algorithm's initial tensors before its first message."""
         if "tensors" not in self.parts:
-            initial = {n: t.expand(self.plan.setting.clients, *t.shape) for n, t in self.adapted.initial.items()}
-            every = self.plan.algorithm.init(initial)
+            initial = {n: t.expand(self.run_config.setting.clients, *t.shape) for n, t in self.adapted.initial.items()}
+            every = self.run_config.algorithm.init(initial)
             self.parts["tensors"] = select_clients(every, torch.tensor([self.number]))
         return self.part("tensors")
 
@@ -106,7 +106,7 @@ class Client:
 
     def optimizers(self, tensors: Adapter) -> list[OptimizerState]:
         """The optimiser state of every phase."""
-        new = self.plan.algorithm.new_optimizers(tensors)
+        new = self.run_config.algorithm.new_optimizers(tensors)
         kept = [self.parts.get(f"optimizer-{i}") for i in range(len(new))]
         return [OptimizerState(**one).to(self.adapted.device) if one else first for one, first in zip(kept, new)]
 
@@ -118,7 +118,7 @@ class Client:
     def save_models(self, **models: Adapter) -> None:
         """Write models as PEFT folders, laid out as the command does, where the node has a folder."""
         if self.folder:
-            place = self.folder / "adapters" / f"seed-{self.plan.seed}" / f"client-{self.number}"
+            place = self.folder / "adapters" / f"seed-{self.run_config.seed}" / f"client-{self.number}"
             for name, stack in models.items():
                 save_adapter(self.adapted, client_adapter(stack, 0), place / name.replace("_", "-"))
 
@@ -129,13 +129,13 @@ class Client:
 
 def train_round(client: Client, message: RecordDict) -> RecordDict:
     """A round: take the server's tensors, train, send back what is uploaded."""
-    began, plan, number = time.perf_counter(), client.plan, int(message["config"]["number"])
-    algorithm, model = plan.algorithm, plan.algorithm.backbone(client.adapted)
+    began, run_config, number = time.perf_counter(), client.run_config, int(message["config"]["number"])
+    algorithm, model = run_config.algorithm, run_config.algorithm.backbone(client.adapted)
     received = client.tensors | from_record(message["tensors"], client.adapted.device)
     tensors = algorithm.on_receive(received, number)
     optimizers = client.optimizers(tensors)
     tensors, optimizers = client_step(
-        algorithm, model, client.data.train, tensors, optimizers, number=number, **plan.training
+        algorithm, model, client.data.train, tensors, optimizers, number=number, **run_config.training
     )
     kept = {f"optimizer-{i}": vars(one) for i, one in enumerate(optimizers)} if algorithm.keep_optimizer else {}
     client.save(tensors=tensors, **kept)
@@ -145,12 +145,12 @@ def train_round(client: Client, message: RecordDict) -> RecordDict:
 
 def finish(client: Client, message: RecordDict) -> RecordDict:
     """The last message: the client's model of the algorithm, once it has taken its steps after the rounds."""
-    plan, algorithm = client.plan, client.plan.algorithm
+    run_config, algorithm = client.run_config, client.run_config.algorithm
     received = client.tensors | from_record(message["tensors"], client.adapted.device)
-    tensors = algorithm.on_receive(received, plan.setting.rounds)
+    tensors = algorithm.on_receive(received, run_config.setting.rounds)
     personal, model = algorithm.personal_model(tensors), algorithm.backbone(client.adapted)
     if algorithm.finetune_steps:
-        options = dict(number=plan.setting.rounds, **plan.training)
+        options = dict(number=run_config.setting.rounds, **run_config.training)
         tensors, personal = finetune_step(algorithm, model, client.data.train, tensors, personal, **options)
     client.save(tensors=tensors, federated=personal)
     return RecordDict({"metrics": MetricRecord({"steps": algorithm.local_cost(algorithm.finetune_steps)})})
@@ -158,11 +158,11 @@ def finish(client: Client, message: RecordDict) -> RecordDict:
 
 def curve(client: Client, message: RecordDict) -> RecordDict:
     """Exchange 1: train the local model, send the mean held-out loss at each weight of the grid."""
-    began, plan, adapted = time.perf_counter(), client.plan, client.adapted
+    began, run_config, adapted = time.perf_counter(), client.run_config, client.adapted
     federated = client.part("federated")
     initial = {name: tensor.unsqueeze(0) for name, tensor in adapted.initial.items()}
-    start = federated if plan.setting.local_from_federated else initial
-    local, _, _ = train_local(adapted, start, client.data, plan.setting, plan.seed)
+    start = federated if run_config.setting.local_from_federated else initial
+    local, _, _ = train_local(adapted, start, client.data, run_config.setting, run_config.seed)
     client.save(local=local)
     client.save_models(local=local)
     losses = segment_losses(adapted, federated, local, client.data.calibration, weight_grid(POINTS))
@@ -186,10 +186,9 @@ def offset_parabola(client: Client, message: RecordDict) -> RecordDict:
     models = client.models
     client.save(weight={"client": torch.tensor([weight], dtype=torch.float64)})
     three = (
-        merge_exact(*models, offset_weights(models[1], client.parts["weight"]["client"], o))
-        for o in (-PROBE, 0.0, PROBE)
+        merge_exact(*models, offset_weights(models[1], client.parts["weight"]["client"], o)) for o in (-STEP, 0.0, STEP)
     )
-    found = parabolas(*(client_losses(client.adapted, one, held) for one in three), held.sizes, PROBE)
+    found = parabolas(*(client_losses(client.adapted, one, held) for one in three), held.sizes, STEP)
     return RecordDict({"up": MetricRecord(dict(zip(("slope", "curvature", "variance"), map(float, found))))})
 
 
@@ -211,7 +210,7 @@ def score(client: Client, message: RecordDict) -> RecordDict:
     found = {}
     for part in ("federated", "local", "merged"):
         if part in client.parts:
-            model = client.plan.algorithm.backbone(client.adapted) if part == "federated" else client.adapted
+            model = client.run_config.algorithm.backbone(client.adapted) if part == "federated" else client.adapted
             loss, accuracy = evaluate(model, client.part(part), client.data.test)
             found |= {f"{part}-loss": float(loss), f"{part}-accuracy": float(accuracy)}
     return RecordDict({"metrics": MetricRecord(found)})
@@ -220,7 +219,7 @@ def score(client: Client, message: RecordDict) -> RecordDict:
 def join(client: Client, message: RecordDict) -> RecordDict:
     """Who the client is: its number, how many examples it has, and the fingerprint of what all must share."""
     sizes = {"train": int(client.data.train.sizes), "calibration": int(client.data.calibration.sizes)}
-    facts = ConfigRecord({"fingerprint": client.plan.fingerprint(client.adapted)})
+    facts = ConfigRecord({"fingerprint": client.run_config.fingerprint(client.adapted)})
     return RecordDict({"metrics": MetricRecord({"client": client.number, **sizes}), "config": facts})
 
 
@@ -236,7 +235,7 @@ QUERIES = {
 
 @door(load=function, algorithms=named(kind("Algorithm")))
 def client_app(load: LoadClient = load_lab_client, algorithms: Mapping[str, Algorithm] = ALGORITHMS) -> ClientApp:
-    """The ``ClientApp`` of clients whose backbone and data ``load(plan, client, node_config)`` gives.
+    """The ``ClientApp`` of clients whose backbone and data ``load(run_config, client, node_config)`` gives.
 
     The node's configuration says which client it is (``partition-id``) and, if it is to keep its state and its models
     on disk, in which ``folder``. What ``load`` returns is the client's federation of one, whose id is the client's.
@@ -244,13 +243,13 @@ def client_app(load: LoadClient = load_lab_client, algorithms: Mapping[str, Algo
     app = ClientApp()
 
     def answer(exchange, message: Message, context: Context) -> Message:
-        plan = Plan.of(context.run_config, algorithms)
+        run_config = RunConfig.of(context.run_config, algorithms)
         number = whole(0)("partition-id", context.node_config.get("partition-id"), {})
-        adapted, data = load(plan, number, context.node_config)
+        adapted, data = load(run_config, number, context.node_config)
         if data.train.ids != (number,):
             raise ValueError(f"client {number} was given the data of clients {list(data.train.ids)}")
-        home, folder = Home(context), _folder(context.node_config)
-        client = Client(plan, number, adapted, data, home, home.load(), folder)
+        home, folder = ClientState(context), _folder(context.node_config)
+        client = Client(run_config, number, adapted, data, home, home.load(), folder)
         return Message(exchange(client, message.content), reply_to=message)
 
     app.train()(lambda message, context: answer(train_round, message, context))

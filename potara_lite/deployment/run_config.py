@@ -1,6 +1,6 @@
-"""What a server and its clients agree on: the run's configuration as a plan, and how tensors travel.
+"""What a server and its clients agree on: the run's configuration as a run_config, and how tensors travel.
 
-The plan comes from Flower's run configuration, whose keys are the fields of ``Setting`` with hyphens (``train-size``),
+The run_config comes from Flower's run configuration, whose keys are the fields of ``Setting`` with hyphens (``train-size``),
 ``method`` (a name of ``ALGORITHMS``) and ``seed``.
 """
 
@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from flwr.app import ArrayRecord
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import adapter_bytes
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, adapter_bytes
 from ..baselines.algorithms import ALGORITHMS
 from ..baselines.rounds import Algorithm
 from ..checks import check_fields, door, kind, whole
@@ -24,12 +24,14 @@ from ..federation.split import Federation
 from ..setting import Setting
 
 Config = Mapping[str, str | int | float | bool]
-LoadClient = Callable[["Plan", int, Config], tuple[AdaptedBackbone, Federation]]  # plan, client, node's configuration
-LoadBackbone = Callable[["Plan"], AdaptedBackbone]
+LoadClient = Callable[
+    ["RunConfig", int, Config], tuple[AdaptedBackbone, Federation]
+]  # run_config, client, node's configuration
+LoadBackbone = Callable[["RunConfig"], AdaptedBackbone]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunConfig:
     """One run: its setting, its algorithm, the seed of everything that is drawn."""
 
     setting: Setting
@@ -40,11 +42,11 @@ class Plan:
         check_fields(self)
 
     @staticmethod
-    def of(config: Config, algorithms: Mapping[str, Algorithm] = ALGORITHMS) -> Plan:
-        """The plan of a run's configuration. Raises ``ValueError`` for an unknown method and what ``Setting`` refuses.
+    def of(config: Config, algorithms: Mapping[str, Algorithm] = ALGORITHMS) -> RunConfig:
+        """The run_config of a run's configuration. Raises ``ValueError`` for an unknown method and what ``Setting`` refuses.
 
-        >>> plan = Plan.of({"method": "FedSA-LoRA", "clients": 3, "round-steps": 2})
-        >>> plan.algorithm.name, plan.setting.clients, plan.setting.round_steps
+        >>> run_config = RunConfig.of({"method": "FedSA-LoRA", "clients": 3, "round-steps": 2})
+        >>> run_config.algorithm.name, run_config.setting.clients, run_config.setting.round_steps
         ('FedSA-LoRA', 3, 2)
         """
         if (method := config.get("method", "FedIT")) not in algorithms:
@@ -52,7 +54,7 @@ class Plan:
         names = {field.name for field in fields(Setting)}
         given = {key.replace("-", "_"): value for key, value in config.items()}
         setting = Setting(**{name: value for name, value in given.items() if name in names})
-        return Plan(setting, algorithms[method], config.get("seed", 0))
+        return RunConfig(setting, algorithms[method], config.get("seed", 0))
 
     @property
     def training(self) -> dict:
@@ -73,17 +75,17 @@ class Plan:
         return digest.hexdigest()
 
 
-@door(plan=kind("Plan"), client=whole(0))
-def load_lab_client(plan: Plan, client: int, node_config: Config) -> tuple[AdaptedBackbone, Federation]:
+@door(run_config=kind("RunConfig"), client=whole(0))
+def load_lab_client(run_config: RunConfig, client: int, node_config: Config) -> tuple[AdaptedBackbone, Federation]:
     """The lab ViT and this client's part of the shipped Fashion-MNIST federation."""
-    adapted, federation = prepare(plan.setting, plan.seed)
+    adapted, federation = prepare(run_config.setting, run_config.seed)
     return adapted, federation.rows([client])
 
 
-@door(plan=kind("Plan"))
-def load_lab_backbone(plan: Plan) -> AdaptedBackbone:
+@door(run_config=kind("RunConfig"))
+def load_lab_backbone(run_config: RunConfig) -> AdaptedBackbone:
     """The lab ViT with an empty adapter."""
-    return prepare(plan.setting, plan.seed)[0]
+    return prepare(run_config.setting, run_config.seed)[0]
 
 
 def to_record(stack: Adapter) -> ArrayRecord:

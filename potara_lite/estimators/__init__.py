@@ -6,8 +6,8 @@ federated stack, local stack, federation) that picks its samples itself.
 
 from collections.abc import Callable
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import door
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, door
 from ..checks import function
 from ..federation.split import Federation
 from .alternatives import (

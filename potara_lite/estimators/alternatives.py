@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import door, flatten, groups_of, interval, numbers, shaped_like, sizes_of
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, door, flatten, groups_of, interval, numbers, shaped_like, sizes_of
 from ..checks import not_negative, optional, several, unchecked
 from ..federation.split import Split
 from ..merging.merge import merge_exact

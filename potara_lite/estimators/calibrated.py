@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters.lora import AdaptedBackbone, Adapter, layer_of
-from ..adapters.state import door, numbers, shaped_like, sizes_of
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, door, layer_of, numbers, shaped_like, sizes_of
 from ..checks import refuse, unchecked, whole
 from ..federation.split import Split
 from ..merging.connectivity import weight_grid
@@ -15,7 +15,7 @@ from .curve import client_losses, segment_losses
 from .estimate import Estimate, Grouping, head_and_body
 
 POINTS = 9  # weights of the grid
-PROBE = 0.3  # how far apart head and body are tried
+STEP = 0.3  # how far apart head and body are tried
 
 
 @door()
@@ -37,7 +37,7 @@ def estimate_pooled(
     split: Split,
     *,
     points: int = POINTS,
-    probe: float = PROBE,
+    step: float = STEP,
     by: Grouping | None = None,
 ) -> Estimate:
     """Each client's held-out minimum against that of all clients and ½, by their precisions (``pooled_weight``).
@@ -54,8 +54,8 @@ def estimate_pooled(
     details = {"weights": weights, **details}
     if by is None:
         return Estimate(weight, None, details, floats=(points + 1, 2))
-    three = (merge_exact(federated, local, offset_weights(local, weight, o, by)) for o in (-probe, 0.0, probe))
-    offset, more = pooled_offset(*(client_losses(adapted, one, split) for one in three), split.sizes, probe=probe)
+    three = (merge_exact(federated, local, offset_weights(local, weight, o, by)) for o in (-step, 0.0, step))
+    offset, more = pooled_offset(*(client_losses(adapted, one, split) for one in three), split.sizes, step=step)
     weights = offset_weights(local, weight, offset, by)
     return Estimate(weights, None, {"client": weight, **details, **more}, floats=(points + 4, 3))
 
@@ -82,7 +82,7 @@ def offset_weights(
 
 @door(weights=numbers(1), losses=numbers(3), sizes=sizes_of("losses", 2))
 def pooled_weight(
-    weights: Tensor, losses: Tensor, sizes: Tensor, *, spread: float = 0.1, prior_spread: float = 0.25
+    weights: Tensor, losses: Tensor, sizes: Tensor, *, tau: float = 0.1, sigma: float = 0.25
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Each client's weight ``(C,)`` from its held-out losses ``(C, W, N)`` at W ≥ 3 equally spaced ``weights``.
 
@@ -98,9 +98,7 @@ def pooled_weight(
     mean = losses.double().cpu().sum(2) / sizes.unsqueeze(1)
     place = lowest_inside(mean, sizes)
     three, step = losses[:, place - 1 : place + 2].unbind(1), float(weights[1] - weights[0])
-    weight, details = weigh(
-        float(weights[place]), *parabolas(*three, sizes, step), sizes, spread=spread, prior_spread=prior_spread
-    )
+    weight, details = weigh(float(weights[place]), *parabolas(*three, sizes, step), sizes, tau=tau, sigma=sigma)
     return weight, {"loss": mean, **details}
 
 
@@ -124,15 +122,15 @@ def parabolas(
 
 def weigh(
     place: float, slope: Tensor, curvature: Tensor, variance: Tensor, sizes: Tensor, *,
-    spread: float = 0.1, prior_spread: float = 0.25,
+    tau: float = 0.1, sigma: float = 0.25,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Each client's weight ``(C,)`` from the parabolas at ``place``: three estimates, weighed by their precisions.
 
     Of client i's best weight three things are known (Bates & Granger, 1969, for the combination)::
 
         own_i   = place - g_i / h     variance s_i² = v / (n_i h²)   the minimum of its own parabola
-        centre                        variance τ², ``spread``        the clients scatter about a common centre
-        ½                             variance σ², ``prior_spread``  the centre is not far from the middle
+        centre                        variance τ², ``spread``        the clients scatter about a common prior_mean
+        ½                             variance σ², ``sigma``  the centre is not far from the middle
 
     So the centre is the mean of the ``own_i`` and ½ with weights ``1/(s_i² + τ²)`` and ``1/σ²``, and the client's
     weight that of ``own_i`` and the centre with ``1/s_i²`` and ``1/τ²``. ``v`` is the clients' mean, and so is ``h``,
@@ -143,12 +141,12 @@ def weigh(
     h = max(pooled_mean(curvature, sizes), v / 4)
     if h <= 0:
         half = torch.full_like(slope, 0.5)
-        return half, {"centre": half[0], "share": torch.zeros_like(slope)}
+        return half, {"prior_mean": half[0], "shrinkage": torch.zeros_like(slope)}
     own, sampling = place - slope / h, v / (sizes.double() * h**2)
-    precision = 1 / (sampling + spread**2)
-    centre = (precision @ own + 0.5 / prior_spread**2) / (precision.sum() + 1 / prior_spread**2)
-    share = spread**2 / (spread**2 + sampling)
-    return (centre + share * (own - centre)).clamp(0, 1), {"centre": centre, "share": share}
+    precision = 1 / (sampling + tau**2)
+    centre = (precision @ own + 0.5 / sigma**2) / (precision.sum() + 1 / sigma**2)
+    share = tau**2 / (tau**2 + sampling)
+    return (centre + share * (own - prior_mean)).clamp(0, 1), {"prior_mean": prior_mean, "shrinkage": share}
 
 
 def pooled_mean(values: Tensor, counts: Tensor) -> float:
@@ -159,18 +157,18 @@ def pooled_mean(values: Tensor, counts: Tensor) -> float:
 
 @door(low=numbers(2), middle=shaped_like("low", 2), high=shaped_like("low", 2), sizes=sizes_of("low", 1))
 def pooled_offset(
-    low: Tensor, middle: Tensor, high: Tensor, sizes: Tensor, *, probe: float = 0.3, spread: float = 0.2
+    low: Tensor, middle: Tensor, high: Tensor, sizes: Tensor, *, step: float = 0.3, tau: float = 0.2
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One offset between two groups of tensors for all clients, from three losses per held-out sample ``(C, N)``.
 
     The losses are those at the offsets ``-probe``, 0 and ``probe``. Padded samples must have loss zero. See
     ``weigh_offset``.
     """
-    return weigh_offset(*parabolas(low, middle, high, sizes, probe), sizes, probe=probe, spread=spread)
+    return weigh_offset(*parabolas(low, middle, high, sizes, step), sizes, step=step, tau=tau)
 
 
 def weigh_offset(
-    slope: Tensor, curvature: Tensor, variance: Tensor, sizes: Tensor, *, probe: float = 0.3, spread: float = 0.2
+    slope: Tensor, curvature: Tensor, variance: Tensor, sizes: Tensor, *, step: float = 0.3, tau: float = 0.2
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The offset ``()`` from the clients' parabolas ``(C,)``: the minimum of the pool's, against no offset.
 
@@ -178,7 +176,7 @@ def weigh_offset(
     prior ``N(0, spread²)`` by their precisions. Never more than twice the probe; 0 where the pool opens downwards.
     """
     h, v, n = pooled_mean(curvature, sizes), pooled_mean(variance, sizes - 1), float(sizes.sum())
-    share = spread**2 / (spread**2 + v / (n * h**2)) if h > 0 else 0.0
+    share = tau**2 / (tau**2 + v / (n * h**2)) if h > 0 else 0.0
     offset = -share * pooled_mean(slope, sizes) / h if h > 0 else 0.0
-    offset = torch.tensor(min(max(offset, -2 * probe), 2 * probe), dtype=torch.float64)
-    return offset, {"offset": offset, "offset_share": torch.tensor(share, dtype=torch.float64)}
+    offset = torch.tensor(min(max(offset, -2 * step), 2 * step), dtype=torch.float64)
+    return offset, {"offset": offset, "offset_shrinkage": torch.tensor(share, dtype=torch.float64)}

@@ -8,8 +8,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import door, stacks
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, door, stacks
 from ..checks import fraction
 from ..federation.split import Split
 from ..merging.merge import combine_adapters

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import door, numbers
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, door, numbers
 from ..checks import shown, unchecked
 from ..federation.split import Split
 from ..merging.connectivity import weight_grid

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import delta_inner_products, door, flatten, stack
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, delta_inner_products, door, flatten, stack
 from ..checks import several
 from ..federation.split import Split
 from ..merging.merge import combine_adapters

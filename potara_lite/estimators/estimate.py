@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..adapters.lora import AdaptedBackbone, Adapter, factor_names, is_lora, layer_of, lora_layers
-from ..adapters.state import delta, door, numbers
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, delta, door, factor_names, is_lora, layer_of, lora_layers, numbers
 from ..checks import check_fields, kind, named, several, unchecked, whole
 from ..federation.split import Split
 from .moments import Moments

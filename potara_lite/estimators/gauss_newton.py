@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import door, flatten, numbers, shaped_like
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, door, flatten, numbers, shaped_like
 from ..checks import unchecked
 from ..federation.split import Split
 from ..merging.merge import merge_exact

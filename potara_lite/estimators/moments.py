@@ -15,8 +15,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..adapters.state import as_numbers, door, numbers
-from ..checks import refuse
+from ..adapters.state import door, numbers
+from ..checks import as_numbers, refuse
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import door, groups_of, interval, select_clients, sizes_of
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, door, groups_of, interval, select_clients, sizes_of
 from ..checks import unchecked
 from ..federation.split import Split
 from ..training.gradients import delta_gradients, per_sample_gradients

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import door, numbers
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, door, numbers
 from ..checks import options_of, shown, unchecked
 from ..federation.split import Split
 from ..training.train import evaluate

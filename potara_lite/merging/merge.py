@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 from ..adapters.state import (
     Adapter,
     adapter_from_delta,
-    all_finite,
     delta,
     door,
     factor_names,
@@ -30,7 +29,7 @@ from ..adapters.state import (
     rank_dim,
     whole_adapter,
 )
-from ..checks import unchecked, whole
+from ..checks import all_finite, unchecked, whole
 
 Weight = float | Tensor | dict[str, Tensor]
 

@@ -1,7 +1,7 @@
 """The frozen blocks below the first adapted one: what they make of an example is computed once.
 
 A network with its blocks in a list (torchvision's ViTs, BERT-like encoders, Llama-like language models) computes the
-same in its lower blocks for every adapter that begins above them. ``hidden_below`` computes it; ``call_network`` runs
+same in its lower blocks for every adapter that begins above them. ``run_frozen_blocks`` computes it; ``call_network`` runs
 the network from there: the blocks below are passed by, what stands before and after them (embedding, masks, norm, head)
 runs as ever.
 """
@@ -28,7 +28,7 @@ class _Reached(Exception):
     """The blocks below are done: there is no need to run the rest."""
 
 
-def blocks_below(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
+def frozen_blocks(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
     """The blocks below the first of ``layers``: those before it in the outermost list of modules that holds it."""
     for layer in layers:
         names = layer.split(".")
@@ -57,7 +57,7 @@ def linear_layers(network: nn.Module, last: int | None = None) -> list[str]:
     return [name for name, module in network.named_modules() if id(module) in chosen]
 
 
-def call_network(call: Callable, x: Inputs, below: Sequence[nn.Module]) -> Tensor:
+def call_network(call: Callable, x: Inputs, frozen: Sequence[nn.Module]) -> Tensor:
     """The logits of ``call``, a network or a function that runs it, on a batch.
 
     A mapping's tensors are keyword arguments. With ``HIDDEN`` among them the blocks ``below`` hand it on. Of a Hugging
@@ -85,7 +85,9 @@ def check_names(network: nn.Module, x: Inputs) -> None:
 
 
 @torch.no_grad()
-def hidden_below(network: nn.Module, x: Inputs, below: Sequence[nn.Module], trained: Sequence[nn.Module]) -> Inputs:
+def run_frozen_blocks(
+    network: nn.Module, x: Inputs, frozen: Sequence[nn.Module], trained: Sequence[nn.Module]
+) -> Inputs:
     """``x`` together with what the blocks ``below`` make of it, as ``HIDDEN``; ``x`` itself where there are none, where
     one of the ``trained`` modules is called before they are done, or where a block returns more than a tensor."""
     if not below:

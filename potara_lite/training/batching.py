@@ -1,6 +1,6 @@
 """One function for every client: vectorised by ``vmap``, one after another where it cannot be, in chunks that fit.
 
-``map_clients`` does it and ``plan`` decides how. To decide, ``plan`` runs the function once on one client and two
+``map_clients`` does it and ``plan_execution`` decides how. To decide, ``plan_execution`` runs the function once on one client and two
 examples. ``Execution`` is what a caller may want of it.
 """
 
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import flatten, repeat_adapter, unflatten
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, flatten, repeat_adapter, unflatten
 from ..checks import check_fields, kind
 from ..federation.inputs import Inputs, any_tensor, map_inputs
-from .grouped_lora import MOST_KINDS, OneBatch, as_one_batch
+from .grouped_lora import MOST_KINDS, GroupedLoRA, group_lora
 
 CPU_MEMORY = 2**28  # bytes of a chunk on the CPU
 TRIALS: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was measured, while the model lives
@@ -57,8 +57,8 @@ class Execution:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What ``plan`` decided: whether to vectorise, the chunks, the backbone in the form that this takes, and how many
+class ExecutionPlan:
+    """What ``plan_execution`` decided: whether to vectorise, the chunks, the backbone in the form that this takes, and how many
     of the ``batch_size`` examples of one client fit."""
 
     vectorize: bool
@@ -83,7 +83,7 @@ def _unbind(stack: Inputs) -> Iterable[Inputs]:
     return (dict(zip(stack, tensors)) for tensors in zip(*(tensor.unbind() for tensor in stack.values())))
 
 
-def with_autocast(adapted: AdaptedBackbone | OneBatch, dtype: torch.dtype | None) -> Forward:
+def with_autocast(adapted: AdaptedBackbone | GroupedLoRA, dtype: torch.dtype | None) -> Forward:
     """``adapted`` with matrix products and convolutions in ``dtype`` (bf16, say) and logits in the adapter's own.
 
     PyTorch's autocast chooses which operations are safe; weights, gradients and the optimiser keep their dtype. With
@@ -100,7 +100,7 @@ def with_autocast(adapted: AdaptedBackbone | OneBatch, dtype: torch.dtype | None
     return forward
 
 
-def plan(
+def plan_execution(
     adapted: AdaptedBackbone,
     adapters: Adapter,
     x: Inputs,
@@ -110,7 +110,7 @@ def plan(
     execution: Execution,
     function: Forward | None = None,
     adapter_copies: int | None = None,
-) -> Plan:
+) -> ExecutionPlan:
     """Whether to vectorise over the clients, and in which chunks, so that a chunk takes about its memory.
 
     The program will see stacks of ``adapters`` and ``batch_size`` examples of ``x`` ``(C, N, ...)`` for each.
@@ -128,7 +128,7 @@ def plan(
         one = {name: tensor[:1].detach().to(adapted.device) for name, tensor in adapters.items()}
         few = map_inputs(lambda tensor: tensor[:1, : min(2, batch_size)].to(adapted.device), x)
         try:
-            kept, largest = _trial(adapted, one, few, execution.autocast, function)
+            kept, largest = _measure(adapted, one, few, execution.autocast, function)
         except RuntimeError as error:
             if vectorize or "random" in str(error):
                 raise
@@ -142,8 +142,8 @@ def plan(
             vectorize, chunk = True, chunk or max(1, int(memory // (example * batch_size + copies)))
             examples = max(1, min(batch_size, int((memory - copies) // example)))
     chunks = _even_chunks(len(any_tensor(x)), chunk if vectorize else 1, exact=execution.chunk_size is not None)
-    forward = as_one_batch(adapted) if vectorize else adapted
-    return Plan(vectorize, chunks, with_autocast(forward, execution.autocast), examples)
+    forward = group_lora(adapted) if vectorize else adapted
+    return ExecutionPlan(vectorize, chunks, with_autocast(forward, execution.autocast), examples)
 
 
 def _even_chunks(clients: int, most: int, exact: bool) -> list[slice]:
@@ -170,7 +170,7 @@ def _caller_level() -> int:
     return level
 
 
-def _trial(
+def _measure(
     adapted: AdaptedBackbone, one: Adapter, few: Inputs, autocast: torch.dtype | None, function: Forward | None
 ) -> tuple[int, int]:
     """Bytes that autograd keeps for one client, in all and in the largest tensor. Raises what ``vmap`` does.
@@ -183,7 +183,7 @@ def _trial(
             return _saved_bytes(adapted, function, one, few)
         except RuntimeError:
             map_clients(function, one, few)
-            return tuple(4 * size for size in _trial(adapted, repeat_adapter(adapted.initial, 1), few, None, None))
+            return tuple(4 * size for size in _measure(adapted, repeat_adapter(adapted.initial, 1), few, None, None))
     inputs, known = few if isinstance(few, dict) else {"": few}, TRIALS.setdefault(adapted.model, {})
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in [*one.items(), *inputs.items()])
     key = shapes, autocast, any_tensor(few).device, adapted.model.training

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import adapter_bytes, door, flatten, numbers, repeat_adapter
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, adapter_bytes, door, flatten, numbers, repeat_adapter
 from ..checks import check_fields, kind, options_of, several, unchecked, whole
 from ..federation.split import Split
 from .train import OptimizerState, train

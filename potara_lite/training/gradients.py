@@ -13,24 +13,26 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from ..adapters.lora import AdaptedBackbone, Adapter, is_lora, layer_of
+from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import (
+    Adapter,
     adapter_from_delta,
-    all_finite,
     delta,
     direction,
     door,
     flatten,
     is_dense_factor,
+    is_lora,
+    layer_of,
     numbers,
     sizes_of,
     unflatten,
 )
-from ..checks import options_of, unchecked
+from ..checks import all_finite, options_of, unchecked
 from ..federation.inputs import Inputs, map_inputs, take
 from ..federation.split import Split
-from .batching import Execution, Plan, map_clients, plan
-from .grouped_lora import OneBatch, as_one_batch
+from .batching import Execution, ExecutionPlan, map_clients, plan_execution
+from .grouped_lora import GroupedLoRA, group_lora
 from .loss import checked_logits, example_losses, token_mean
 from .train import check_clients, check_labels, check_losses, losses
 
@@ -63,7 +65,7 @@ def per_sample_gradients(
         stack = unflatten(flat[block[0]].to(adapted.device), like)
         x = map_inputs(lambda tensor, block=block: tensor[block].to(adapted.device), split.x)
         batch = stack, x, y[block].to(adapted.device)  # K clients of M examples
-        if isinstance(chosen.forward, OneBatch):
+        if isinstance(chosen.forward, GroupedLoRA):
             part = chosen.forward.per_sample_gradients(*batch)
         else:
             part = _client_per_example(chosen, *batch)
@@ -78,20 +80,20 @@ def _one_by_one(x: Inputs) -> Inputs:
     return map_inputs(lambda tensor: tensor.flatten(0, 1).unsqueeze(1), x)
 
 
-def _plan_examples(adapted: AdaptedBackbone, adapters: Adapter, x: Inputs, execution: Execution) -> Plan:
-    """The plan for all examples, each a client of its own; ``forward`` is a ``OneBatch`` only where that is exact."""
+def _plan_examples(adapted: AdaptedBackbone, adapters: Adapter, x: Inputs, execution: Execution) -> ExecutionPlan:
+    """The plan for all examples, each a client of its own; ``forward`` is a ``GroupedLoRA`` only where that is exact."""
     examples, options = _one_by_one(x), dict(batch_size=1, backward=True, execution=execution)
-    copies = 2 if isinstance(as_one_batch(adapted), OneBatch) else None
-    chosen = plan(adapted, adapters, examples, adapter_copies=copies, **options)
-    if not isinstance(chosen.forward, OneBatch):
+    copies = 2 if isinstance(group_lora(adapted), GroupedLoRA) else None
+    chosen = plan_execution(adapted, adapters, examples, adapter_copies=copies, **options)
+    if not isinstance(chosen.forward, GroupedLoRA):
         return chosen
     first = {name: tensor[:1].to(adapted.device) for name, tensor in adapters.items()}
     if chosen.forward.matches_vmap(first, map_inputs(lambda tensor: tensor[:2].to(adapted.device), examples)):
         return chosen
-    return replace(plan(adapted, adapters, examples, **options), forward=adapted)
+    return replace(plan_execution(adapted, adapters, examples, **options), forward=adapted)
 
 
-def _client_per_example(chosen: Plan, stack: Adapter, x: Inputs, y: Tensor) -> Tensor:
+def _client_per_example(chosen: ExecutionPlan, stack: Adapter, x: Inputs, y: Tensor) -> Tensor:
     """The gradients ``(K, M, P)`` of ``x`` ``(K, M, ...)``, by the training engine."""
     rows = flatten(stack).repeat_interleave(y.shape[1], 0).requires_grad_()  # (K M, P)
     like = {name: tensor[0] for name, tensor in stack.items()}
@@ -158,7 +160,7 @@ def directional_derivatives(
 
         return torch.stack(jvp(logits, (row,), (tangent,)))  # (2, N, classes)
 
-    chosen = plan(adapted, adapters, split.x, batch_size=split.y.shape[1], backward=True, execution=execution)
+    chosen = plan_execution(adapted, adapters, split.x, batch_size=split.y.shape[1], backward=True, execution=execution)
     parts = []
     for rows in chosen.chunks:
         stacks = flat[rows], direction.to(flat)[rows], take(split.x, rows)

@@ -10,7 +10,7 @@ where what LoRA adds is added in place, forwards and backwards. The same view gi
 of the adapter for every sample: an example's gradient in ``B`` is the product of the gradient in ``y`` with ``A x``
 over that example's own rows (Goodfellow, 2015, arXiv 1510.01799).
 
-It is exact for networks whose logits of an example do not depend on the rest of its batch. ``as_one_batch`` refuses
+It is exact for networks whose logits of an example do not depend on the rest of its batch. ``group_lora`` refuses
 what it knows not to be one, and the first result for each kind of input is compared with that of ``vmap``.
 """
 
@@ -27,7 +27,8 @@ from torch.func import jvp, vjp, vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..adapters.lora import AdaptedBackbone, Adapter, factor_names, is_lora
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, factor_names, is_lora
 from ..federation.inputs import Inputs, any_tensor, map_inputs, take
 from ..models.frozen_trunk import LINEAR, call_network, replaced_forwards
 from .loss import example_losses
@@ -37,7 +38,7 @@ MOST_KINDS = 64  # of inputs, remembered for a model
 COMPARED: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was compared, while the model lives
 
 
-def as_one_batch(adapted: AdaptedBackbone) -> AdaptedBackbone | OneBatch:
+def group_lora(adapted: AdaptedBackbone) -> AdaptedBackbone | GroupedLoRA:
     """What ``vmap`` should map over the clients: the backbone in one batch if that can be, else the backbone itself.
 
     It can be in eval mode, with LoRA on linear layers only and every other trained tensor in one.
@@ -57,14 +58,14 @@ def as_one_batch(adapted: AdaptedBackbone) -> AdaptedBackbone | OneBatch:
             for layer in layers
         )
     )
-    return OneBatch(adapted) if simple else adapted
+    return GroupedLoRA(adapted) if simple else adapted
 
 
 def _hooked(*modules: nn.Module) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
-class OneBatch:
+class GroupedLoRA:
     """``adapted`` for use under ``vmap`` over the clients, where all of them go through the network in one batch."""
 
     def __init__(self, adapted: AdaptedBackbone):
@@ -77,17 +78,17 @@ class OneBatch:
         }
 
     def __repr__(self) -> str:
-        return f"OneBatch({self.adapted!r})"
+        return f"GroupedLoRA({self.adapted!r})"
 
     def __call__(self, adapter: Adapter, x: Inputs) -> Tensor:
         leaves, structure = tree_flatten((adapter, x))
-        return _OneBatchFunction.apply(self, structure, len(adapter), *leaves)
+        return _GroupedFunction.apply(self, structure, len(adapter), *leaves)
 
     def logits(self, stack: Adapter, x: Inputs) -> Tensor:
         """The logits ``(C, B, classes)`` of a stack on ``x`` ``(C, B, ...)``: in one batch, unless that disagrees."""
-        return self.in_one_batch(stack, x) if self.matches_vmap(stack, x) else vmap(self.adapted)(stack, x)
+        return self.grouped_logits(stack, x) if self.matches_vmap(stack, x) else vmap(self.adapted)(stack, x)
 
-    def in_one_batch(self, stack: Adapter, x: Inputs, on_backward: OnBackward | None = None) -> Tensor:
+    def grouped_logits(self, stack: Adapter, x: Inputs, on_backward: OnBackward | None = None) -> Tensor:
         """The logits ``(C, B, classes)``; in the backward pass every adapted layer calls ``on_backward``."""
         stack = {name: tensor.to(self.initial[name].dtype) for name, tensor in stack.items()}
         for layer, scaling in self.adapted.scaling.items():  # B is small, what it writes is not
@@ -95,7 +96,7 @@ class OneBatch:
             stack[name_b] = stack[name_b] * scaling
         batch = map_inputs(lambda tensor: tensor.flatten(0, 1), x)
         with replaced_forwards(self._forwards(stack, on_backward)):
-            logits = call_network(self.adapted.model, batch, self.adapted.blocks_below)
+            logits = call_network(self.adapted.model, batch, self.adapted.frozen_blocks)
         return logits.unflatten(0, any_tensor(x).shape[:2])
 
     def _forwards(self, stack: Adapter, on_backward: OnBackward | None) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
@@ -143,7 +144,7 @@ class OneBatch:
             with torch.autocast(leaves[0].device.type, enabled=False):
                 alone = vmap(self.adapted)(random, some)  # what vmap refuses, such as a branch on values, is not for us
                 try:
-                    apart = (self.in_one_batch(random, some) - alone).abs().max()
+                    apart = (self.grouped_logits(random, some) - alone).abs().max()
                     known[key] = bool(apart <= 3 * torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max())
                 except RuntimeError:  # of shapes or dtypes
                     known[key] = False
@@ -153,7 +154,7 @@ class OneBatch:
         """Each example's gradient of its own loss (``example_losses``), ``(C, N, P)``.
 
         One backward pass, in which every adapted layer adds a product per example as soon as its output's gradient is
-        there. It stands on ``in_one_batch``: ask ``matches_vmap`` first.
+        there. It stands on ``grouped_logits``: ask ``matches_vmap`` first.
         """
         sizes = [tensor[0].numel() for tensor in stack.values()]
         out = next(iter(stack.values())).new_zeros(*y.shape[:2], sum(sizes))
@@ -177,7 +178,7 @@ class OneBatch:
 
         with torch.enable_grad():
             trained = {n: t.detach().requires_grad_(is_lora(n, "B")) for n, t in stack.items()}  # so that all is asked
-            logits = self.in_one_batch(trained, x, on_backward)
+            logits = self.grouped_logits(trained, x, on_backward)
             example_losses(logits.flatten(0, 1), y.flatten(0, 1)).sum().backward()
         return out
 
@@ -232,14 +233,14 @@ class _LoRA(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None
 
 
-class _OneBatchFunction(torch.autograd.Function):
+class _GroupedFunction(torch.autograd.Function):
     """The backbone with a rule of its own for ``vmap``: there all clients are at hand, and autograd follows the rule.
 
     Under other transforms, such as a ``torch.func.grad`` in an objective, derivatives are those of the backbone.
     """
 
     @staticmethod
-    def forward(runner: OneBatch, structure, trained: int, *leaves: Tensor) -> Tensor:
+    def forward(runner: GroupedLoRA, structure, trained: int, *leaves: Tensor) -> Tensor:
         return runner.adapted(*tree_unflatten(leaves, structure))
 
     @staticmethod
@@ -256,13 +257,13 @@ class _OneBatchFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        function, tensors = _OneBatchFunction._function(ctx)
+        function, tensors = _GroupedFunction._function(ctx)
         no_gradients = [None] * (len(ctx.saved_tensors) - ctx.trained)
         return None, None, None, *vjp(function, *tensors)[1](grad), *no_gradients
 
     @staticmethod
     def jvp(ctx, runner, structure, trained, *tangents):
-        function, tensors = _OneBatchFunction._function(ctx)
+        function, tensors = _GroupedFunction._function(ctx)
         tangents = tuple(torch.zeros_like(t) if tangent is None else tangent for t, tangent in zip(tensors, tangents))
         return jvp(function, tensors, tangents)[1]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import door
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, door
 from ..checks import kind, named, one_or_several, options_of, several, text, unchecked, whole
 from ..federation.inputs import MASK, PADDING, Inputs, map_inputs
 from ..federation.split import Split

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..adapters.lora import AdaptedBackbone, Adapter
-from ..adapters.state import door, fitting, flatten, select_clients, trained_stack, unflatten
+from ..adapters.lora import AdaptedBackbone
+from ..adapters.state import Adapter, door, fitting, flatten, select_clients, trained_stack, unflatten
 from ..checks import one_or_several, seed as one_seed, unchecked
 from ..federation.batches import batch_indices
 from ..federation.inputs import Inputs, map_inputs, take
 from ..federation.split import Split
-from .batching import Execution, Forward, map_clients, plan, with_autocast
+from .batching import Execution, Forward, map_clients, plan_execution, with_autocast
 from .loss import example_accuracies, example_losses, mean_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -227,7 +227,7 @@ def _plan_training(adapted, tensors: Adapter, split: Split, batch_size: int, los
     def total_logits(client_tensors: Adapter, x: Inputs) -> Tensor:
         return objective(lambda adapter: alone(adapter, x).sum(), client_tensors)
 
-    chosen = plan(
+    chosen = plan_execution(
         adapted, tensors, split.x, batch_size=batch_size, backward=True, execution=execution,
         function=None if objective is plain_loss else total_logits,
     )  # fmt: skip
@@ -305,7 +305,7 @@ def batched_logits(
     check_clients(adapted, adapters, split)
     check_labels(adapted, adapters, split)
     most = min(batch_size, split.y.shape[1])
-    chosen = plan(adapted, adapters, split.x, batch_size=most, backward=False, execution=execution)
+    chosen = plan_execution(adapted, adapters, split.x, batch_size=most, backward=False, execution=execution)
     for rows in chosen.chunks:
         part = split.rows(rows).to(adapted.device)
         stack = {name: tensor.to(adapted.device) for name, tensor in select_clients(adapters, rows).items()}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from potara_lite import AdaptedBackbone, Federation, attach, from_tensors, lab_vit
-from potara_lite.deployment import Plan, client_app, load_lab_client, server_app
+from potara_lite.deployment import RunConfig, client_app, load_lab_client, server_app
 from potara_lite.deployment.run_config import Config
 
 torch.set_num_threads(1)  # several clients share this machine's cores
@@ -26,19 +26,19 @@ def read(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.from_numpy(file["images"]).unsqueeze(1) / 255, torch.from_numpy(file["labels"]).long()
 
 
-def load(plan: Plan, client: int, node: Config) -> tuple[AdaptedBackbone, Federation]:
+def load(run_config: RunConfig, client: int, node: Config) -> tuple[AdaptedBackbone, Federation]:
     """This client's backbone and data."""
     if not node.get("data"):
-        return load_lab_client(plan, client, node)
+        return load_lab_client(run_config, client, node)
     folder = Path(str(node["data"]))
     train, test = read(folder / "train.npz"), read(folder / "test.npz")
-    held = plan.setting.calibration_size
-    mine = from_tensors([train], [test], calibration_size=held, classes=10, seed=plan.seed, name=folder.name)
+    held = run_config.setting.calibration_size
+    mine = from_tensors([train], [test], calibration_size=held, classes=10, seed=run_config.seed, name=folder.name)
     mine = Federation(
         *(replace(part, ids=(client,)) for part in (mine.train, mine.calibration, mine.test)), 10, mine.name
     )
     backbone = lab_vit(10)
-    return attach(backbone, rank=plan.setting.rank, seed=plan.seed), mine.map(backbone.embed)
+    return attach(backbone, rank=run_config.setting.rank, seed=run_config.seed), mine.map(backbone.embed)
 
 
 client = client_app(load)

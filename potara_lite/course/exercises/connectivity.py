@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...adapters.lora import Adapter
+from ...adapters.state import Adapter
 from .checking import check
 
 LAYER = "layer.lora_{}.weight"

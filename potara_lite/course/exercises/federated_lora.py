@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...adapters.lora import Adapter
+from ...adapters.state import Adapter
 from .checking import check
 
 FEDAVG_SLIPS: dict[str, Callable[[Adapter, Tensor], Adapter]] = {

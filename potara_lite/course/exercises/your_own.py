@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...adapters.lora import Adapter
-from ...adapters.state import repeat_adapter
+from ...adapters.state import Adapter, repeat_adapter
 from .checking import check
 
 
