@@ -4,10 +4,10 @@
 
 A default that teaches something about merging has a federated and a local model that are about equally good. For each
 learning rate this trains both, stops at several lengths, and measures them on the 30 calibration samples of each
-client (720 samples over the three seeds). Admitted are the settings of at most 450 optimiser steps in all (the
+client (720 samples over the three seeds). It considers settings of at most 450 optimiser steps in all (the
 command's time budget) whose two accuracies are within 0.03 of each other. Of those whose mean of the two is within one
 standard error of the best (Breiman et al., 1984), the default is the one of the fewest steps; ties go to the higher
-mean. Writes ``choose_default.csv``; a test holds ``Setting``'s defaults to it.
+mean. Writes ``choose_default.csv``; a test compares the defaults of ``Setting`` with it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def measure(setting: Setting, seed: int) -> list[dict]:
 
 
 def admitted(table: pd.DataFrame) -> pd.DataFrame:
-    """The settings that are admitted, the chosen one first."""
+    """The settings that are considered, the best one first."""
     mean = table.groupby(["kind", "lr", "length"])[["accuracy", "loss"]].mean()
     federated = mean.loc["federated"].reset_index().rename(columns={"length": "rounds"})
     local = mean.loc["local"].reset_index().rename(columns={"length": "steps"})

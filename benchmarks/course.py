@@ -1,13 +1,13 @@
-"""The rows that notebook 04 reads: what estimators make of λ over heterogeneity and over local steps.
+"""The rows that notebook 04 reads: estimates of λ over heterogeneity and over local steps.
 
     python benchmarks/course.py    # course.csv; what is finished stays in course/ and is not recomputed
 
-A cell is one ``alpha`` of the default setting and one seed: one federated model, and local models of one or several
-lengths (``lengths_of``), every longer one going on from the shorter. A row of the table is a client with a local model
-of one length: the ``curve`` of its test loss (nats) along λ, and of each method the ``weight`` λ and the ``loss`` on
-test data. The curve is a cubic spline through 9 points, the oracle its lowest of 101: a reference that no method may
-use. ``train_loss`` is the local model's on its training examples; ``fisher`` is the trace of a model's empirical
-Fisher, the mean squared length of a sample's gradient, on training and on calibration ("held") examples.
+A result file has one ``alpha`` of the default setting and one seed: one federated model, and local models of one or
+several lengths (``lengths_of``); each longer training continues the shorter one. A row of the table is a client with a
+local model of one length: the ``curve`` of its test loss (nats) along λ, and the ``weight`` λ and the ``loss`` on test
+data of each method. The curve is a cubic spline through 9 points, the oracle its lowest of 101: a reference that no
+method may use. ``train_loss`` is the local model's on its training examples; ``fisher`` is the trace of a model's
+empirical Fisher, the mean squared length of a sample's gradient, on training and on calibration ("held") examples.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from potara_lite.federation.split import Federation
 from potara_lite.merging.connectivity import along_segment, weight_grid
 
 HERE = Path(__file__).parent
-CELLS = HERE / "course"
+RESULTS = HERE / "course"
 SETTING = Setting()
 ALPHAS = (0.5, 0.1, 2.0, float("inf"))
 SEEDS = range(5)
@@ -46,11 +46,11 @@ FINE = np.linspace(0, 1, 101)
 
 
 def lengths_of(alpha: float, seed: int) -> tuple[int, ...]:
-    """The local steps at which a cell's local models are judged."""
+    """The local steps at which the local models are scored."""
     return LENGTHS.get(alpha, (SETTING.local_steps,)) if seed < 3 else (SETTING.local_steps,)
 
 
-def cell(alpha: float, seed: int) -> pd.DataFrame:
+def measure(alpha: float, seed: int) -> pd.DataFrame:
     """All lengths of one federation: a row per length and client."""
     setting = replace(SETTING, alpha=alpha)
     adapted, federation = prepare(setting, seed)
@@ -98,7 +98,7 @@ def judge(
     merged = merge_exact(federated, local, calibrated.weight)  # head and body apart: it leaves the segment
     columns |= {"weight_calibrated": calibrated.client_weight.numpy()}
     columns |= {"loss_calibrated": evaluate(adapted, merged, federation.test)[0].numpy()}
-    return columns | {f"curve_{weight:.3f}": curve[:, place] for place, weight in enumerate(points.tolist())}
+    return columns | {f"curve_{weight:.3f}": curve[:, i] for i, weight in enumerate(points.tolist())}
 
 
 def weights_of(gradients: dict[str, list[Tensor]], federation: Federation) -> dict[str, Tensor]:
@@ -115,14 +115,14 @@ def weights_of(gradients: dict[str, list[Tensor]], federation: Federation) -> di
 
 
 def main() -> None:
-    CELLS.mkdir(exist_ok=True)
-    paths = {(alpha, seed): CELLS / f"alpha{alpha:g}-seed{seed}.csv" for seed in SEEDS for alpha in ALPHAS}
+    RESULTS.mkdir(exist_ok=True)
+    paths = {(alpha, seed): RESULTS / f"alpha{alpha:g}-seed{seed}.csv" for seed in SEEDS for alpha in ALPHAS}
     for (alpha, seed), path in paths.items():
         if path.exists():
             continue
         began = time.perf_counter()
         partial = path.with_suffix(".part")
-        cell(alpha, seed).to_csv(partial, index=False, float_format="%.5g")
+        measure(alpha, seed).to_csv(partial, index=False, float_format="%.5g")
         partial.replace(path)
         print(f"{path.stem}: {time.perf_counter() - began:.0f} s", flush=True)
     rows = pd.concat([pd.read_csv(path) for path in paths.values()], ignore_index=True)

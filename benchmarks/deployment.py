@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
-from pages import facts, fill, markdown
+from pages import facts, markdown
 
 from potara_lite import Setting, compare
 from potara_lite.experiment import MODEL_PAIR_METHODS
@@ -42,8 +42,8 @@ WAYS = {
 NAMES = {
     "engine": "engine, one process",
     "plain": "SuperLink and three SuperNodes",
-    "tls": "SuperNodes, encrypted and authenticated; a stranger knocks",
-    "kill": "the same without the stranger; a node is killed after its first round",
+    "tls": "SuperNodes, encrypted and authenticated; an unregistered node tries to connect",
+    "kill": "the same without that node; one node is killed after its first round",
     "simulation": "simulation runtime (Ray)",
 }
 USUAL = dict(clients=3, tls=False, simulation=False, stranger=False, kill=None, config=CONFIG, limit=1200.0)
@@ -64,8 +64,8 @@ def flower(way: str, reference: pd.DataFrame) -> dict:
         found = loopback.play(argparse.Namespace(out=out, **USUAL | WAYS[way]))
     except (RuntimeError, TimeoutError) as error:
         logs = "\n".join((out / "work" / log).read_text() for log in ("run.log", "link.log"))
-        told = list(dict.fromkeys(re.findall(r"^\w*(?:Error|Exception): .*", logs, re.M)))
-        return {"failed": str(error).split(";")[0], "said": told[:3]}
+        errors = list(dict.fromkeys(re.findall(r"^\w*(?:Error|Exception): .*", logs, re.M)))
+        return {"failed": str(error).split(";")[0], "said": errors[:3]}
     keys = ["method", "client"]
     both = pd.read_csv(out / "results.csv").merge(reference, on=keys, suffixes=("", "_engine"))
     found["rows"] = len(both)
@@ -83,14 +83,15 @@ def table(ways: dict[str, dict]) -> str:
     lines = {}
     for way, found in ways.items():
         seconds = found.get("seconds", {})
-        told = [f"{found['rows']} rows" if "rows" in found else "", found.get("stranger", ""), *found.get("events", [])]
-        told += [found["failed"], *found["said"]] if "failed" in found else []
+        rows = f"{found['rows']} rows" if "rows" in found else ""
+        failure = [found["failed"], *found["said"]] if "failed" in found else []
+        events = [rows, found.get("stranger", ""), *found.get("events", []), *failure]
         lines[NAMES[way]] = {
             "start": seconds.get("until all is started", float("nan")),
             "run": seconds.get("from the start of the run to its result", float("nan")),
             "load before": found["load average before"],
             "loss − engine's": f"{found['loss, largest difference']:.0e}" if "rows" in found else float("nan"),
-            "what was noted": "; ".join(one for one in told if one) or "–",
+            "events": "; ".join(one for one in events if one) or "–",
         }
     return markdown(pd.DataFrame(lines).T, digits=1)
 
@@ -108,7 +109,6 @@ def main() -> None:
         result["ways"][way] = {"load average before": load} | (found if way == "engine" else flower(way, reference))
         print(json.dumps({way: result["ways"][way]}, indent=1), flush=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
-    fill(HERE.parent / "docs" / "deployment.md", "seconds", table(result["ways"]))
 
 
 if __name__ == "__main__":

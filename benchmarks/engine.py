@@ -33,7 +33,7 @@ TOLERANCE = 2e-4  # of adapters and losses, after at most 50 steps of 2e-3
 
 
 class PFLClient:
-    """A client in the style of PFLlib's ``clientAVG``: its own model, data set and loader, a new optimiser a round."""
+    """A client in the style of PFLlib's ``clientAVG``: its model, data and loader, a new optimiser in each round."""
 
     def __init__(self, adapted, split, row: int, load: Load):
         self.model, self.adapted, self.load = copy.deepcopy(adapted.model), adapted, load

@@ -1,12 +1,13 @@
-"""Does ``torch.compile`` pay? One training step of all clients, as the engine takes it and compiled.
+"""Does ``torch.compile`` pay? One training step of all clients, with the engine and compiled.
 
     python benchmarks/engine_compile.py            # minutes, most of them the compiler's
     python benchmarks/engine_compile.py --smoke    # its figures mean nothing
 
-A step is the losses of all clients and their gradients. ``compiled`` is what ``train(compile=True)`` does: not the one
-batch of ``grouped.py``, which replaces the forward of every adapted layer, but ``vmap`` over the backbone as it is,
-compiled forwards and backwards. ``vmap`` itself is timed, too. ``start-up`` is the first call less a later one, with an
-empty cache: seconds that a run must save before compiling pays; ``pays after`` says in how many steps.
+A step is the losses of all clients and their gradients. ``compiled`` is what ``train(compile=True)`` does: not the
+grouped LoRA of ``grouped_lora.py``, which replaces the forward of every adapted layer, but ``vmap`` over the backbone,
+with compiled forward and backward passes. ``vmap`` itself is timed, too. ``start-up`` is the time of the first call
+minus that of a later one, with an empty cache: seconds that a run must save before compiling pays; ``pays after`` is
+the number of steps in which it does.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def row(load: Load, repeats: int) -> dict:
     x, y = (tensor[:, : load.batch_size] for tensor in (split.x, split.y))
 
     def step(losses_of: Callable, forward: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-        own = flat.detach().requires_grad_()
-        value = losses_of(forward, unflatten(own, adapted.initial), x, y)
-        return value.detach(), torch.autograd.grad(value.sum(), own)[0]
+        weights = flat.detach().requires_grad_()
+        value = losses_of(forward, unflatten(weights, adapted.initial), x, y)
+        return value.detach(), torch.autograd.grad(value.sum(), weights)[0]
 
     steps = {
         "engine": lambda: step(losses, group_lora(adapted)),

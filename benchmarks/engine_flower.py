@@ -1,4 +1,4 @@
-"""The engine against Flower's simulation engine, running the same clients: run it in an environment of its own.
+"""The engine against Flower's simulation engine, with the same clients: run it in a separate environment.
 
     python -m venv flower && flower/bin/pip install . "flwr[simulation]"
     flower/bin/python benchmarks/engine_flower.py
@@ -8,7 +8,7 @@ A ``ServerApp`` sends every client the adapter, waits for the replies, and then 
 in the server's process, in alternating order. A Flower client is plain PyTorch and PEFT, twice: ``flower, kept`` has
 every advantage we could give it (actors and their model, data and connections are made in a first round that is not
 timed and are kept, and each core has an actor with one thread), ``flower`` makes its model and data for every message,
-as the clients of Flower's examples do. What the simulation takes until its first message is answered stands beside.
+as the clients of Flower's examples do. The time until the first message is answered is reported, too.
 """
 
 from __future__ import annotations

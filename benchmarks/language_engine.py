@@ -4,10 +4,10 @@
     python benchmarks/language_engine.py                           # minutes on two cores
     python benchmarks/language_engine.py --smoke                   # a random network; its figures mean nothing
 
-Two rows: LoRA of rank 4 in all six blocks, and in the last two. Contestants: the engine, all clients at once, with what
-is below the adapted blocks computed once (``embed``, timed apart); the sequential loop, each client's batches through
-the whole of PEFT's model with PyTorch's own attention, as one would write it; and the same loop from the hidden states
-that ``embed`` made. They take the same batches; their results are compared before anything is timed.
+Two rows: LoRA of rank 4 in all six blocks, and in the last two. Contestants: the engine, all clients at once, with the
+features of the frozen trunk computed once (``embed``, timed separately); the sequential loop, which runs each client's
+batches through the whole PEFT model with PyTorch's own attention; and the same loop from the hidden states that
+``embed`` returns. They take the same batches; their results are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ def peak_memory(args: argparse.Namespace, last: int | None, name: str) -> float:
 
 def row(args: argparse.Namespace, last: int | None) -> dict:
     """LoRA in the ``last`` blocks, or in all: seconds, ratios, bytes and the largest difference."""
-    chosen = list(CONTESTANTS) if last else list(CONTESTANTS)[:2]  # nothing is below the first of all blocks
-    runs = {name: CONTESTANTS[name](args.model, last, args.steps) for name in chosen}
+    names = list(CONTESTANTS) if last else list(CONTESTANTS)[:2]  # with all blocks adapted, there is no frozen trunk
+    runs = {name: CONTESTANTS[name](args.model, last, args.steps) for name in names}
     fast, different = runs["engine"](), []
-    for name in chosen[1:]:
+    for name in names[1:]:
         weights, curves = runs[name]()
         different += [apart(flatten(fast.adapters), weights, TOLERANCE), apart(fast.losses, curves, TOLERANCE)]
     parameters = sum(tensor[0].numel() for tensor in fast.adapters.values())
@@ -134,7 +134,7 @@ def row(args: argparse.Namespace, last: int | None) -> dict:
     split.map(adapted.embed)
     facts = {"blocks": last or "all", "seconds of embed": clock() - began, "different": max(different)}
     times = compared(paired(runs, args.repeats, clock=clock), "engine")
-    memory = {} if args.smoke else {name: peak_memory(args, last, name) for name in chosen}
+    memory = {} if args.smoke else {name: peak_memory(args, last, name) for name in names}
     return {"what": "training, text", **load, **facts} | times | {"peak bytes": memory}
 
 
@@ -155,7 +155,7 @@ def main() -> None:
         args.model = shipped()
     if args.only:
         CONTESTANTS[args.only](args.model, args.blocks or None, args.steps)()
-        status = Path("/proc/self/status").read_text()  # getrusage would count what the parent held when it forked
+        status = Path("/proc/self/status").read_text()  # getrusage would count the memory of the parent when it forked
         print(int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024)
         return
     rows = [row(args, last) for last in (None, 2)]

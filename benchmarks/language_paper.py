@@ -3,7 +3,7 @@
     python benchmarks/language_paper.py --model meta-llama/Llama-3.2-3B --tasks flan/*.json --device cuda
     python benchmarks/language_paper.py --model FOLDER --tasks boolq.jsonl arc.jsonl openbookqa.jsonl --device cuda
 
-Each task file is a client (formats: ``text_data.read_task``); of its shuffled examples come 1,000 to train on, 30 to
+Each task file is a client (formats: ``read_task``); of its shuffled examples come 1,000 to train on, 30 to
 calibrate and 500 to test, or in these proportions what there is. Budgets as reported: 50 federated and 300 local steps
 for the merges, 600 for the baselines. Rank, learning rate and how steps make rounds are not known to us: they are
 options. The frozen model is in bf16, adapters and their optimiser in float32. Every method's rows (loss and token
@@ -49,9 +49,9 @@ SHARES = {name: size / sum(REPORTED.values()) for name, size in REPORTED.items()
 def parts_of(examples: Sequence[Question]) -> list[Sequence[Question]]:
     """A task's training, calibration and test examples: the reported numbers, or as many in proportion."""
     total = min(len(examples), sum(REPORTED.values()))
-    held, tested = (max(1, round(total * SHARES[name])) for name in ("calibration_size", "test_size"))
-    trained = total - held - tested
-    return [examples[:trained], examples[trained : trained + held], examples[trained + held : total]]
+    calibrated, tested = (max(1, round(total * SHARES[name])) for name in ("calibration_size", "test_size"))
+    trained = total - calibrated - tested
+    return [examples[:trained], examples[trained : total - tested], examples[total - tested : total]]
 
 
 def read_tasks(paths: Sequence[Path], seed: int) -> list[list[Sequence[Question]]]:
@@ -91,7 +91,7 @@ def prepare(
 
 
 def with_steps(method: Method, steps: int) -> Method:
-    """A method at a budget of its own."""
+    """A method with another number of steps."""
 
     def run(run: Run) -> Result:
         setting = replace(run.setting, rounds=steps // run.setting.round_steps, local_steps=0)
@@ -113,13 +113,13 @@ def answers_scored(result: Result, tests: Sequence[Sequence[Question]], tokenize
     """``acc``, ``acc_norm`` and ``exact_match`` of each client, NaN where its task has no such answers."""
     scores = pd.DataFrame(torch.nan, index=range(len(tests)), columns=["acc", "acc_norm", "exact_match"])
     options = dict(batch_size=args.score_batch)
-    chosen = [i for i, test in enumerate(tests) if all(len(example.options) > 1 for example in test)]
-    if chosen:
-        questions = [tests[i] for i in chosen]
-        stack = select_clients(result.adapters, torch.tensor(chosen))
+    with_options = [i for i, test in enumerate(tests) if all(len(example.options) > 1 for example in test)]
+    if with_options:
+        questions = [tests[i] for i in with_options]
+        stack = select_clients(result.adapters, torch.tensor(with_options))
         found = multiple_choice(result.adapted, stack, questions, tokenizer, max_length=args.max_length, **options)
-        scores.loc[chosen, ["acc", "acc_norm"]] = torch.stack(found, dim=1).numpy()
-    free = [i for i in range(len(tests)) if i not in chosen]
+        scores.loc[with_options, ["acc", "acc_norm"]] = torch.stack(found, dim=1).numpy()
+    free = [i for i in range(len(tests)) if i not in with_options]
     if free:
         stack = select_clients(result.adapters, torch.tensor(free))
         prompts = [[example.prompt for example in tests[i]] for i in free]
@@ -135,7 +135,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="a causal language model: a name of the Hub, or a folder")
     parser.add_argument("--tasks", nargs="+", type=Path, required=True, help="a JSON or JSON-lines file per client")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--last", type=int, help="adapt the last blocks alone; what is below is computed once")
+    parser.add_argument("--last", type=int, help="adapt only the last blocks; features below are computed once")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--round-steps", type=int, default=5)

@@ -3,9 +3,8 @@
     python benchmarks/notebooks.py            # ten minutes; leave the machine alone meanwhile
     python benchmarks/notebooks.py 00 03      # these only
 
-Every notebook is executed from top to bottom by a kernel of its own, one after another, without being changed. Writes
-``notebooks.json`` (wall seconds, start of the kernel included; peak resident bytes of the kernel) the table of
-``docs/index.md`` and a sentence of ``docs/teaching.md``.
+Every notebook is executed from top to bottom in its own kernel, one after another, without being changed. Writes
+``notebooks.json``: wall seconds, including the start of the kernel, and peak resident bytes of the kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from pages import facts, fill
+from pages import facts
 
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parent / "notebooks"
@@ -53,12 +52,6 @@ def table(measured: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def memory(measured: dict[str, dict[str, float]]) -> str:
-    """What the page for lecturers says of memory."""
-    most = max(found["bytes"] for found in measured.values())
-    return f"A student's kernel needs up to {most / 1e9:.1f} GB of memory"
-
-
 def main() -> None:
     path = HERE / "notebooks.json"
     measured = json.loads(path.read_text())["notebooks"] if path.is_file() else {}
@@ -67,9 +60,6 @@ def main() -> None:
             measured[notebook.stem] = measure(notebook)
             print(notebook.stem, measured[notebook.stem], flush=True)
     path.write_text(json.dumps({"notebooks": measured} | facts(), indent=1) + "\n")
-    fill(HERE.parent / "docs" / "index.md", "course", table(measured))
-    page = HERE.parent / "docs" / "teaching.md"
-    page.write_text(re.sub(r"A student's kernel needs .+", memory(measured), page.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Does the default weight hold where it was not designed? Other images, another backbone, fresh seeds.
+"""Is the default weight good where it was not designed? Other images, another backbone, fresh seeds.
 
     python benchmarks/other_data.py --cifar10 FOLDER --small CHECKPOINT    # what is finished is kept (other_data/)
-    python benchmarks/other_data.py --report                               # tables from the finished cells
+    python benchmarks/other_data.py --report                               # rows and tables from what is finished
 
 Four sources, at the default lengths (40 rounds of 5 steps, 100 local steps) and with over-fitted local models (300):
 
 - Fashion-MNIST and the lab ViT, as in the suite;
 - grey CIFAR-10, dealt from its *test* split, which the backbone has not seen, by torchvision or from a file of JPEGs
   (``data/pretrain_lab_vit.py`` reads the same);
-- handwritten digits, 8×8 pixels enlarged, from scikit-learn: 6 clients of 60 training examples, for there are 1,797;
+- handwritten digits, 8×8 pixels enlarged, from scikit-learn: 6 clients of 60 training examples (it has 1,797);
 - Fashion-MNIST on a smaller backbone with less pre-training, made by
   ``python data/pretrain_lab_vit.py --dim 64 --depth 3 --epochs 4 --out CHECKPOINT``.
 
@@ -27,7 +27,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from pages import fill, markdown
 from suite import COLUMNS, ESTIMATORS, SINGLE, judge
 
 from potara_lite import Setting, attach, fashion_mnist, fedit, lab_vit, partition, repeat_adapter, train
@@ -36,16 +35,17 @@ from potara_lite.federation.split import Federation
 from potara_lite.merging.connectivity import along_segment, weight_grid
 
 HERE = Path(__file__).parent
-CELLS = HERE / "other_data"
+RESULTS = HERE / "other_data"
 DESIGN, FRESH = (100, 101), (5, 6, 7, 8, 9)
 WORTHWHILE = 0.005  # nats
 STEPS = {"default": 100, "over-fitted": 300}
+FEDERATION = ["source", "alpha", "shift", "local"]
 NAMES = {
     "local alone": "local",
     "federated alone": "federated",
     "uniform": "λ = ½",
     "fisher, training samples (potara-paper)": "paper's",
-    "curve, grid": "own curve",
+    "curve, grid": "client's curve",
     "pooled": "pooled",
     "pooled, head and body apart": "default",
     SINGLE: "best single λ (test data)",
@@ -78,18 +78,18 @@ def halves(x: torch.Tensor, y: torch.Tensor, first: int) -> list[Examples]:
     return [(x[part], y[part]) for part in (order[:first], order[first:])]
 
 
-def cifar10(place: str) -> list[Examples]:
+def cifar10(source: str) -> list[Examples]:
     """Two pools of the centre crops of CIFAR-10's test split, in grey."""
     sys.path.insert(0, str(HERE.parent / "data"))
     from pretrain_lab_vit import from_npz, from_torchvision
 
-    x, y = (from_npz if place.endswith(".npz") else from_torchvision)(place, "test")
+    x, y = (from_npz if source.endswith(".npz") else from_torchvision)(source, "test")
     return halves(x[:, :, 2:30, 2:30], y, 5000)
 
 
-def grey_cifar10(setting: Setting, seed: int, place: str) -> Federation:
+def grey_cifar10(setting: Setting, seed: int, source: str) -> Federation:
     """A federation of one half of CIFAR-10's test split, tested on the other."""
-    return partition(*cifar10(place), 10, **setting.partition, seed=seed, name="grey CIFAR-10")
+    return partition(*cifar10(source), 10, **setting.partition, seed=seed, name="grey CIFAR-10")
 
 
 def digits() -> list[Examples]:
@@ -111,8 +111,8 @@ def federation_of(case: Case, seed: int, pools: dict[str, list[Examples]]) -> Fe
     return fashion_mnist(test_size=200, **options)
 
 
-def cell(case: Case, seed: int, federation: Federation, checkpoint: str | None) -> pd.DataFrame:
-    """Train a federated model and local ones of two lengths, and judge the estimators on both pairs."""
+def measure(case: Case, seed: int, federation: Federation, checkpoint: str | None) -> pd.DataFrame:
+    """Train a federated model and local ones of two lengths, and score the estimators on both pairs."""
     setting, backbone = Setting(), lab_vit(checkpoint=checkpoint)
     adapted, federation = attach(backbone, rank=setting.rank, seed=seed), federation.map(backbone.embed)
     options = dict(lr=setting.lr, batch_size=setting.batch_size)
@@ -131,59 +131,65 @@ def cell(case: Case, seed: int, federation: Federation, checkpoint: str | None) 
     return pd.concat(rows, ignore_index=True)[["source", "alpha", "shift", "local", "seed", *COLUMNS]]
 
 
+def with_gain(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the estimators' names of the table, and what the oracle gains over the better model (``gain``)."""
+    rows = rows.assign(estimator=rows.estimator.map(NAMES))
+    client = [*FEDERATION, "seed", "client"]
+    alone = rows[rows.estimator.isin(["local", "federated"])]
+    return rows.join(alone.groupby(client).regret.min().rename("gain"), on=client)
+
+
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """A line per source: mean regrets (nats), the default's standard error over seeds and worst federation (a mean over
     seeds), and its share of clients that beat both models where the oracle does: all of them, and those whom the oracle
     gains more than ``WORTHWHILE`` over the better of the two."""
-    rows, lines = rows.assign(estimator=rows.estimator.map(NAMES)), {}
-    client = ["source", "alpha", "shift", "local", "seed", "client"]
-    alone = rows[rows.estimator.isin(["local", "federated"])].groupby(client).regret.min().rename("gain")
-    rows = rows.join(alone, on=client)
-    for source, some in rows.groupby("source", sort=False):
-        own = some[some.estimator == "default"]
+    lines = {}
+    for source, some in with_gain(rows).groupby("source", sort=False):
+        default = some[some.estimator == "default"]
         regret = some.groupby("estimator", sort=False).regret.mean()
         lines[source] = {name: regret[name] for name in NAMES.values()} | {
-            "default ±": own.groupby("seed").regret.mean().sem(),
-            "default, worst": own.groupby(["alpha", "shift", "local"]).regret.mean().max(),
-            "beats both": own[own.oracle_beats_both].beats_both.mean(),
-            f"gain > {WORTHWHILE}": own[own.gain > WORTHWHILE].beats_both.mean(),
+            "default ±": default.groupby("seed").regret.mean().sem(),
+            "default, worst": default.groupby(FEDERATION[1:]).regret.mean().max(),
+            "beats both": default[default.oracle_beats_both].beats_both.mean(),
+            f"gain > {WORTHWHILE}": default[default.gain > WORTHWHILE].beats_both.mean(),
         }
     return pd.DataFrame(lines).T
 
 
-def report(rows: pd.DataFrame) -> None:
-    rows.to_csv(HERE / "other_data.csv.gz", index=False, compression={"method": "gzip", "mtime": 1})
-    parts = {"fresh": rows[rows.seed.isin(FRESH)], "design": rows[rows.seed.isin(DESIGN)]}
-    page = HERE.parent / "docs" / "mixing_weight.md"
-    for name, some in parts.items():
-        if len(some):
-            fill(page, f"other-{name}", markdown(table(some), digits=4))
-            print(name, table(some).round(4).to_string(), sep="\n")
+def above_half(rows: pd.DataFrame) -> pd.Series:
+    """How much more the default regrets than λ = ½ in each federation, sorted (mean over clients and seeds, nats)."""
+    regret = with_gain(rows).groupby([*FEDERATION, "estimator"]).regret.mean().unstack()
+    return (regret.default - regret["λ = ½"]).sort_values()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar10", metavar="PLACE", help="a folder for torchvision, or a file of JPEGs")
+    parser.add_argument("--cifar10", metavar="SOURCE", help="a folder for torchvision, or a file of JPEGs")
     parser.add_argument("--small", metavar="CHECKPOINT", help="of the smaller backbone")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
-    CELLS.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     pools: dict[str, list[Examples]] = {}
     makers = {"digits": digits, "grey CIFAR-10": lambda: cifar10(args.cifar10)}
     for seed in (*FRESH, *DESIGN):
         for case in CASES:
-            path = CELLS / f"{case.name}-seed{seed}.csv"
+            path = RESULTS / f"{case.name}-seed{seed}.csv"
             if args.report or path.exists():
                 continue
             began = time.perf_counter()
             if case.source in makers and case.source not in pools:
                 pools[case.source] = makers[case.source]()
             checkpoint = args.small if case.source == "small backbone" else None
-            found, partial = cell(case, seed, federation_of(case, seed, pools), checkpoint), path.with_suffix(".part")
+            found = measure(case, seed, federation_of(case, seed, pools), checkpoint)
+            partial = path.with_suffix(".part")
             found.to_csv(partial, index=False, float_format="%.5g")
             partial.replace(path)
             print(json.dumps({path.stem: f"{time.perf_counter() - began:.0f} s"}), flush=True)
-    report(pd.concat([pd.read_csv(path) for path in sorted(CELLS.glob("*.csv"))], ignore_index=True))
+    rows = pd.concat([pd.read_csv(path) for path in sorted(RESULTS.glob("*.csv"))], ignore_index=True)
+    rows.to_csv(HERE / "other_data.csv.gz", index=False, compression={"method": "gzip", "mtime": 1})
+    for seeds in (FRESH, DESIGN):
+        if len(some := rows[rows.seed.isin(seeds)]):
+            print(table(some).round(4).to_string())
 
 
 if __name__ == "__main__":

@@ -3,21 +3,21 @@
     python benchmarks/paper.py --processes 2      # all parts; what is finished is kept (paper/) and never recomputed
     python benchmarks/paper.py --part budgets     # one of them
     python benchmarks/paper.py --scale quick      # seconds; its figures mean nothing
-    python benchmarks/paper.py --report           # the rows of what is finished; then verdicts.py writes the page
+    python benchmarks/paper.py --report           # the rows of what is finished
 
-Fashion-MNIST and the lab ViT with LoRA in the last of its four blocks: what is below is computed once, so that
-the reported numbers of steps fit on two cores. All is a sweep of methods over settings, as in ``field.py``:
+Fashion-MNIST and the lab ViT with LoRA in the last of its four blocks: the features below are computed once, so that
+the reported numbers of steps fit on two cores. Everything is a sweep of methods over settings, as in ``comparison.py``:
 
 - ``tune``: learning rates of ``budgets``, by 150 calibration examples per client of seed 100;
 - ``budgets``: 400 federated + 300 local steps for the merges, 600 for each baseline, as reported;
-- ``conditions``: one pair of models under many conditions, and what merges make of it;
+- ``conditions``: one pair of models under many conditions, and its merges;
 - ``inits``: the same under other initialisations of LoRA;
 - ``samples``: estimators of λ by how many samples they see and with their options;
-- ``late``: clients that were in none of the rounds, against the same clients where they were;
+- ``late``: clients that took part in no round, against the same clients when they took part;
 - ``other-budgets``, ``other-conditions``: once more on grey CIFAR-10 (``--cifar10``: a folder for torchvision, or a
   file of JPEGs); rates as tuned above;
-- ``three-tune``, ``three``: a third model, of a cluster of similar clients, beside the federation's and the client's
-  own; its options by seed 100.
+- ``three-tune``, ``three``: a third model, of a cluster of similar clients, in addition to the federation's and the
+  client's; its options by seed 100.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def every(weight: float) -> Callable[..., Estimate]:
 # --- the reported budgets -------------------------------------------------------------------------------------------
 PAPER = Setting(train_size=1000, test_size=500, rounds=80, round_steps=5, local_steps=300)
 BUDGETS = {"8 clients of 1000": PAPER, "20 clients of 300": replace(PAPER, clients=20, train_size=300, test_size=250)}
-BASELINE_ROUNDS = 60  # of 5 steps, and 300 local ones: 600, which each baseline deals as its rounds need
+BASELINE_ROUNDS = 60  # of 5 steps, and 300 local ones: 600, which each baseline divides as its rounds need
 RATES = 1, 0.5, 2, 4
 FURTHER = {"FedIT": (8,), "FFA-LoRA": (8, 16), "federated part": (8,), "local": (0.25,), "local part": (0.25,)}
 FURTHER["local from federated"] = (0.25,)  # where the best of the four was at an end
@@ -158,7 +158,7 @@ def contestants(rates: dict[str, float]) -> dict[str, Method]:
     return found | merges
 
 
-# --- conditions: what becomes of one pair ---------------------------------------------------------------------------
+# --- conditions: one pair of models and its merges ------------------------------------------------------------------
 BASE = Setting(calibration_size=100, test_size=250)  # estimators see the first 30 of the 100
 GRID = [i / 8 for i in range(9)]
 CONDITIONS = {
@@ -226,12 +226,12 @@ def federated_without(late: bool, run: Run) -> ModelPair:
             others = (fold != left_out).nonzero().squeeze(1).tolist()
             models.append(fedit(adapted, run.federation.train.rows(others), **options))
         for is_late in (True, False):
-            chosen = [models[f if is_late else (f + 1) % FOLDS] for f in fold.tolist()]
+            received = [models[f if is_late else (f + 1) % FOLDS] for f in fold.tolist()]
             ledger = Ledger.zeros(clients).add(torch.arange(clients), down=adapter_bytes(adapted.initial))
             if not is_late:  # the same for each of those who took part
                 cost = {name: int(each[0]) for name, each in vars(models[0].ledger).items()}
                 ledger = Ledger.zeros(clients).add(torch.arange(clients), **cost)
-            federated = stack_adapters([one.adapter for one in chosen])
+            federated = stack_adapters([one.adapter for one in received])
             costs = (ledger, run.pair.ledgers[1]), run.pair.seconds
             run.pairs[key[0], is_late] = ModelPair(federated, run.pair.local, *costs)
     return run.pairs[key]
@@ -267,7 +267,7 @@ def triple(options: dict[str, float]) -> str:
 
 
 def triples(rows: pd.DataFrame | None) -> dict[str, Method]:
-    """Three models with all options that are tried; given the rows of those, the best and the pairs beside it."""
+    """Three models with all options that are tried; given their rows, the best and the pairs to compare it with."""
     found = {triple(options): three_models(**options) for options in TRIPLES}
     if rows is None:
         return found
@@ -341,10 +341,10 @@ def main() -> None:
     parser.add_argument("--scale", choices=("lab", "quick"), default="lab")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument(
-        "--cifar10", metavar="PLACE", help="where CIFAR-10 is; without it the parts called other are left out"
+        "--cifar10", metavar="SOURCE", help="where CIFAR-10 is; without it the parts called other are left out"
     )
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--out", type=Path, default=HERE / "paper", help="for what is finished; tables go beside it")
+    parser.add_argument("--out", type=Path, default=HERE / "paper", help="for finished results")
     args = parser.parse_args()
     if not args.cifar10 and not args.report:
         args.part = [part for part in args.part if not part.startswith("other")]

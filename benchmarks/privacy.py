@@ -3,11 +3,11 @@
     python benchmarks/privacy.py
     python benchmarks/privacy.py --smoke      # its figures mean nothing
 
-Thirty-two clients of 100 images, FFA-LoRA (only B and the head travel), all clients in all 6 rounds; δ = 0.01. The clip
-is the median norm of a client's change in the first round of seed 100, which no row is of. Beside what the default
-estimator finds stands what theory predicts from the models without noise: the noise adds up over the rounds, enters
-the moment ``a`` alone, and the weight is the closed form's. Writes ``privacy.csv``, ``privacy.json`` and
-``privacy.png``.
+Thirty-two clients of 100 images, FFA-LoRA (only B and the head are sent), all clients in all 6 rounds; δ = 0.01. The
+clip is the median norm of a client's change in the first round of seed 100, which no row uses. The weight that the
+default estimator finds is compared with what theory predicts from the models without noise: the noise adds up over the
+rounds and enters only the moment ``a``, and the weight is the closed form's. Writes ``privacy.csv``, ``privacy.json``
+and ``privacy.png``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from pages import facts, fill, markdown
+from pages import facts
 from torch import Tensor
 
 from potara_lite import Setting, estimate_calibrated, evaluate, merge_exact, prepare, repeat_adapter, run_algorithm
@@ -99,53 +99,37 @@ def measure(setting: Setting, seed: int, clip: float, epsilons: tuple[float, ...
     return pd.DataFrame(rows)
 
 
-def table(rows: pd.DataFrame) -> str:
-    """The page's table: means over the seeds."""
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The page's table: a line per ε, means over the seeds."""
     mean = rows.groupby("epsilon").mean().sort_index(ascending=False)
     error = rows.groupby("epsilon")[[f"{name}_accuracy" for name in MODELS]].sem()
     columns = {f"{name}": mean[f"{name}_accuracy"] for name in MODELS}
     columns["± (largest)"] = error.max(axis=1)
     columns |= {"λ found": mean.weight, "λ predicted": mean.weight_predicted}
     columns["v found / predicted"] = mean.moment / mean.moment_predicted
-    shown = pd.DataFrame(columns).reindex(mean.index)
-    shown.index = pd.Index(["no noise" if math.isinf(e) else f"{e:g}" for e in shown.index], name="ε")
-    return markdown(shown)
+    found = pd.DataFrame(columns).reindex(mean.index)
+    return found.set_axis(pd.Index([shown(epsilon) for epsilon in found.index], name="ε"))
 
 
-def said(rows: pd.DataFrame) -> str:
-    """What the table says, in words."""
-    mean, strict = rows.groupby("epsilon").mean().sort_index(ascending=False), rows.epsilon.min()
-    ratio = (mean.moment / mean.moment_predicted).dropna()
-    first, last = mean.iloc[0], mean.iloc[-1]
-    return (
-        f"The noise's moment is {ratio.min():.2f} to {ratio.max():.2f} times what was predicted from the models "
-        f"without noise. From no noise to ε = {strict:g} the weight falls from {first.weight:.2f} to "
-        f"{last.weight:.2f}, predicted from {first.weight_predicted:.2f} to {last.weight_predicted:.2f}. The federated "
-        f"model loses {first.federated_accuracy - last.federated_accuracy:.3f} accuracy, the merged one "
-        f"{first.merged_accuracy - last.merged_accuracy:.3f}; at ε = {strict:g} it is "
-        f"{last.merged_accuracy - last.local_accuracy:+.3f} from the local one."
-    )
-
-
-def page(rows: pd.DataFrame) -> str:
-    """The page's block."""
-    return f"{table(rows)}\n\n{said(rows)}"
+def shown(epsilon: float) -> str:
+    return "no noise" if math.isinf(epsilon) else f"{epsilon:g}"
 
 
 def figure(rows: pd.DataFrame) -> plt.Figure:
     """Accuracy and weight against ε, with the standard error over the seeds."""
     table = rows.groupby("epsilon").agg(["mean", "sem"]).sort_index(ascending=False)
-    places, labels = range(len(table)), ["no noise" if math.isinf(e) else f"{e:g}" for e in table.index]
-    shown, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    positions = list(range(len(table)))
+    labels = [shown(epsilon) for epsilon in table.index]
+    picture, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for name in MODELS:
         column = table[f"{name}_accuracy"]
-        axes[0].errorbar(places, column["mean"], column["sem"], marker="o", capsize=3, label=name)
+        axes[0].errorbar(positions, column["mean"], column["sem"], marker="o", capsize=3, label=name)
     for column, label in (("weight", "found on held-out samples"), ("weight_predicted", "predicted from the noise")):
-        axes[1].errorbar(places, table[column]["mean"], table[column]["sem"], marker="o", capsize=3, label=label)
+        axes[1].errorbar(positions, table[column]["mean"], table[column]["sem"], marker="o", capsize=3, label=label)
     for ax, title in zip(axes, ("accuracy", "mixing weight λ, on the federated model")):
-        ax.set(xticks=list(places), xticklabels=labels, xlabel="ε (more private to the right)", ylabel=title)
+        ax.set(xticks=positions, xticklabels=labels, xlabel="ε (more private to the right)", ylabel=title)
         ax.legend()
-    return shown
+    return picture
 
 
 def main() -> None:
@@ -163,7 +147,6 @@ def main() -> None:
     rows.to_csv(HERE / "privacy.csv", index=False, float_format="%.6g")
     facts_of_run = {"setting": asdict(setting), "clip": clip, "delta": DELTA} | facts()
     (HERE / "privacy.json").write_text(json.dumps(facts_of_run, indent=1) + "\n")
-    fill(HERE.parent / "docs" / "deployment.md", "privacy", page(rows))
     figure(rows).savefig(HERE / "privacy.png", dpi=110)
 
 

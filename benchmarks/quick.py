@@ -1,10 +1,10 @@
-"""The command's own table at its default setting, over five seeds.
+"""The command's table at its default setting, over five seeds.
 
     python benchmarks/quick.py
 
 Runs ``python -m potara_lite --seeds 0 1 2 3 4`` and keeps its ``results.csv`` and ``config.json`` as ``quick.csv`` and
-``quick.json``; writes the summary and a figure into the README and, with the paired differences, into ``quick.md``.
-What ``--local-from-federated`` changes are further rows of the same table.
+``quick.json``, and the README's figure. The rows that ``--local-from-federated`` changes are added under other
+names. ``figures.py`` writes the tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from pages import fill, markdown
 
 from potara_lite import ESTIMATORS, Run, Setting, prepare
 from potara_lite.experiment import oracle_weight
@@ -38,6 +37,7 @@ def command(folder: str, *options: str) -> pd.DataFrame:
 
 def paired(rows: pd.DataFrame) -> pd.DataFrame:
     """For each pair of methods, the mean difference of accuracy and loss over seeds with its standard error."""
+    rows = rows[rows.method != "backbone"]
     lines, methods = {}, list(rows.method.unique())
     for number, one in enumerate(methods[:-1]):
         tables = {score: paired_differences(rows, one, score) for score in ("accuracy", "loss")}
@@ -50,10 +50,9 @@ def paired(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines).T
 
 
-def tables(rows: pd.DataFrame) -> tuple[str, str]:
-    """The README's table and the paired differences, as Markdown."""
-    table = summary(rows).assign(MB=lambda t: t["bytes"] / 1e6).drop(columns=["bytes", "seconds"])
-    return markdown(table), markdown(paired(rows[rows.method != "backbone"]), digits=4)
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The README's table."""
+    return summary(rows).assign(MB=lambda t: t["bytes"] / 1e6).drop(columns=["bytes", "seconds"])
 
 
 def figure() -> Figure:
@@ -61,8 +60,8 @@ def figure() -> Figure:
     run = Run(*prepare(Setting(), 0), Setting(), 0)
     weights, loss, _ = run.test_curve
     estimate = ESTIMATORS["potara-paper"](run.adapted, *run.pair.models, run.federation)
-    chosen = {"uniform": torch.full((len(loss),), 0.5), "potara-paper": estimate.weight}
-    return along_weight(weights, loss, chosen | {"oracle": oracle_weight(weights, loss)})
+    found = {"uniform": torch.full((len(loss),), 0.5), "potara-paper": estimate.weight}
+    return along_weight(weights, loss, found | {"oracle": oracle_weight(weights, loss)})
 
 
 def main() -> None:
@@ -72,14 +71,8 @@ def main() -> None:
     more = more[more.method.isin(MERGES)]
     rows = pd.concat([rows, more.assign(method=more.method + ", local from federated")])
     rows.to_csv(HERE / "quick.csv", index=False)
-    table, differences = tables(rows)
-    (HERE / "quick.md").write_text(
-        f"# The command's table\n\n{table}\n\n"
-        f"Paired over the seeds (mean difference, standard error):\n\n{differences}\n"
-    )
-    fill(HERE.parent / "README.md", "quick", table)
     figure().savefig(HERE.parent / "docs" / "quick.png", dpi=90)
-    print(differences)
+    print(table(rows).round(3).to_string())
 
 
 if __name__ == "__main__":

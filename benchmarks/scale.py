@@ -1,10 +1,10 @@
-"""Wall time and peak memory as clients grow: each size in a process of its own.
+"""Wall time and peak memory as clients grow: each size in a separate process.
 
     python benchmarks/scale.py                  # 8, 125, 250, 500 and 1,000 clients of 50 local steps, three times
     python benchmarks/scale.py --smoke          # seconds; its figures mean nothing
 
 ``seconds`` is the training alone, after a warm-up of one step; ``peak_bytes`` is the largest resident size the process
-ever had (``ru_maxrss``), so it counts Python, PyTorch and the data, whose bytes stand beside it. Every second
+ever had (``ru_maxrss``), so it counts Python, PyTorch and the data, whose bytes are reported, too. Every second
 repetition takes the sizes in the opposite order. The last row is FedIT over the largest number of clients of which a
 twentieth take part in each round.
 """

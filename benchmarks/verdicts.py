@@ -1,6 +1,6 @@
-"""What the rows of ``paper.py`` say of the paper's claims: the tables and verdicts of docs/reproduction.md.
+"""What the rows of ``paper.py`` say of the paper's claims: the verdicts and tables of docs/reproduction.md.
 
-    python benchmarks/verdicts.py
+    python benchmarks/verdicts.py      # prints the verdicts; figures.py writes them into the page
 
 A claim that one method is better than others is a set of comparisons, one per federation and other method: differences
 of means over clients, paired by seed, a two-sided t-test each, corrected over the whole set (Holm, 1979). It *holds*
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from pages import fill, markdown
 from paper import BASELINES
 from scipy import stats
 
@@ -25,8 +24,6 @@ from potara_lite.experiment import ORACLE
 from potara_lite.results import holm, summary
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "reproduction.md"
-MADE_WITH = ("machine", "processor"), ("versions", "torch")
 LEVEL = 0.05
 BARRIER = 0.02  # nats: a rise above the straight line that would be seen
 PARTS = "budgets", "conditions", "inits", "samples", "late", "three", "other-budgets", "other-conditions"
@@ -70,8 +67,8 @@ def over_federations(means: pd.DataFrame) -> pd.DataFrame:
     return pd.concat({"all": means}, names=["federation"])
 
 
-def told(table: pd.DataFrame) -> str:
-    """The one comparison of a table in words: difference ± standard error, and p."""
+def as_text(table: pd.DataFrame) -> str:
+    """The one comparison of a table as text: difference ± standard error, and p."""
     (_, line), *more = table.iterrows()
     assert not more
     return f"{line.difference:.3f} ± {line['±']:.3f} (p = {line.p:.2g})"
@@ -153,25 +150,24 @@ def bounded() -> Claim:
     for regime, some in rows.groupby("regime", sort=False):
         by = some.set_index(["client", "weight"])
         excess, bound, predicted = ((by[n] - by.optimum).unstack() for n in ("measured", "bound", "predicted"))
-        places = range(len(bound))
         lines[regime] = {
             "λ and clients where loss ≤ bound": (excess <= bound).to_numpy().mean(),
             "measured / bound, mean": (excess / bound).to_numpy().mean(),
             "measured / predicted in the loss's metric": (excess / predicted).to_numpy().mean(),
             "clients whose least bound is below both ends": (bound.min(axis=1) < bound[[0.0, 1.0]].min(axis=1)).mean(),
             "clients whose loss at the bound's λ is below both ends": (
-                pd.Series([excess.iloc[i][bound.iloc[i].idxmin()] for i in places], excess.index)
+                pd.Series([excess.iloc[i][bound.iloc[i].idxmin()] for i in range(len(bound))], excess.index)
                 < excess[[0.0, 1.0]].min(axis=1)
             ).mean(),
         }
     table = pd.DataFrame(lines).T.rename_axis("local models")
-    held, least = table.iloc[:, 0], table.iloc[:, 4]
+    holds, helps = table.iloc[:, 0], table.iloc[:, 4]
     return Claim(
         "the bound holds and is tighter than either model's",
         "the same federation trained 8 times on other examples: moments about θ*, loss along λ (`bound.py`)",
-        f"the loss is below the bound at {held.min():.0%} to {held.max():.0%} of all λ and clients; at the λ where the "
-        f"bound is least it is below both models' for {least.min():.0%} to {least.max():.0%} of the clients",
-        "holds" if held.min() == 1 and least.min() == 1 else "holds in part",
+        f"the loss is below the bound at {holds.min():.0%} to {holds.max():.0%} of all λ and clients; at the λ of the "
+        f"least bound it is below both models' for {helps.min():.0%} to {helps.max():.0%} of the clients",
+        "holds" if holds.min() == 1 and helps.min() == 1 else "holds in part",
         {"bounds": table},
     )
 
@@ -198,8 +194,8 @@ def closed_form() -> Claim:
         "the closed form is about as good as a grid search",
         "regret against each client's best λ on test data; our reading of the paper's with its unknown options",
         f"the best of {len(paper)} readings ({best.removeprefix('paper, ')}) regrets {means[best].mean():.3f} nats, an "
-        f"own grid on 30 held-out samples {means[own].mean():.3f}, less by {told(grid)}; λ = ½ "
-        f"{means['lambda = 0.5'].mean():.3f}, less by {told(half)}",
+        f"own grid on 30 held-out samples {means[own].mean():.3f}, less by {as_text(grid)}; λ = ½ "
+        f"{means['lambda = 0.5'].mean():.3f}, less by {as_text(half)}",
         "does not hold" if clear(grid) else "not refuted",
         {"readings": table.sort_values("mean")},
     )
@@ -251,13 +247,13 @@ def thirty() -> Claim:
     )
     all_seeds = over_federations(means)
     gain = {kind: differences(all_seeds, f"{kind}, 100 samples", [f"{kind}, 30 samples"], sign=-1) for kind in kinds}
-    texts = [f"{kind}: 100 samples less by {told(each)}" for kind, each in gain.items()]
+    texts = [f"{kind}: 100 samples less by {as_text(each)}" for kind, each in gain.items()]
     more = [kind for kind, each in gain.items() if clear(each)]
     return Claim(
         "30 samples are enough",
         "regret (nats) with 5, 10, 30 and 100 samples",
         f"{'; '.join(texts)}; with 5 samples the calibrated weight regrets {table.loc['calibrated', '5 samples']:.3f}",
-        f"more help: {', '.join(more)}" if more else "more cannot be told apart",
+        f"more help: {', '.join(more)}" if more else "more make no clear difference",
         {"samples": table, "samples-shares": shares},
     )
 
@@ -271,7 +267,7 @@ def cost() -> Claim:
     paper, ours = (shares[name] for name in names.values())
     return Claim(
         "computing λ costs 8–17 % of the training",
-        "seconds beside the training's at the default setting (`suite.py --timing`)",
+        "seconds as a share of the training's, at the default setting (`suite.py --timing`)",
         f"{paper:.1%} for our reading of the paper's, {ours:.1%} for `potara-calibrated`",
         "less here" if paper < 0.08 else "holds" if paper <= 0.17 else "more here",
         {},
@@ -295,11 +291,11 @@ def ablations() -> Claim:
     both = pd.concat([means["lambda = 0"], means["lambda = 1"]], axis=1).min(axis=1)
     wins = (means["potara-calibrated"] < both).groupby("federation", sort=False).mean()
     return Claim(
-        "ablations: merging pays over ranks, heterogeneity, split of the steps and number of clients",
+        "ablations: merging pays for different ranks, heterogeneity, splits of the steps and numbers of clients",
         "loss of the two models and of merges under every condition",
         f"`potara-calibrated` is below both models in {(wins == 1).sum()} of {len(wins)} conditions in every seed; "
-        f"over all of them the exact merge is better than that of the factors by {told(factors)} nats at λ = ½, and "
-        f"`potara-calibrated` than λ = ½ by {told(ours)}",
+        f"over all of them the exact merge is better than that of the factors by {as_text(factors)} nats at λ = ½, and "
+        f"`potara-calibrated` than λ = ½ by {as_text(ours)}",
         "holds" if (wins == 1).all() else "holds in part",
         {"conditions": table.rename_axis("condition")},
     )
@@ -312,10 +308,10 @@ def late() -> Claim:
     gain, half = (differences(all_seeds, name, [one], sign=-1) for one in ("local", "uniform, late"))
     missed = differences(all_seeds, "potara-calibrated, took part", [name], sign=-1)
     return Claim(
-        "(ours) a client that was in none of the rounds gains by merging, too",
-        "federated models without a quarter of the clients: those clients against the same ones that took part",
-        f"late and merged is better than local alone by {told(gain)} nats and than late and λ = ½ by {told(half)}; "
-        f"taking part is better than that by {told(missed)}",
+        "(ours) a client that took part in no round gains by merging, too",
+        "federated models without a quarter of the clients: these clients against the same ones when they take part",
+        f"late and merged is better than local alone by {as_text(gain)} nats and than late and λ = ½ by "
+        f"{as_text(half)}; taking part is better than that by {as_text(missed)}",
         "holds" if clear(gain) else "does not show",
         {"late": mean_and_error(rows, "loss")},
     )
@@ -327,14 +323,14 @@ def three() -> Claim:
     found = differences(means, "three models", ["potara-calibrated"], sign=-1)
     half = differences(means, "three models", ["lambda = 0.5"], sign=-1)
     costs = summary(rows).groupby("method")["bytes"].mean() / 1e6
-    chosen = read("three-tune").groupby("method").loss.mean().idxmin()
+    best = read("three-tune").groupby("method").loss.mean().idxmin()
     table = mean_and_error(rows, "loss")
     table["MB"] = costs
     return Claim(
         "(ours) a third model, of a cluster of similar clients, pays",
         "rounds shared between the federation and clusters; weights from held-out losses on the simplex",
-        f"{chosen} are better than `potara-calibrated` with two by {told(found)} nats, than λ = ½ by {told(half)}; "
-        f"{costs['three models']:.2f} MB against {costs['potara-calibrated']:.2f}",
+        f"{best} are better than `potara-calibrated` with two by {as_text(found)} nats, than λ = ½ by "
+        f"{as_text(half)}; {costs['three models']:.2f} MB against {costs['potara-calibrated']:.2f}",
         "holds" if clear(found) else "does not show",
         {"three": table},
     )
@@ -367,7 +363,7 @@ def other() -> Claim:
         f"the budgets and four conditions again on grey CIFAR-10, {theirs.seed.nunique()} seeds",
         f"rank correlation of the methods' accuracies {order:.2f}; `potara-paper` {verdict(better['potara-paper'])}; "
         f"`potara-calibrated` {verdict(better['potara-calibrated'])}; local models started from the federated one "
-        f"instead of independent ones: accuracy {told(start)}; largest mean barrier {barrier:.3f} nats; regrets "
+        f"instead of independent ones: accuracy {as_text(start)}; largest mean barrier {barrier:.3f} nats; regrets "
         + ", ".join(f"`{name}` {regret.loc[name].iloc[1]:.3f}" for name in regret.index),
         "; ".join(f"{name}: {'holds' if same else 'does not hold'}" for name, same in kept.items()),
         {"other-budgets": table.sort_values(table.columns[0], ascending=False).rename_axis("accuracy"),
@@ -375,28 +371,15 @@ def other() -> Claim:
     )  # fmt: skip
 
 
-def minutes() -> str:
-    """How long the committed rows took."""
-    runs = json.loads((HERE / "paper.json").read_text()).values()
-    total, (processes,) = sum(run["minutes"] for run in runs), {run["processes"] for run in runs}
-    (machine,), (version,) = ({run[kind][name] for run in runs} for kind, name in MADE_WITH)
-    return f"All of it took {total:.0f} minutes from nothing, in {processes} processes ({machine}, torch {version})."
-
-
 CLAIMS = connected, bounded, closed_form, personal, thirty, cost, ablations, late, three, other
 
 
-def main() -> None:
-    claims = [claim() for claim in CLAIMS]
-    columns = {"experiment": "experiment", "measured": "measured", "verdict": "verdict"}
-    table = pd.DataFrame({c.says: {name: getattr(c, name) for name in columns} for c in claims}).T.rename_axis("claim")
-    fill(PAGE, "claims", markdown(table))
-    fill(PAGE, "seeds", f"Seeds: {', '.join(f'{part} {read(part).seed.nunique()}' for part in PARTS)}. {minutes()}")
-    for claim in claims:
-        for name, each in claim.tables.items():
-            fill(PAGE, name, markdown(each))
-    print(table.to_string(max_colwidth=100))
+def overview(claims: list[Claim]) -> pd.DataFrame:
+    """A line per claim: the experiment, what was measured, the verdict."""
+    columns = "experiment", "measured", "verdict"
+    lines = {claim.says: [getattr(claim, name) for name in columns] for claim in claims}
+    return pd.DataFrame.from_dict(lines, orient="index", columns=columns).rename_axis("claim")
 
 
 if __name__ == "__main__":
-    main()
+    print(overview([claim() for claim in CLAIMS]).to_string(max_colwidth=100))

@@ -1,7 +1,4 @@
-"""What the engine's benchmarks share: the clients, one client's plain training code, and paired timing.
-
-python benchmarks/workload.py     # writes the table of benchmarks/README.md from the JSON files
-"""
+"""What the engine's benchmarks share: the clients, one client's plain training code, and paired timing."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pages import facts, fill
+from pages import facts
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -133,7 +130,3 @@ def table() -> str:
                 batch = f"{row['samples']} samples" if "samples" in row else row["batch_size"]
                 lines.append(f"| {row.get('what', 'training')} | {row['clients']} | {batch} | {other} | {spread} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    fill(HERE / "README.md", "engine", table())

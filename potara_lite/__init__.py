@@ -110,22 +110,21 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time the same li
     from ..training.train import DivergedError as DivergedError, evaluate as evaluate, train as train
 
 
-def _module_of() -> dict[str, str]:
-    """The module of every public name, read from the imports above."""
-    source = ast.parse(Path(__file__).read_text("utf-8"))
-    imports = [node for node in ast.walk(source) if isinstance(node, ast.ImportFrom) and node.level]
-    return {name.name: f".{node.module}" for node in imports for name in node.names}
+else:
 
+    def _module_of() -> dict[str, str]:
+        """The module of every public name, read from the imports above."""
+        source = ast.parse(Path(__file__).read_text("utf-8"))
+        imports = [node for node in ast.walk(source) if isinstance(node, ast.ImportFrom) and node.level]
+        return {name.name: f".{node.module}" for node in imports for name in node.names}
 
-_MODULE_OF = _module_of()
-__all__ = sorted(_MODULE_OF)
+    _MODULE_OF = _module_of()
+    __all__ = sorted(_MODULE_OF)
 
+    def __getattr__(name: str):
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_MODULE_OF[name], __name__), name)
 
-def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name], __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

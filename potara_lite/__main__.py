@@ -1,6 +1,7 @@
 """The quick benchmark from a shell: ``python -m potara_lite``.
 
-One folder is one run (``run_folder.py``): the same command goes on with what is missing, another one is refused.
+One folder is one run (``files.run_folder``): the same command continues with what is missing, another one is refused.
+Everything heavy is imported where it is used, so that ``--help`` and bad options are answered at once.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from . import __version__
-from .files import one_line
+from .checks import LARGEST
 from .setting import DATA, Setting
 
 DEVICES = r"(cpu|cuda|mps|xpu)(:\d+)?"
 
 
 def size(text: str) -> int:
-    """A size or a length of the options: more than a million is a slip."""
+    """A size or a length of the options: more than a million is a mistake."""
     if (number := int(text)) > 1_000_000:
         raise argparse.ArgumentTypeError(f"must be at most 1000000, not {text}")
     return number
@@ -31,8 +32,8 @@ def size(text: str) -> int:
 
 def seed(text: str) -> int:
     """A seed of the options."""
-    if not 0 <= (number := int(text)) < 2**64:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and below 2**64, not {text}")
+    if not 0 <= (number := int(text)) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 2**63, not {text}")
     return number
 
 
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--clients", type=size, default=default["clients"], help="number of clients")
     p.add_argument("--alpha", type=float, default=default["alpha"], help="Dirichlet concentration of the labels")
-    p.add_argument("--shift", action="store_true", help="give each client an image domain of its own as well")
+    p.add_argument("--shift", action="store_true", help="also give each client its own image domain")
     p.add_argument("--train-size", type=size, default=default["train_size"], help="training examples per client")
     p.add_argument("--test-size", type=size, default=default["test_size"], help="test examples per client")
     p.add_argument("--rounds", type=size, default=default["rounds"], help="federated rounds")
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "--seeds", type=seed, nargs="+", metavar="SEED", default=[0], help="several, one after the other"
     )
     p.add_argument("--device", default=default["device"], help="cpu, cuda, cuda:1, mps, …")
-    p.add_argument("--out", type=Path, default=Path("potara-results"), help="folder of this run, which goes on with it")
+    p.add_argument("--out", type=Path, default=Path("potara-results"), help="folder of this run, which continues there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
     p.add_argument("--json", action="store_true", help="print the summary as JSON instead of a table")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -118,20 +119,20 @@ def save_models(out: Path, name: str, run, result) -> None:
 
 
 def draw_figure(out: Path, run, rows) -> None:
-    """A seed's curves with the weights that were chosen, and accuracy against bytes."""
+    """A seed's curves with the estimators' weights, and accuracy against bytes."""
     from .experiment import ORACLE
     from .plots import overview
     from .results import summary
 
-    chosen = {}
+    marks = {}
     for name in ("potara-paper", "potara-calibrated", ORACLE):
-        found = rows[(rows.method == name) & (rows.seed == run.seed)]
-        chosen[name.split()[0]] = tuple(found[column].to_numpy() for column in ("weight", "loss", "accuracy"))
-    overview(*run.test_curve, chosen, summary(rows)).savefig(out / "figure.png", dpi=120)
+        lines = rows[(rows.method == name) & (rows.seed == run.seed)]
+        marks[name.split()[0]] = tuple(lines[column].to_numpy() for column in ("weight", "loss", "accuracy"))
+    overview(*run.test_curve, marks, summary(rows)).savefig(out / "figure.png", dpi=120)
 
 
-def run(args: argparse.Namespace):
-    """Run the methods that the folder lacks, writing each one's rows as soon as all else of it is there; all rows."""
+def run_missing(args: argparse.Namespace):
+    """Run the methods that the folder lacks. Each one's rows are written last, after its models. Returns all rows."""
     setting = setting_of(args)
     check_device(args.device)
 
@@ -142,11 +143,10 @@ def run(args: argparse.Namespace):
     from .results import result_rows
 
     with run_folder(args.out, configuration(setting, args.seeds), args.overwrite) as folder:
-        if kept := folder.finished:
-            print(
-                f"{args.out} has {len(kept)} results of this run, which are kept (--overwrite: anew)", file=sys.stderr
-            )
-        for name, run, result in run_methods(setting, args.seeds, finished=kept, progress=not args.quiet):
+        if finished := folder.finished:
+            kept = f"{args.out} has {len(finished)} results of this run, which are kept (--overwrite: anew)"
+            print(kept, file=sys.stderr)
+        for name, run, result in run_methods(setting, args.seeds, finished=finished, progress=not args.quiet):
             folder.begin()
             save_models(args.out, name, run, result)
             rows = result_rows(name, run, result).astype({"weight": float})
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace):
 
 
 def as_text(table) -> str:
-    """The summary as people read it: fractions to three digits, bytes as megabytes."""
+    """The summary for reading: fractions to three digits, bytes as megabytes."""
     table = table.assign(MB=table["bytes"] / 1e6).drop(columns="bytes")
     digits = {"weight": 2, "steps": 0, "seconds": 1, "MB": 1}
     columns = ["accuracy", "±", "worst", "loss", "± loss", "weight", "MB", "steps", "seconds"]
@@ -182,19 +182,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         try:
             args = parser().parse_args(argv)
-            show(args, run(args))
+            show(args, run_missing(args))
             return 0
         finally:
             sys.stdout.flush()  # here, where a closed pipe is caught, and not at the very end
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing left to stop
-        status, reason = 130, "interrupted; without --overwrite the same command goes on where it stopped"
-    except BrokenPipeError:  # whoever read the output wants no more of it, and no complaint either
+        status, reason = 130, "interrupted; without --overwrite the same command continues where it stopped"
+    except BrokenPipeError:  # nobody reads the output any more, so there is nobody to tell
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(nowhere, stream)
         return 128 + 13
     except (ValueError, OSError, ImportError, MemoryError) as error:
+        from .files import one_line
+
         status, reason = 2, one_line(error)
     print(f"potara_lite: {reason}", file=sys.stderr)
     return status

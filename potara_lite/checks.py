@@ -21,7 +21,7 @@ from inspect import Parameter, signature
 from math import inf, isfinite
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, validate_call
 from pydantic_core import core_schema
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-P, R, T = ParamSpec("P"), TypeVar("R"), TypeVar("T")
+T = TypeVar("T")
 LARGEST = 2**63 - 1  # of a size in torch, and of a seed that torch's and numpy's generators both take
 FLOAT32 = 1.2e-38, 3.4e38  # what is smaller or larger is 0 or infinite there
 
@@ -236,7 +236,8 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return is_traced(tensor) or isfinite(tensor.detach().sum().item()) or bool(tensor.isfinite().all())
 
 
-List = Annotated[Sequence[T], BeforeValidator(_as_list), Field(min_length=1)]
+AnyList = Annotated[Sequence[T], BeforeValidator(_as_list)]
+List = Annotated[AnyList[T], Field(min_length=1)]
 Named = Annotated[Mapping[str, T], BeforeValidator(_as_named), Field(min_length=1)]
 Seeds = Annotated[List[Seed], AfterValidator(_differ)]
 PathLike = Annotated[str | Path, PlainValidator(_as_path)]
@@ -319,18 +320,19 @@ def checked(thing: T) -> T:
     if isinstance(thing, type):
         thing.__init__ = checked(thing.__init__)
         return thing
-    parameters = signature(thing)
+    function: Any = thing
+    parameters = signature(function)
     options = [name for name, one in parameters.parameters.items() if one.kind is Parameter.VAR_KEYWORD]
 
-    @wraps(thing)
+    @wraps(function)
     def outside(*args, **kwargs):
         given = parameters.bind(*args, **kwargs).arguments
         for name in options:
             given |= given.pop(name, {})
-        return thing(**check_arguments(thing, given))
+        return function(**check_arguments(function, given))
 
-    outside.__doc__ = _with_bounds(thing)
-    return outside
+    outside.__doc__ = _with_bounds(function)
+    return cast(T, outside)
 
 
 def unchecked(function: T) -> T:

@@ -1,27 +1,29 @@
 """One federation and seed: prepare it, train the two models of every client, and see what methods make of them.
 
 A *method* is a function of a ``Run`` that returns a ``Result``: the clients' models and what they cost. The merges of
-the two models are here; ``baselines.methods`` has the rest of the field in the same form.
+the two models are here; ``baselines.methods`` has the methods that they are compared with in the same form.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from .adapters.lora import AdaptedBackbone, attach
-from .adapters.state import Adapter, door, like_federated, numbers, repeat_adapter, stack, weights_of_clients
-from .checks import check_fields, function as any_function, kind, named, not_negative, several, whole
+from .adapters.state import Adapter, Stack, check_adapter, check_models, check_same_base, check_weight, repeat_adapter
+from .checks import Flag, Named, NonNegative, Numbers, Positive, Seed, Seeds, checked
 from .estimators import ESTIMATORS, Estimate
+from .estimators.estimate import ClientWeights, Two
 from .federation.sources import fashion_mnist
 from .federation.split import Federation, Split
 from .federation.tasks import wordnet_glosses
-from .merging.connectivity import along_segment, weight_grid
+from .merging.connectivity import Weights, along_segment, weight_grid
 from .merging.merge import merge_exact
 from .models.frozen_trunk import linear_layers
 from .models.language import installed_minilm, text_encoder, text_tokenizer
@@ -34,20 +36,20 @@ from .training.train import evaluate, train
 ORACLE = "oracle weight (test data, reference)"
 
 
+@checked
 @dataclass(frozen=True)
 class ModelPair:
     """The two models of every client as stacks, what the training of each cost, and whether the local ones were trained
     from the federated one or, as the paper has it, independently of it."""
 
-    federated: Adapter
-    local: Adapter
-    ledgers: tuple[Ledger, Ledger]
-    seconds: tuple[float, float]
-    local_from_federated: bool = False
+    federated: Stack
+    local: Stack
+    ledgers: Two[Ledger]
+    seconds: Two[NonNegative]
+    local_from_federated: Flag = False
 
     def __post_init__(self):
-        pair = several(kind("Ledger"), least=2), several(not_negative, least=2)
-        check_fields(self, federated=stack, local=like_federated, ledgers=pair[0], seconds=pair[1])
+        check_same_base("federated and local", [self.federated, self.local])
 
     @property
     def models(self) -> tuple[Adapter, Adapter]:
@@ -55,8 +57,8 @@ class ModelPair:
         return self.federated, self.local
 
 
-@door()
-def prepare(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
+@checked
+def prepare(setting: Setting, seed: Seed) -> tuple[AdaptedBackbone, Federation]:
     """The backbone with an empty adapter and the federation of this setting and seed.
 
     What the frozen part of the backbone makes of an example is computed once (``AdaptedBackbone.embed``).
@@ -66,15 +68,15 @@ def prepare(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
     return adapted, federation.to(setting.device).map(adapted.embed)
 
 
-@door()
-def prepare_images(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
+@checked
+def prepare_images(setting: Setting, seed: Seed) -> tuple[AdaptedBackbone, Federation]:
     """The lab ViT with LoRA in its blocks, and Fashion-MNIST."""
     federation = fashion_mnist(**setting.partition, seed=seed)
     return attach(lab_vit(federation.classes), rank=setting.rank, seed=seed), federation
 
 
-@door()
-def prepare_text(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federation]:
+@checked
+def prepare_text(setting: Setting, seed: Seed) -> tuple[AdaptedBackbone, Federation]:
     """A text encoder with LoRA in the MLP of its last block, and WordNet's glosses cut to 16 tokens.
 
     Raises ``ValueError`` where neither the setting names a backbone nor MiniLM is installed.
@@ -88,45 +90,45 @@ def prepare_text(setting: Setting, seed: int) -> tuple[AdaptedBackbone, Federati
     return attach(backbone, rank=setting.rank, targets=mlp, seed=seed), federation
 
 
-@door()
-def training_options(setting: Setting, lr_scale: float = 1.0) -> dict:
+@checked
+def training_options(setting: Setting, lr_scale: Positive = 1.0) -> dict[str, Any]:
     """What ``train`` and ``fedit`` are told; ``lr_scale`` multiplies the setting's learning rate."""
     execution = Execution(chunk_size=setting.chunk_size)
     return dict(batch_size=setting.batch_size, lr=lr_scale * setting.lr, execution=execution)
 
 
-@door()
+@checked
 def train_pair(
-    adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: int, progress: bool = False
+    adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: Seed, progress: Flag = False
 ) -> ModelPair:
     """Train the federated and the local models, with batches of their own: each from the same initial adapter, or, with
     ``setting.local_from_federated``, the local ones from the finished federated one."""
-    clients, began = len(federation), time.perf_counter()
+    began = time.perf_counter()
     options = training_options(setting, setting.federated_lr_scale) | dict(rounds=setting.rounds, progress=progress)
     shared = fedit(adapted, federation.train, local_steps=setting.round_steps, seed=seed, **options)
-    federated, seconds = repeat_adapter(shared.adapter, clients), time.perf_counter() - began
-    start = federated if setting.local_from_federated else repeat_adapter(adapted.initial, clients)
-    local, ledger, more = train_local(adapted, start, federation, setting, seed, progress)
-    return ModelPair(federated, local, (shared.ledger, ledger), (seconds, more), setting.local_from_federated)
+    federated = repeat_adapter(shared.adapter, len(federation))
+    seconds = time.perf_counter() - began
+    start = federated if setting.local_from_federated else repeat_adapter(adapted.initial, len(federation))
+    local, local_ledger, local_seconds = train_local(adapted, start, federation, setting, seed, progress)
+    costs = (shared.ledger, local_ledger), (seconds, local_seconds)
+    return ModelPair(federated, local, *costs, setting.local_from_federated)
 
 
-@door(start=stack)
+@checked
 def train_local(
-    adapted: AdaptedBackbone,
-    start: Adapter,
-    federation: Federation,
-    setting: Setting,
-    seed: int,
-    progress: bool = False,
+    adapted: AdaptedBackbone, start: Stack, federation: Federation, setting: Setting, seed: Seed, progress: Flag = False
 ) -> tuple[Adapter, Ledger, float]:
     """The local models from the stack ``start``, what their training cost, and its seconds."""
-    clients, began = len(federation), time.perf_counter()
+    [start] = check_models(adapted, federation.train, start=start)
+    began = time.perf_counter()
     options = training_options(setting, setting.local_lr_scale) | dict(steps=setting.local_steps, progress=progress)
     local = train(adapted, start, federation.train, seed=(seed, 1), **options).adapters
+    clients = len(federation)
     ledger = Ledger.zeros(clients).add(torch.arange(clients), steps=setting.local_steps)
     return local, ledger, time.perf_counter() - began
 
 
+@checked
 @dataclass
 class Run:
     """One federation and seed, with what its methods share: each part is made when first asked for."""
@@ -134,14 +136,9 @@ class Run:
     adapted: AdaptedBackbone
     federation: Federation
     setting: Setting
-    seed: int
-    progress: bool = False
-    pairs: dict[tuple, ModelPair] = field(
-        default_factory=dict, init=False, repr=False
-    )  # further ones, by what they are
-
-    def __post_init__(self):
-        check_fields(self)
+    seed: Seed
+    progress: Flag = False
+    pairs: dict[tuple, ModelPair] = field(default_factory=dict, init=False, repr=False)  # further ones
 
     @cached_property
     def pair(self) -> ModelPair:
@@ -152,35 +149,40 @@ class Run:
         """The pair whose local models were trained from the federated one, so not independently of it."""
         key = "local from federated", lr_scale
         if key not in self.pairs:
-            pair, setting = self.pair, replace(self.setting, local_lr_scale=lr_scale)
+            pair = self.pair
+            setting = replace(self.setting, local_lr_scale=lr_scale)
             local, ledger, seconds = train_local(
                 self.adapted, pair.federated, self.federation, setting, self.seed, self.progress
             )
-            cost = (pair.ledgers[0], ledger), (pair.seconds[0], seconds)
-            self.pairs[key] = ModelPair(pair.federated, local, *cost, local_from_federated=True)
+            costs = (pair.ledgers[0], ledger), (pair.seconds[0], seconds)
+            self.pairs[key] = ModelPair(pair.federated, local, *costs, local_from_federated=True)
         return self.pairs[key]
 
     @cached_property
     def test_curve(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mixing weights ``(W,)``, and test loss and accuracy ``(C, W)`` of the pair's exact merge: for reference."""
-        weights, execution = weight_grid(11), Execution(chunk_size=self.setting.chunk_size)
+        weights = weight_grid(11)
+        execution = Execution(chunk_size=self.setting.chunk_size)
         curves = along_segment(self.adapted, *self.pair.models, self.federation.test, weights, execution=execution)
         return weights, *curves
 
 
+@checked
 @dataclass(frozen=True)
 class Result:
     """The clients' models (a stack) and the backbone that runs them, what they cost, and the mixing weight ``(C,)`` of
     those that are merged."""
 
     adapted: AdaptedBackbone
-    adapters: Adapter
+    adapters: Stack
     ledger: Ledger
-    seconds: float
-    weight: Tensor | None = None
+    seconds: NonNegative
+    weight: ClientWeights | None = None
 
     def __post_init__(self):
-        check_fields(self, adapters=stack, ledger=kind("Ledger"), seconds=not_negative, weight=weights_of_clients)
+        object.__setattr__(self, "adapters", check_adapter(self.adapted, self.adapters, "adapters", stacked=True))
+        if self.weight is not None:
+            check_weight(self.weight, self.adapters)
 
     def evaluate(self, split: Split, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
         """Loss (nats) and accuracy (a fraction) of each client's model on its part of ``split``, ``(C,)`` each."""
@@ -197,18 +199,19 @@ def initial_adapter(run: Run) -> Result:
     return Result(run.adapted, repeat_adapter(run.adapted.initial, clients), Ledger.zeros(clients), 0.0)
 
 
-@door(which=whole(0, 1))
-def one_of_pair(which: int) -> Method:
-    """One of the two models that are merged: 0 the federated, 1 the local one, at its part of the steps."""
+def federated_model(run: Run) -> Result:
+    """The federated one of the two models that are merged, at its part of the steps."""
+    pair = run.pair
+    return Result(run.adapted, pair.federated, pair.ledgers[0], pair.seconds[0], torch.ones(len(run.federation)))
 
-    def method(run: Run) -> Result:
-        pair, weight = run.pair, torch.full((len(run.federation),), float(1 - which))
-        ledger, seconds = pair.ledgers[which], pair.seconds[which]
-        if which == 1 and pair.local_from_federated:
-            ledger, seconds = pair.ledgers[0] + ledger, pair.seconds[0] + seconds
-        return Result(run.adapted, pair.models[which], ledger, seconds, weight)
 
-    return method
+def local_model(run: Run) -> Result:
+    """The local one of the two models that are merged, at its part of the steps, and those that it starts from."""
+    pair = run.pair
+    ledger, seconds = pair.ledgers[1], pair.seconds[1]
+    if pair.local_from_federated:
+        ledger, seconds = pair.ledgers[0] + ledger, pair.seconds[0] + seconds
+    return Result(run.adapted, pair.local, ledger, seconds, torch.zeros(len(run.federation)))
 
 
 def independent_models(run: Run) -> ModelPair:
@@ -216,22 +219,24 @@ def independent_models(run: Run) -> ModelPair:
     return run.pair
 
 
-@door()
-def local_from_federated(lr_scale: float = 1.0) -> ChoosePair:
+@checked
+def local_from_federated(lr_scale: Positive = 1.0) -> ChoosePair:
     """The pair whose local models start from the federated one; ``lr_scale`` is that of their steps."""
     return lambda run: run.pair_from_federated(lr_scale)
 
 
-@door()
+@checked
 def merging(
     merge: Callable[[Run, ModelPair], Adapter | tuple[Adapter, Estimate]], model_pair: ChoosePair = independent_models
 ) -> Method:
-    """A merge of a pair; what an estimate's numbers weigh when they travel is counted."""
+    """A merge of a model pair; what an estimate's numbers weigh when they travel is counted."""
 
     def method(run: Run) -> Result:
-        pair, began = model_pair(run), time.perf_counter()
+        pair = model_pair(run)
+        began = time.perf_counter()
         merged = merge(run, pair)
-        seconds, ledger = sum(pair.seconds) + time.perf_counter() - began, pair.ledgers[0] + pair.ledgers[1]
+        seconds = sum(pair.seconds) + time.perf_counter() - began
+        ledger = pair.ledgers[0] + pair.ledgers[1]
         if not isinstance(merged, tuple):
             return Result(run.adapted, merged, ledger, seconds)
         adapters, estimate = merged
@@ -242,9 +247,13 @@ def merging(
     return method
 
 
-@door()
-def with_estimator(estimator: Callable[..., Estimate], merge=merge_exact, model_pair=independent_models) -> Method:
-    """A pair merged with the weight of an estimator like those of ``ESTIMATORS``."""
+@checked
+def with_estimator(
+    estimator: Callable[..., Estimate],
+    merge: Callable[..., Adapter] = merge_exact,
+    model_pair: ChoosePair = independent_models,
+) -> Method:
+    """A model pair merged with the weight of an estimator like those of ``ESTIMATORS``."""
 
     def merged(run: Run, pair: ModelPair) -> tuple[Adapter, Estimate]:
         estimate = estimator(run.adapted, *pair.models, run.federation)
@@ -253,11 +262,9 @@ def with_estimator(estimator: Callable[..., Estimate], merge=merge_exact, model_
     return merging(merged, model_pair)
 
 
-@door(weights=numbers(1, least=0, most=1), loss=numbers(2))
-def oracle_weight(weights: Tensor, loss: Tensor) -> Tensor:
+@checked
+def oracle_weight(weights: Weights, loss: Annotated[Tensor, Numbers("C W")]) -> Tensor:
     """Each client's best of the ``weights`` ``(W,)`` by its test loss ``(C, W)``: a reference and never a method."""
-    if len(weights) != loss.shape[1]:
-        raise ValueError(f"weights: {len(weights)} of them for a loss at {loss.shape[1]}")
     return weights.to(loss.device)[loss.argmin(1)]
 
 
@@ -269,22 +276,22 @@ def best_on_test(run: Run, pair: ModelPair) -> tuple[Adapter, Estimate]:
 
 MODEL_PAIR_METHODS: dict[str, Method] = {  # what the command compares: the two models, their merges, and the reference
     "backbone": initial_adapter,
-    "federated": one_of_pair(0),
-    "local": one_of_pair(1),
+    "federated": federated_model,
+    "local": local_model,
     **{name: with_estimator(estimator) for name, estimator in ESTIMATORS.items()},
     ORACLE: merging(best_on_test),
 }
 
 
-@door(methods=named(any_function))
+@checked
 def run_methods(
     setting: Setting,
-    seeds: Sequence[int] = (0,),
-    methods: Mapping[str, Method] = MODEL_PAIR_METHODS,
+    seeds: Seeds = (0,),
+    methods: Named[Method] = MODEL_PAIR_METHODS,
     *,
     prepare: Callable[[Setting, int], tuple[AdaptedBackbone, Federation]] = prepare,
     finished: Collection[tuple[str, int]] = (),
-    progress: bool = False,
+    progress: Flag = False,
 ) -> Iterator[tuple[str, Run, Result]]:
     """Every method on every seed, one after another: its name, the run and its result as soon as it is there.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import AfterValidator
 from scipy import stats
 
-from .checks import Check, door, function, kind, named, several, shown, table, text
+from .checks import Named, Seeds, checked, shown, table
 from .experiment import MODEL_PAIR_METHODS, ORACLE, Method, Result, Run, run_methods
 from .federation.split import Split
 from .files import FileError, data_path, reading
@@ -18,34 +19,32 @@ from .setting import Setting
 
 COLUMNS = ["method", "seed", "client", "accuracy", "loss", "weight", "bytes_up", "bytes_down", "steps", "seconds"]
 
-
 NUMBERS = (*COLUMNS[3:], "union_accuracy")
 
 
-def rows_with(*columns: str) -> Check:
-    """Rows with these columns, no method, seed and client twice, and every accuracy and loss a number."""
-    keys = ["federation", "method", "seed", "client"]
+def rows_with(*columns: str) -> AfterValidator:
+    """In an annotation of a data frame: rows of results with these columns, no method, seed and client twice, and every
+    accuracy and loss a number."""
 
-    def check(name: str, value: Any, given: object) -> pd.DataFrame:
-        found = table("method", "seed", *columns)(name, value, given)
-        if {"method", "seed", "client"} <= set(found) and (
-            twice := found.duplicated([k for k in keys if k in found])
-        ).any():
-            line = found.loc[twice, ["method", "seed", "client"]].iloc[0].tolist()
-            raise ValueError(f"{name} must have every method, seed and client once, unlike {line}")
-        for column in [column for column in columns if column in NUMBERS]:
+    def check(rows: pd.DataFrame) -> pd.DataFrame:
+        table("method", "seed", *columns).func(rows)
+        keys = [name for name in ("federation", "method", "seed", "client") if name in rows]
+        if "client" in keys and (is_repeated := rows.duplicated(keys)).any():
+            first = rows.loc[is_repeated, ["method", "seed", "client"]].iloc[0].tolist()
+            raise ValueError(f"must have every method, seed and client once, unlike {first}")
+        for column in (name for name in columns if name in NUMBERS):
             try:
-                odd = int((~np.isfinite(found[column].astype(float))).sum())
+                missing = int((~np.isfinite(rows[column].astype(float))).sum())
             except (ValueError, TypeError):
-                raise ValueError(f"{name} must have numbers in the column {column!r}") from None
-            if odd and column in ("accuracy", "loss"):
-                raise ValueError(f"{name} must have a number in every {column}, but {odd} are missing")
-        return found
+                raise ValueError(f"must have numbers in the column {column!r}") from None
+            if missing and column in ("accuracy", "loss"):
+                raise ValueError(f"must have a number in every {column}, but {missing} are missing")
+        return rows
 
-    return check
+    return AfterValidator(check)
 
 
-@door(result=kind("Result"), split=kind("Split"))
+@checked
 def result_rows(method: str, run: Run, result: Result, split: Split | None = None) -> pd.DataFrame:
     """A row per client in the order of ``COLUMNS``: accuracy and loss (nats) on ``split``, by default the test split;
     the mixing weight on the federated model, where there is one; what the client paid."""
@@ -63,10 +62,8 @@ def result_rows(method: str, run: Run, result: Result, split: Split | None = Non
     return frame[COLUMNS]
 
 
-@door(methods=named(function))
-def compare(
-    setting: Setting, seeds: Sequence[int] = (0,), methods: dict[str, Method] = MODEL_PAIR_METHODS
-) -> pd.DataFrame:
+@checked
+def compare(setting: Setting, seeds: Seeds = (0,), methods: Named[Method] = MODEL_PAIR_METHODS) -> pd.DataFrame:
     """The rows of every method on every seed of one setting.
 
     >>> tiny = Setting(clients=2, train_size=8, calibration_size=4, test_size=8, rounds=1, round_steps=1, local_steps=1)
@@ -82,8 +79,8 @@ def _keys(rows: pd.DataFrame) -> list[str]:
     return ["federation", "method"] if "federation" in rows else ["method"]
 
 
-@door(rows=rows_with("client", "accuracy", "loss", "weight", "bytes_up", "bytes_down", "steps", "seconds"))
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
+@checked
+def summary(rows: Annotated[pd.DataFrame, rows_with(*COLUMNS[2:])]) -> pd.DataFrame:
     """One line per method (and federation): means over clients and seeds, standard errors over seeds, the costs.
 
     ``accuracy`` and ``loss`` (nats) are means over clients, then over seeds, ``±`` their standard errors over seeds
@@ -95,50 +92,63 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     by_seed = seeds[["accuracy", "loss", "weight", "bytes", "steps", "seconds"]].mean()
     by_seed["worst"] = seeds.accuracy.min()
     methods = by_seed.groupby(_keys(rows), sort=False)
-    table = methods.mean()
-    table["±"], table["± loss"] = methods.accuracy.sem(), methods.loss.sem()
-    return table[["accuracy", "±", "worst", "loss", "± loss", "weight", "bytes", "steps", "seconds"]]
+    lines = methods.mean()
+    lines["±"] = methods.accuracy.sem()
+    lines["± loss"] = methods.loss.sem()
+    return lines[["accuracy", "±", "worst", "loss", "± loss", "weight", "bytes", "steps", "seconds"]]
 
 
-@door(rows=rows_with("federation", "client", "accuracy", "loss", "union_accuracy"), local=text)
-def leaderboard(rows: pd.DataFrame, local: str = "local") -> pd.DataFrame:
+@checked
+def leaderboard(
+    rows: Annotated[pd.DataFrame, rows_with("federation", "client", "accuracy", "loss", "union_accuracy")],
+    local: str = "local",
+) -> pd.DataFrame:
     """One line per federation and method, the most accurate first within each federation: ``summary`` and more.
 
     ``bottom``: mean accuracy of the lowest tenth of all clients of all seeds; ``better``: the share of clients that are
     more accurate than with the method ``local`` on the same seed (NaN where the rows have none of it); ``union``:
     accuracy on the union of the clients' examples.
     """
-    table, client = summary(rows), ["federation", "seed", "client"]
+    client = ["federation", "seed", "client"]
     alone = rows[rows.method == local].set_index(client).accuracy
     alone = alone.reindex(pd.MultiIndex.from_frame(rows[client])).to_numpy()
     better = (rows.accuracy > alone).where(~pd.isna(alone)).astype(float)
     methods = rows.assign(better=better).groupby(_keys(rows), sort=False)
-    table["bottom"] = methods.accuracy.apply(lambda a: a.nsmallest(max(1, round(len(a) / 10))).mean())
-    table["better"], table["union"] = methods.better.mean(), methods.union_accuracy.mean()
-    table = table[["accuracy", "±", "worst", "bottom", "better", "union", "loss", "bytes", "steps", "seconds"]]
+    lines = summary(rows)
+    lines["bottom"] = methods.accuracy.apply(lambda a: a.nsmallest(max(1, round(len(a) / 10))).mean())
+    lines["better"] = methods.better.mean()
+    lines["union"] = methods.union_accuracy.mean()
+    lines = lines[["accuracy", "±", "worst", "bottom", "better", "union", "loss", "bytes", "steps", "seconds"]]
     federations = dict.fromkeys(rows.federation)
-    parts = [table.loc[[name]].sort_values("accuracy", ascending=False, kind="stable") for name in federations]
+    parts = [lines.loc[[name]].sort_values("accuracy", ascending=False, kind="stable") for name in federations]
     return pd.concat(parts)
 
 
-@door(board=table("accuracy", "bytes"), references=several(text, least=0))
-def pareto_front(board: pd.DataFrame, references: Collection[str] = (ORACLE,)) -> pd.Series:
+@checked
+def pareto_front(
+    board: Annotated[pd.DataFrame, table("accuracy", "bytes")], references: list[str] | tuple[str, ...] = (ORACLE,)
+) -> pd.Series:
     """Which lines of a leaderboard no other of the same federation beats: none is as accurate for fewer bytes, or more
     accurate for as many. ``references``, on test data, do not count and are never on the front themselves."""
     if "method" not in board.index.names or board.index.has_duplicates:
         raise ValueError("board must have a line for each federation and method, as leaderboard makes them")
-    real = ~board.index.get_level_values("method").isin(references)
+    is_method = ~board.index.get_level_values("method").isin(references)
     result = pd.Series(False, index=board.index)
-    for line in board.index[real]:
-        one, others = board.loc[line], board[real & (board.index.get_level_values(0) == line[0])]
+    for line in board.index[is_method]:
+        one = board.loc[line]
+        others = board[is_method & (board.index.get_level_values(0) == line[0])]
         as_good = (others["bytes"] <= one["bytes"]) & (others.accuracy >= one.accuracy)
         strictly = (others["bytes"] < one["bytes"]) | (others.accuracy > one.accuracy)
         result[line] = not (as_good & strictly).any()
     return result
 
 
-@door(rows=rows_with("client", "accuracy", "loss"))
-def paired_differences(rows: pd.DataFrame, method: str = "potara-calibrated", score: str = "accuracy") -> pd.DataFrame:
+@checked
+def paired_differences(
+    rows: Annotated[pd.DataFrame, rows_with("client", "accuracy", "loss")],
+    method: str = "potara-calibrated",
+    score: str = "accuracy",
+) -> pd.DataFrame:
     """``method`` minus each other method, paired by seed, one line per (federation and) other method.
 
     ``difference`` of the mean client ``score``, ``±`` its standard error over seeds, ``p`` of a two-sided paired
@@ -162,15 +172,15 @@ def paired_differences(rows: pd.DataFrame, method: str = "potara-calibrated", sc
 
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's step-down correction of several p-values (Holm, 1979); NaN stays NaN and does not count."""
-    order = sorted((value, i) for i, value in enumerate(p) if value == value)
+    in_order = sorted((value, i) for i, value in enumerate(p) if value == value)
     corrected, largest = list(p), 0.0
-    for place, (value, i) in enumerate(order):
-        largest = max(largest, min(1.0, value * (len(order) - place)))
+    for smaller, (value, i) in enumerate(in_order):
+        largest = max(largest, min(1.0, value * (len(in_order) - smaller)))
         corrected[i] = largest
     return corrected
 
 
-@door()
+@checked
 def committed_rows(name: str) -> pd.DataFrame:
     """The table ``name``, such as ``"bound.csv"``: from an installed wheel, or from ``benchmarks/`` of a checkout.
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .checks import check_fields, shown, text
+from .checks import Count, Flag, Positive, PositiveOrInf, Size, checked, shown
 
 DATA = "fashion-mnist", "wordnet", "wordnet-domains"
 
 
+@checked
 @dataclass(frozen=True)
 class Setting:
     """One federation and how its models are trained. The defaults were chosen on calibration data of other seeds
@@ -24,28 +25,27 @@ class Setting:
     ``alpha`` that are not positive, and data that is not known or does not go with ``shift`` or ``backbone``.
     """
 
-    clients: int = 8
-    train_size: int = 100
-    calibration_size: int = 30
-    test_size: int = 250
-    alpha: float = 0.5
-    shift: bool = False
-    rank: int = 4
-    batch_size: int = 8
-    lr: float = 4e-3
-    federated_lr_scale: float = 1.0
-    local_lr_scale: float = 1.0
-    rounds: int = 40
-    round_steps: int = 5
-    local_steps: int = 100
-    local_from_federated: bool = False
-    chunk_size: int | None = None
+    clients: Size = 8
+    train_size: Size = 100
+    calibration_size: Size = 30
+    test_size: Size = 250
+    alpha: PositiveOrInf = 0.5
+    shift: Flag = False
+    rank: Size = 4
+    batch_size: Size = 8
+    lr: Positive = 4e-3
+    federated_lr_scale: Positive = 1.0
+    local_lr_scale: Positive = 1.0
+    rounds: Count = 40
+    round_steps: Count = 5
+    local_steps: Count = 100
+    local_from_federated: Flag = False
+    chunk_size: Size | None = None
     device: str = "cpu"
     data: str = "fashion-mnist"
     backbone: str | None = None
 
     def __post_init__(self):
-        check_fields(self, backbone=text, device=text)
         if self.data not in DATA:
             raise ValueError(f"data must be one of {', '.join(DATA)}, not {shown(self.data)}")
         if self.shift and self.is_text:

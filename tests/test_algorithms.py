@@ -171,8 +171,11 @@ def test_local_is_training_alone_with_the_whole_budget(adapted64, clients, local
 
 def test_fedit_is_the_fedit_of_the_federated_module(adapted64, clients, federated):
     other = fedit(adapted64, clients, rounds=2, **OPTIONS)
-    close(federated.federated, other.adapter)
-    close(federated.personal, repeat_adapter(other.adapter, 3))
+    for found, expected in (
+        (federated.federated, other.adapter),
+        (federated.personal, repeat_adapter(other.adapter, 3)),
+    ):
+        assert all(torch.equal(found[name], expected[name]) for name in adapted64.initial)
     for name in ("up", "down", "steps"):
         assert torch.equal(getattr(federated.ledger, name), getattr(other.ledger, name))
 
@@ -302,15 +305,13 @@ def test_fedprox_without_a_penalty_is_fedit(adapted64, clients, federated):
 
 def test_fedprox_is_the_obvious_loop(adapted64, clients):
     learners = [Learner(adapted64, clients, i, adapted64.initial) for i in range(3)]
-    global_reference = adapted64.initial
+    shared = adapted64.initial
     for _ in range(2):
         for one in learners:
-            one.take(global_reference)
-            one.learn(
-                3, lambda ce, x, w=one.tensors, a=global_reference: ce(adapted64(w, x)) + 0.7 / 2 * distance2(w, a)
-            )
-        global_reference = mean([one.now() for one in learners])
-    close(run_algorithm(fedprox(0.7), adapted64, clients, rounds=2, **OPTIONS).federated, global_reference)
+            one.take(shared)
+            one.learn(3, lambda ce, x, w=one.tensors, r=shared: ce(adapted64(w, x)) + 0.7 / 2 * distance2(w, r))
+        shared = mean([one.now() for one in learners])
+    close(run_algorithm(fedprox(0.7), adapted64, clients, rounds=2, **OPTIONS).federated, shared)
 
 
 def test_ffa_keeps_a_and_its_mean_of_products_is_the_product_of_means(adapted64, clients, federated):
@@ -350,23 +351,23 @@ def test_wise_ft_is_the_straight_line_between_the_deltas(adapted64, clients, fed
 
 
 def test_fedex_adds_up_to_the_mean_of_the_products_after_every_round(adapted64, clients):
-    """Three rounds of rank 6 each: what is merged_residual outgrows the layers, whose smaller side is 16."""
+    """Three rounds of rank 6 each: the rank of the residual would exceed the layers' smaller side, 16."""
     method, sent, _ = watched(FEDEX)
     result = run_algorithm(method, adapted64, clients, rounds=3, **OPTIONS)
-    merged_residual = {}
+    residual = {}
     for stack in sent:
-        exact = {name: t + merged_residual.get(name, 0) for name, t in mean_of_deltas(adapted64, stack).items()}
+        exact = {name: t + residual.get(name, 0) for name, t in mean_of_deltas(adapted64, stack).items()}
         inexact = deltas(adapted64, weighted_average(stack, torch.tensor(SIZES)))
-        merged_residual = {name: t - inexact[name] for name, t in exact.items() if "head" not in name}
+        residual = {name: t - inexact[name] for name, t in exact.items() if "head" not in name}
     close(deltas(adapted64, result.federated), exact)
     close(deltas(adapted64, result.personal), repeat_adapter(exact, 3))
-    assert max(t.abs().max() for t in merged_residual.values()) > 1e-5
+    assert max(t.abs().max() for t in residual.values()) > 1e-5
     ranks = {result.federated[f"{layer}.lora_A.weight"].shape[0] for layer in lora_layers(result.federated)}
     assert ranks == {2 + 16}
 
 
 @pytest.mark.parametrize("method", [FEDEX, FLORA, finetuned(FEDEX, 2)], ids=lambda method: method.name)
-def test_what_is_folded_may_as_well_be_an_adapter_of_its_own(adapted64, clients, method):
+def test_the_merged_residual_may_as_well_be_an_adapter_of_its_own(adapted64, clients, method):
     """In the frozen weights or beside the factors: the same model, and the backbone is as it was."""
     before = {name: tensor.clone() for name, tensor in adapted64.model.named_parameters()}
     one = run_algorithm(method, adapted64, clients, rounds=3, **OPTIONS)
@@ -389,7 +390,7 @@ def test_the_backbone_is_as_it_was_after_a_failure(adapted64, clients):
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapted64.model.named_parameters())
 
 
-def test_fedex_trains_on_top_of_what_was_folded(adapted64, clients):
+def test_fedex_trains_on_top_of_the_merged_residual(adapted64, clients):
     """The second round sees the exact mean: its losses are those of the obvious loop."""
     result = run_algorithm(FEDEX, adapted64, clients, rounds=1, **OPTIONS)
     base, now = select_prefix(result.tensors, "merged_residual"), select_prefix(result.tensors)
@@ -585,7 +586,7 @@ def test_fedrep_with_all_steps_for_the_head_is_local_linear_probing(adapted64, c
 
 
 @pytest.mark.parametrize("method", [ditto(0.0), apfl(0.0, adaptive=False), feddpa(0.0)], ids=lambda m: m.name)
-def test_two_models_of_which_only_the_own_counts_are_local(adapted64, clients, local, method):
+def test_two_models_of_which_only_the_personal_one_counts_are_local(adapted64, clients, local, method):
     result = run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS)
     close(deltas(adapted64, result.personal), deltas(adapted64, local.personal))
 
@@ -605,14 +606,12 @@ def test_two_models_of_which_only_the_shared_counts_are_fedit(adapted64, clients
 
 
 def test_dittos_personal_model_is_the_obvious_loop(adapted64, clients):
-    anchors = [adapted64.initial, run_algorithm(FEDIT, adapted64, clients, rounds=1, **OPTIONS).federated]
+    references = [adapted64.initial, run_algorithm(FEDIT, adapted64, clients, rounds=1, **OPTIONS).federated]
     result = run_algorithm(ditto(0.7), adapted64, clients, rounds=2, **OPTIONS)
     for i in range(3):
         one = Learner(adapted64, clients, i, adapted64.initial)
-        for global_reference in anchors:
-            one.learn(
-                3, lambda ce, x, w=one.tensors, a=global_reference: ce(adapted64(w, x)) + 0.7 / 2 * distance2(w, a)
-            )
+        for shared in references:
+            one.learn(3, lambda ce, x, w=one.tensors, r=shared: ce(adapted64(w, x)) + 0.7 / 2 * distance2(w, r))
         close(client_adapter(result.personal, i), one.now())
 
 
@@ -657,18 +656,20 @@ def test_apfl_is_the_obvious_loop(adapted64, clients):
 
 def test_apfl_cuts_its_weight_to_the_unit_interval_and_still_learns_it(adapted64, clients, random_stack):
     method = apfl()
-    own, shared = random_stack(adapted64, 1, 1), random_stack(adapted64, 1, 2)
+    personal, shared = random_stack(adapted64, 1, 1), random_stack(adapted64, 1, 2)
     for raw, used in ((1.7, 1.0), (-0.4, 0.0), (0.6, 0.6)):
         weight = torch.tensor([[raw]], dtype=torch.float64, requires_grad=True)
-        mixed = deltas(adapted64, method.personal_model(shared | add_prefix("personal", own) | {"weight:": weight}))
-        one, two = deltas(adapted64, own), deltas(adapted64, shared)
+        mixed = deltas(
+            adapted64, method.personal_model(shared | add_prefix("personal", personal) | {"weight:": weight})
+        )
+        one, two = deltas(adapted64, personal), deltas(adapted64, shared)
         close({n: t.detach() for n, t in mixed.items()}, {n: used * two[n] + (1 - used) * one[n] for n in one})
         (grad,) = torch.autograd.grad(sum(t.sum() for t in mixed.values()), weight)
         expected = sum((two[n] - one[n]).sum() for n in one)  # <grad, w - v>
         torch.testing.assert_close(grad.squeeze(), expected, rtol=1e-9, atol=0)
 
 
-def test_feddpas_own_adapter_trains_beside_the_shared_one_as_received(adapted64, clients):
+def test_feddpas_personal_adapter_trains_beside_the_shared_one_as_received(adapted64, clients):
     received = [adapted64.initial, run_algorithm(FEDIT, adapted64, clients, rounds=1, **OPTIONS).federated]
     result = run_algorithm(feddpa(0.3), adapted64, clients, rounds=2, **OPTIONS)
     for i in range(3):

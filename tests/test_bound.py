@@ -1,4 +1,4 @@
-"""The bound beside the measured loss: the script at a size for tests, and what is said of its committed rows."""
+"""The bound beside the measured loss: the script at a size for tests, and its committed rows."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.interpolate import CubicSpline
 
 from potara_lite import Setting
 
@@ -47,25 +46,12 @@ def test_resampling_draws_each_clients_examples_without_replacement(bound):
         assert len(rows) == 8 and rows <= {tuple(x.flatten().tolist()) for x in split.x[i]}
 
 
-def test_the_page_says_of_the_bound_what_the_rows_say():
-    page = " ".join((BENCHMARKS.parent / "docs" / "mixing_weight.md").read_text().split())
+def test_the_committed_prediction_follows_the_measured_loss():
     rows = pd.read_csv(BENCHMARKS / "bound.csv")
     assert set(rows.regime) == {"default", "over-fitted"} and rows.client.nunique() == 8
-    gaps, lowest, regrets = [], [], []
-    for regime in ("default", "over-fitted"):
-        some = rows[rows.regime == regime]
+    for _, some in rows.groupby("regime"):
         mean = some.groupby("weight")[["measured", "predicted"]].mean()
-        assert (some.measured - some.predicted).abs().max() > (mean.measured - mean.predicted).abs().max()
-        gaps.append(f"{(mean.measured - mean.predicted).abs().max():.2f}")
-        lowest.append(mean.idxmin().round(1))
-        fine, curves = np.linspace(0, 1, 101), some.pivot(index="client", columns="weight", values="measured")
-        spline = CubicSpline(curves.columns, curves, axis=1)
-        chosen = some.groupby("client")[["weight_predicted", "weight_bound"]].first()
-        losses = (spline(chosen[name])[range(8), range(8)] for name in chosen)
-        regrets.append([f"{(each - spline(fine).min(1)).mean():.3f}" for each in losses])
-    assert "within {} nats of it all along λ (over-fitted local models: {})".format(*gaps) in page
-    assert lowest[0].measured == lowest[0].predicted == 0.6 and "both are lowest at 0.6" in page
-    assert f"({lowest[1].predicted} predicted, {lowest[1].measured} measured)" in page
-    assert f"a regret of {regrets[0][0]} nats (over-fitted: {regrets[1][0]})" in page
-    assert f"regrets {regrets[0][1]} nats (over-fitted: {regrets[1][1]})" in page
-    assert f"measured loss at {100 * (rows.bound >= rows.measured).mean():.0f} % of the points" in page
+        over_clients = (mean.measured - mean.predicted).abs().max()
+        assert (some.measured - some.predicted).abs().max() > over_clients < 0.15
+    default = rows[rows.regime == "default"].groupby("weight")[["measured", "predicted"]].mean()
+    assert default.measured.idxmin() == default.predicted.idxmin()

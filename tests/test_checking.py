@@ -1,4 +1,4 @@
-"""What all checkers share: three states, copies of the inputs, slips that are recognised, and how far off one is."""
+"""What all checkers share: three states, copies of the inputs, common mistakes, and how far off an answer is."""
 
 import importlib
 import pkgutil
@@ -13,7 +13,7 @@ from potara_lite.course import exercises
 from potara_lite.course.exercises.checking import check, difference
 
 INPUTS = [(torch.tensor([1.0, 2.0]), 3), (torch.tensor([0.5, -1.0]), 2)]
-SLIPS = {
+MISTAKES = {
     "that is the sum": lambda x, n: x + n,
     "that is the first entry": lambda x, n: x[0],
     "there is no third entry": lambda x, n: x[2],
@@ -30,17 +30,17 @@ def stop(x, n):
 
 @pytest.mark.parametrize("stub", [lambda x, n: ..., lambda x, n: None, stop])
 def test_an_untouched_stub_is_not_attempted(stub):
-    assert check(stub, right, INPUTS, SLIPS) == "not attempted"
+    assert check(stub, right, INPUTS, MISTAKES) == "not attempted"
 
 
 @pytest.mark.parametrize("answer", [right, lambda x, n: (n * x).tolist(), lambda x, n: (n * x).numpy().astype("f8")])
 def test_a_right_answer_in_any_form_is_correct(answer):
-    assert check(answer, right, INPUTS, SLIPS) == "correct"
+    assert check(answer, right, INPUTS, MISTAKES) == "correct"
 
 
-@pytest.mark.parametrize("hint", SLIPS)
-def test_a_slip_is_recognised(hint):
-    assert check(SLIPS[hint], right, INPUTS, SLIPS) == f"hint: {hint}"
+@pytest.mark.parametrize("hint", MISTAKES)
+def test_a_mistake_is_recognised(hint):
+    assert check(MISTAKES[hint], right, INPUTS, MISTAKES) == f"hint: {hint}"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_slip_is_recognised(hint):
     ],
 )
 def test_any_other_answer_gets_a_hint(wrong, hint):
-    line = check(wrong, right, INPUTS, SLIPS)
+    line = check(wrong, right, INPUTS, MISTAKES)
     assert line.startswith("hint: ") and hint in line
 
 
@@ -72,7 +72,7 @@ def test_nobody_can_change_what_the_next_one_sees():
         return x.mul_(n)
 
     before = [x.clone() for x, _ in INPUTS]
-    assert check(careless, right, INPUTS, SLIPS) == "correct"
+    assert check(careless, right, INPUTS, MISTAKES) == "correct"
     for (x, _), old in zip(INPUTS, before):
         torch.testing.assert_close(x, old)
 
@@ -121,14 +121,38 @@ GARBAGE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("checker", CHECKERS, ids=lambda one: f"{one.__module__.rpartition('.')[2]}-{one.__name__}")
+LISTED = [
+    (getattr(module, f"check_{name.removesuffix('_MISTAKES').lower()}"), hint, mistake)
+    for module in MODULES for name, mistakes in vars(module).items() if name.endswith("_MISTAKES")
+    for hint, mistake in mistakes.items()
+]  # fmt: skip
+
+
+def stopped(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
+def name_of(checker):
+    return f"{checker.__module__.rpartition('.')[2]}-{checker.__name__}"
+
+
+@pytest.mark.parametrize("checker", CHECKERS, ids=name_of)
+def test_every_checker_knows_an_untouched_stub_and_a_crash(checker):
+    for stub in (lambda *_: ..., lambda *_: None, stopped(NotImplementedError())):
+        assert checker(stub) == "not attempted"
+    assert checker(stopped(KeyError("x"))).startswith("hint: your function stopped with KeyError")
+
+
+@pytest.mark.parametrize("checker, hint, mistake", LISTED, ids=[f"{name_of(one)}: {h[:40]}" for one, h, _ in LISTED])
+def test_every_listed_mistake_gets_its_own_hint(checker, hint, mistake):
+    assert checker(mistake) == f"hint: {hint}"
+
+
+@pytest.mark.parametrize("checker", CHECKERS, ids=name_of)
 def test_whatever_a_reader_writes_gets_one_line(checker):
-    def stopped(error):
-        def function(*_):
-            raise error
-
-        return function
-
     readers = [lambda *_, answer=answer: answer for answer in GARBAGE]
     readers += [
         lambda: 1,

@@ -30,21 +30,25 @@ def test_the_moments_on_the_simplex_are_the_quadratic_through_corners_and_mid_po
 
 def test_two_models_get_the_weight_of_the_parabola_through_three_points(adapted64, federation64, random_stack):
     models = [random_stack(adapted64, 3, seed, scale=0.5) for seed in (1, 2)]
-    weights, _ = estimate_combination(adapted64, models, federation64.calibration, own=1.0)
+    weights, _ = estimate_combination(adapted64, models, federation64.calibration, client_share=1.0)
     alone = estimate_curve(adapted64, *models, federation64.calibration, points=3, parabola=True)
     torch.testing.assert_close(weights[:, 0], alone.weight, rtol=1e-6, atol=1e-9)
     close(weights.sum(1), torch.ones(3, dtype=torch.float64))
 
 
-def test_the_pool_counts_every_sample_once_and_own_moves_from_it_to_each_client(adapted64, federation64, random_stack):
+def test_the_pool_counts_every_sample_once_and_client_share_moves_from_it_to_each_client(
+    adapted64, federation64, random_stack
+):
     models = [random_stack(adapted64, 3, seed, scale=0.5) for seed in (1, 2, 3)]
     split = federation64.calibration
-    shared, moments = estimate_combination(adapted64, models, split, own=0.0)
+    shared, moments = estimate_combination(adapted64, models, split, client_share=0.0)
     close(shared, shared[:1].expand(3, 3))
     one = split.rows([1])
-    alone, _ = estimate_combination(adapted64, [{n: t[1:2] for n, t in m.items()} for m in models], one, own=0.3)
-    own, _ = estimate_combination(adapted64, models, split, own=1.0)
-    close(own[1:2], alone)  # a client that is its own pool
+    alone, _ = estimate_combination(
+        adapted64, [{n: t[1:2] for n, t in m.items()} for m in models], one, client_share=0.3
+    )
+    alone_too, _ = estimate_combination(adapted64, models, split, client_share=1.0)
+    close(alone_too[1:2], alone)  # a client that is its own pool
     pooled = (split.sizes.double() / split.sizes.sum()) @ moments.flatten(1)
     close(shared[0], combination_weights(pooled.view(3, 3), nonnegative=True))
 
@@ -53,8 +57,8 @@ def test_what_a_combination_refuses(adapted64, federation64, random_stack):
     models = [random_stack(adapted64, 3, seed) for seed in (1, 2)]
     with pytest.raises(ValueError, match="at least 2 models, not 1"):
         estimate_combination(adapted64, models[:1], federation64.calibration)
-    with pytest.raises(ValueError, match="own must be in \\[0, 1\\], not 1.5"):
-        estimate_combination(adapted64, models, federation64.calibration, own=1.5)
+    with pytest.raises(ValueError, match="client_share must be at most 1, not 1.5"):
+        estimate_combination(adapted64, models, federation64.calibration, client_share=1.5)
 
 
 def test_similarity_is_the_cosine_of_the_dense_deltas(adapted64, random_stack):
@@ -71,7 +75,7 @@ def test_clients_that_are_alike_are_in_one_cluster():
     assert sorted(set(cluster_clients(similar.double(), 4).tolist())) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="5 clusters of 4 clients"):
         cluster_clients(similar, 5)
-    with pytest.raises(ValueError, match=r"similar must have a row and a column per client, not shape \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"similar must be numbers of shape \(C, C\), not Tensor of shape \(4, 3\)"):
         cluster_clients(similar[:, :3], 2)
 
 

@@ -94,9 +94,9 @@ def test_json_is_one_document_on_stdout(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--clients", "0"], "clients must be at least 1"),
-        (["--alpha", "0"], "alpha must be positive"),
-        (["--alpha", "-1"], "alpha must be positive"),
-        (["--alpha", "nan"], "alpha must be positive"),
+        (["--alpha", "0"], "alpha must be above 0"),
+        (["--alpha", "-1"], "alpha must be above 0"),
+        (["--alpha", "nan"], "alpha must be above 0"),
         (["--train-size", "0"], "train_size must be at least 1"),
         (["--clients", "40", "--train-size", "1000"], "runs out"),
         (["--device", "warp"], "device 'warp' cannot be used"),
@@ -122,8 +122,8 @@ def test_bad_input_is_refused_in_one_line(arguments, message, tmp_path, capsys):
     [
         (["--seed", "0", "--seeds", "1"], "argument --seeds: not allowed with argument --seed"),
         (["--seeds", "0", "--seed", "0"], "argument --seed: not allowed with argument --seeds"),
-        (["--seed", "-1"], "argument --seed: must be at least 0 and below 2**64, not -1"),
-        (["--seeds", "3", str(2**64)], f"argument --seeds: must be at least 0 and below 2**64, not {2**64}"),
+        (["--seed", "-1"], "argument --seed: must be at least 0 and below 2**63, not -1"),
+        (["--seeds", "3", str(2**63)], f"argument --seeds: must be at least 0 and below 2**63, not {2**63}"),
         (["--clients", "1" * 30], f"argument --clients: must be at most 1000000, not {'1' * 30}"),
         (["--local-steps", "1" * 5000], "argument --local-steps: invalid size value"),
         (["--rounds", "2.5"], "argument --rounds: invalid size value: '2.5'"),
@@ -137,8 +137,8 @@ def test_a_bad_value_names_its_option(arguments, message, tmp_path, capsys):
 
 
 def test_one_seed_may_be_the_default_or_the_largest():
-    seeds = [command.parser().parse_args(words).seeds for words in ([], ["--seed", "0"], ["--seed", str(2**64 - 1)])]
-    assert seeds == [[0], [0], [2**64 - 1]]
+    seeds = [command.parser().parse_args(words).seeds for words in ([], ["--seed", "0"], ["--seed", str(2**63 - 1)])]
+    assert seeds == [[0], [0], [2**63 - 1]]
 
 
 def files(folder):
@@ -164,7 +164,7 @@ def test_the_same_command_again_computes_nothing(out, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("finished", [0, 2, 6, 9])
-def test_what_was_interrupted_goes_on_to_the_same_folder(out, tmp_path, capsys, monkeypatch, finished):
+def test_an_interrupted_run_continues_to_the_same_folder(out, tmp_path, capsys, monkeypatch, finished):
     whole, original = files(out), experiment.run_methods
 
     def interrupted(*arguments, **options):
@@ -178,7 +178,7 @@ def test_what_was_interrupted_goes_on_to_the_same_folder(out, tmp_path, capsys, 
         patch.setattr(command.signal, "signal", lambda *_: None)
         assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 130
     said = capsys.readouterr().err
-    assert said == "potara_lite: interrupted; without --overwrite the same command goes on where it stopped\n"
+    assert said == "potara_lite: interrupted; without --overwrite the same command continues where it stopped\n"
     kept = (tmp_path / "results.csv").read_bytes() if finished else b""
     assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "results.csv").read_bytes().startswith(kept) and files(tmp_path) == whole
@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(out, tmp_path, caps
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("potara_lite.files.write_atomically", full)
+        patch.setattr("potara_lite.adapters.files.write_atomically", full)
         assert command.main([*SMALL, "--seeds", "0", "1", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "No space left on device" in said and said.count("\n") == 1

@@ -32,10 +32,6 @@ APP = ROOT / "examples" / "flower"
 PAGE = ROOT / "docs" / "deployment.md"
 
 
-def words(text):
-    return " ".join(text.split())
-
-
 @pytest.fixture
 def credentials(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(APP)

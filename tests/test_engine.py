@@ -1,6 +1,5 @@
 """The engine at its edges: backbones that vmap cannot take, clients that diverge, memory, bf16."""
 
-import copy
 import gc
 import os
 import shutil
@@ -9,6 +8,7 @@ import sys
 import sysconfig
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from test_results import script
 from torch import nn
 from torch.nn import functional as F
 
-from potara_lite.adapters.lora import attach
+from potara_lite.adapters.lora import ModelState, attach
 from potara_lite.adapters.state import client_adapter, flatten, repeat_adapter
 from potara_lite.federation.split import Split
-from potara_lite.training import batching
-from potara_lite.training.batching import Execution, map_clients, plan
+from potara_lite.training import batching, grouped_lora
+from potara_lite.training.batching import Execution, map_clients, plan_execution
 from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
 from potara_lite.training.train import DivergedError, OptimizerState, compiled_losses, evaluate, losses, train
 
@@ -181,7 +181,7 @@ def test_one_after_another_can_be_asked_for_and_changes_nothing(adapted64, feder
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
-def test_a_backbone_that_fails_alone_fails_in_its_own_words(federation64):
+def test_a_backbone_that_fails_alone_raises_its_error(federation64):
     adapted = attached(lambda: Plain(inputs=50))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -247,7 +247,7 @@ def test_the_others_are_what_they_are_without_the_client_that_diverges(adapted64
     batch_size=st.integers(1, 6),
     memory=st.sampled_from([None, 1, 2e5]),
 )
-def test_company_order_chunks_and_memory_change_nothing(
+def test_order_chunks_and_memory_change_nothing(
     adapted64, federation64, random_stack, order, chunk_size, batch_size, memory
 ):
     initial, options = (
@@ -284,7 +284,7 @@ def test_rows_by_slice_are_rows_by_number(federation):
 def chunk_lengths(adapted, clients, batch_size=4, backward=True, **execution):
     x, stack = torch.zeros(clients, 4, 1, 28, 28), repeat_adapter(adapted.initial, clients)
     options = dict(batch_size=batch_size, backward=backward, execution=Execution(**execution))
-    found = plan(adapted, stack, x, **options)
+    found = plan_execution(adapted, stack, x, **options)
     assert found.vectorize and [i for chunk in found.chunks for i in range(clients)[chunk]] == list(range(clients))
     return [chunk.stop - chunk.start for chunk in found.chunks]
 
@@ -305,7 +305,8 @@ MEASURE = """
 import re, sys, torch
 sys.path.insert(0, "tests")
 from conftest import tiny_vit
-from potara_lite.adapters.lora import attach, repeat_adapter
+from potara_lite.adapters.lora import attach
+from potara_lite.adapters.state import repeat_adapter
 from potara_lite.federation.split import Split
 from potara_lite.training.batching import Execution
 from potara_lite.training.gradients import per_sample_gradients
@@ -369,15 +370,15 @@ def test_adapters_stored_in_bf16_are_trained_in_the_backbones_precision(adapted,
     assert all(torch.equal(trained.adapters[name], tensor.bfloat16()) for name, tensor in full.adapters.items())
 
 
-def test_a_trial_is_made_once_for_each_model_and_shape(adapted, backbone, federation, monkeypatch):
-    calls, model = [], replace(adapted, model=copy.deepcopy(adapted.model))
+def test_memory_is_measured_once_for_each_model_and_shape(adapted, backbone, federation, monkeypatch):
+    calls, model = [], replace(adapted, state=ModelState())
     measure = batching._saved_bytes
     monkeypatch.setattr(batching, "_saved_bytes", lambda *args: calls.append(args) or measure(*args))
 
     def chunks(rank, **options):
         stack = repeat_adapter(attach(backbone, rank=rank).initial, 3)
         execution = Execution(memory_bytes=2**18, autocast=options.pop("autocast", None))
-        return plan(
+        return plan_execution(
             model, stack, federation.train.x, batch_size=4, backward=True, execution=execution, **options
         ).chunks
 
@@ -388,19 +389,20 @@ def test_a_trial_is_made_once_for_each_model_and_shape(adapted, backbone, federa
     assert len(calls) == 3  # and so is another precision
     chunks(2, function=model), chunks(2, function=model)
     assert len(calls) == 5  # a function of the caller's is never remembered
-    monkeypatch.setattr(batching, "MOST_KINDS", 3)
+    monkeypatch.setattr(grouped_lora, "MOST_KINDS", 3)
+    kept = len(model.state.measured)
     for rank in range(3, 8):
         chunks(rank)
-    assert len(batching.TRIALS[model.model]) == 3  # the latest; no more are kept than this
+    assert len(model.state.measured) == kept == 3  # the latest; no more are kept than this
 
 
-def test_what_a_trial_saw_is_not_kept(adapted, federation):
+def test_what_a_measurement_saw_is_not_kept(adapted, federation):
     """What autograd packed is gone with the graph: once it held the graph that held it, and every run leaked."""
     stack, x, counts = repeat_adapter(adapted.initial, 3), federation.train.x, []
     for _ in range(3):
         for _ in range(5):
-            batching.TRIALS.clear()
-            plan(adapted, stack, x, batch_size=4, backward=True, execution=Execution())
+            adapted.state.measured.clear()
+            plan_execution(adapted, stack, x, batch_size=4, backward=True, execution=Execution())
         gc.collect()
         counts.append(sum(isinstance(one, torch.Tensor) for one in gc.get_objects()))
     assert counts[0] == counts[1] == counts[2]
@@ -439,6 +441,23 @@ def test_compiled_steps_are_the_programs_own(adapted64, federation64, random_sta
     torch.testing.assert_close(flatten(alone.adapters), flatten(plain.adapters), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_threads_may_share_a_backbone(adapted64, federation64, random_stack, vectorize):
+    """Each forward pass swaps tensors or functions of the model, so it must not be interrupted by another one."""
+    options = OPTIONS | dict(execution=Execution(vectorize=vectorize))
+    stacks = [random_stack(adapted64, 3, seed=seed) for seed in range(4)]
+
+    def run(stack):
+        trained = train(adapted64, stack, federation64.train, **options)
+        gradients = per_sample_gradients(adapted64, trained.adapters, federation64.calibration)
+        return flatten(trained.adapters), trained.losses, gradients
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(run, stacks))
+    for one, stack in zip(found, stacks):
+        assert all(torch.equal(*pair) for pair in zip(one, run(stack)))
+
+
 HEADER = Path(sysconfig.get_path("include")) / "Python.h"
 
 
@@ -446,9 +465,11 @@ HEADER = Path(sysconfig.get_path("include")) / "Python.h"
 def test_compiled_training_is_that_of_the_engine_and_compiles_once(adapted64, federation64, random_stack):
     stack = random_stack(adapted64, 3, seed=0)
     plain = train(adapted64, stack, federation64.train, **OPTIONS)
+    torch._dynamo.utils.counters.clear()
     found = train(adapted64, stack, federation64.train, execution=Execution(compile=True), **OPTIONS)
     torch.testing.assert_close(found.losses, plain.losses, rtol=1e-9, atol=0)
     torch.testing.assert_close(flatten(found.adapters), flatten(plain.adapters), rtol=1e-7, atol=1e-10)
+    assert not torch._dynamo.utils.counters["graph_break"]
     with torch.compiler.set_stance("fail_on_recompile"):
         again = train(adapted64, stack, federation64.train, execution=Execution(compile=True), **OPTIONS)
     assert torch.equal(flatten(again.adapters), flatten(found.adapters))

@@ -411,7 +411,7 @@ def bartlett(clients, n, h=3.0, seed=0):
 
 
 def test_three_estimates_are_weighed_by_their_precisions():
-    """Parabolas: the own minimum of client i is ``best - noise / h``, with sampling variance ``v / (n h²)``."""
+    """Parabolas: the minimum of client i's is ``best - noise / h``, with sampling variance ``v / (n h²)``."""
     n, h, tau, sigma = torch.tensor([20, 45, 80]), 3.0, 0.2, 0.3
     best, noise = torch.tensor([0.3, 0.7, 0.5]).double(), 1.5 * normal(3, 80, seed=4)
     real = torch.arange(80) < n.view(-1, 1)
@@ -419,15 +419,16 @@ def test_three_estimates_are_weighed_by_their_precisions():
     found, details = pooled_weight(WEIGHTS, losses, n, tau=tau, sigma=sigma)
     mean = (noise * real).sum(1) / n
     variance = ((noise - mean.view(-1, 1)) * real).square().sum() / (n - 1).sum()
-    own, sampling = best - mean / h, variance / (n.double() * h**2)
-    known = 1 / (sampling + tau**2)
-    centre = ((known * own).sum() + 0.5 / sigma**2) / (known.sum() + 1 / sigma**2)
-    expected = (own / sampling + centre / tau**2) / (1 / sampling + 1 / tau**2)
+    client_estimate = best - mean / h
+    sampling = variance / (n.double() * h**2)
+    precision = 1 / (sampling + tau**2)
+    prior_mean = ((precision * client_estimate).sum() + 0.5 / sigma**2) / (precision.sum() + 1 / sigma**2)
+    expected = (client_estimate / sampling + prior_mean / tau**2) / (1 / sampling + 1 / tau**2)
     close(found, expected)
     close(details["prior_mean"], prior_mean)
     close(details["shrinkage"], tau**2 / (tau**2 + sampling))
     close(details["loss"], (losses.sum(2) / n.view(-1, 1)))
-    assert expected.std() > 0.05 and abs(centre - 0.5) > 0.003
+    assert expected.std() > 0.05 and abs(prior_mean - 0.5) > 0.003
 
 
 def test_without_noise_each_client_gets_its_minimum_and_without_a_curve_a_half():
@@ -463,7 +464,7 @@ def test_clients_that_agree_get_nearly_the_minimum_of_their_pool():
     assert 0.3 < weight[0] < details["prior_mean"] < 0.315  # drawn a little to the middle
 
 
-def test_a_client_with_many_samples_keeps_its_own_minimum_and_one_with_few_gets_the_pools():
+def test_a_client_with_many_samples_keeps_its_minimum_and_one_with_few_gets_the_pools():
     sizes = torch.tensor([40, 40, 40, 40, 5000, 2])
     best = [0.3, 0.3, 0.3, 0.3, 0.8, 0.8]
     noise = torch.zeros(6, 5000).double()
@@ -495,12 +496,10 @@ def test_padding_of_the_losses_does_not_matter_to_the_pool():
     close(more["shrinkage"], details["shrinkage"], rtol=1e-9)
 
 
-def test_noise_that_overconfident_models_make_leaves_less_to_the_own_minimum():
+def test_noise_that_overconfident_models_make_leaves_less_to_the_clients_minimum():
     sizes, noise = torch.full((4,), 500), bartlett(4, 500)
-    shares = [
-        pooled_weight(WEIGHTS, parabolas([0.5] * 4, 500, noise=k * noise), sizes)[1]["shrinkage"] for k in (1, 1.5)
-    ]
-    odds = [share / (1 - share) for share in shares]
+    found = [pooled_weight(WEIGHTS, parabolas([0.5] * 4, 500, noise=k * noise), sizes)[1] for k in (1, 1.5)]
+    odds = [details["shrinkage"] / (1 - details["shrinkage"]) for details in found]
     close(odds[0], 1.5**2 * odds[1])
 
 
@@ -513,23 +512,23 @@ def test_pooling_regrets_less_than_each_client_alone_which_regrets_half_a_parame
     for _ in range(runs):
         best = 0.5 + tau * rng.normal(size=clients)
         noise = torch.from_numpy(rng.normal(size=(clients, n)) * h**0.5)
-        own = best - noise.mean(1).numpy() / h
+        client_estimate = best - noise.mean(1).numpy() / h
         found, _ = pooled_weight(WEIGHTS, parabolas(best, n, h, noise), torch.full((clients,), n))
-        alone.append(h / 2 * ((own - best) ** 2).mean())
+        alone.append(h / 2 * ((client_estimate - best) ** 2).mean())
         pooled.append(h / 2 * ((found.numpy() - best) ** 2).mean())
     alone, pooled, s2 = np.array(alone), np.array(pooled), 1 / (n * h)
-    combined, share = h / 2 / (1 / s2 + 1 / tau**2), tau**2 / (tau**2 + s2)
-    centre = h / 2 * (1 - share) ** 2 / (clients / (s2 + tau**2) + 1 / 0.25**2)
+    combined, shrinkage = h / 2 / (1 / s2 + 1 / tau**2), tau**2 / (tau**2 + s2)
+    of_prior_mean = h / 2 * (1 - shrinkage) ** 2 / (clients / (s2 + tau**2) + 1 / 0.25**2)
     assert abs(alone.mean() - 1 / (2 * n)) < 4 * alone.std() / runs**0.5
-    assert abs(pooled.mean() - combined - prior_mean) < 4 * pooled.std() / runs**0.5 + 0.02 * combined
+    assert abs(pooled.mean() - combined - of_prior_mean) < 4 * pooled.std() / runs**0.5 + 0.02 * combined
     assert pooled.mean() < 0.6 * alone.mean()
 
 
 # An offset between two groups, common to all clients.
 
 
-def probed(best, h, noise, step=0.3):
-    """Losses ``(C, N)`` at the offsets -step, 0 and probe of the parabola ``h/2 (d - best)² + noise d``."""
+def losses_at_steps(best, h, noise, step=0.3):
+    """Losses ``(C, N)`` at the offsets -step, 0 and step of the parabola ``h/2 (d - best)² + noise d``."""
     return [h / 2 * (d - best) ** 2 + noise * d for d in (-step, 0.0, step)]
 
 
@@ -537,26 +536,25 @@ def test_the_offset_is_weighed_against_nothing_by_its_precision():
     n, best, h = torch.tensor([12, 30, 20]), -0.25, 2.0
     noise = normal(3, 30, seed=2) * (torch.arange(30) < n.view(-1, 1))
     real = (torch.arange(30) < n.view(-1, 1)).double()
-    losses = [part * real for part in probed(best, h, noise)]
+    losses = [part * real for part in losses_at_steps(best, h, noise)]
     found, details = pooled_offset(*losses, n, tau=0.2)
     mean = noise.sum(1) / n
     variance = ((noise - mean.view(-1, 1)) * real).square().sum() / (n - 1).sum()
     sampling = variance / (n.sum() * h**2)
-    share = 0.2**2 / (0.2**2 + sampling)
-    close(found, share * (best - noise.sum() / n.sum() / h))
-    close(details["offset_shrinkage"], share)
+    shrinkage = 0.2**2 / (0.2**2 + sampling)
+    close(found, shrinkage * (best - noise.sum() / n.sum() / h))
+    close(details["offset_shrinkage"], shrinkage)
     wide = [torch.cat([part, torch.zeros(3, 5)], 1) for part in losses]
     close(pooled_offset(*wide, n, tau=0.2)[0], found)
 
 
 def test_the_offset_survives_what_tells_nothing():
     n, zero = torch.full((3,), 10), torch.zeros(3, 10).double()
-    assert pooled_offset(*probed(0.4, -2.0, zero), n)[0] == 0  # opens downwards
+    assert pooled_offset(*losses_at_steps(0.4, -2.0, zero), n)[0] == 0  # opens downwards
     assert pooled_offset(zero, zero, zero, n)[0] == 0
-    assert pooled_offset(*probed(3.0, 2.0, zero), n)[0] == pytest.approx(0.6)  # twice the probe at most
-    assert pooled_offset(*(part[:, :1] for part in probed(0.1, 2.0, zero)), torch.ones(3).long())[0] == pytest.approx(
-        0.1
-    )
+    assert pooled_offset(*losses_at_steps(3.0, 2.0, zero), n)[0] == pytest.approx(0.6)  # twice the step at most
+    one_sample = (part[:, :1] for part in losses_at_steps(0.1, 2.0, zero))
+    assert pooled_offset(*one_sample, torch.ones(3).long())[0] == pytest.approx(0.1)
 
 
 # What every estimator survives.
@@ -660,7 +658,7 @@ def test_padding_does_not_change_the_weight(name, adapted64, federation64, pair)
         close(ESTIMATORS[name](adapted64, *alone, bare).weight, usual[i : i + 1], rtol=1e-8, atol=1e-12)
 
 
-def test_the_shrinkage_of_a_client_alone_is_that_in_company(adapted64, federation64, pair):
+def test_the_shrinkage_of_a_client_alone_is_that_among_others(adapted64, federation64, pair):
     split = federation64.calibration
     usual = estimate_shrinkage(adapted64, *pair, split, train_sizes=TRAINED)
     assert 0 < usual.weight[0] < 1
@@ -689,16 +687,16 @@ def test_weights_by_layer_are_a_dictionary_that_the_merge_takes(run, adapted64, 
     for name, tensor in merge_exact(*pair, 0.0).items():
         assert merged[name].shape == tensor.shape
     for name in (head + "weight", head + "bias"):
-        share = found.weight[name].view(-1, *[1] * (pair[0][name].dim() - 1))
-        close(merged[name], share * pair[0][name] + (1 - share) * pair[1][name])
+        weight = found.weight[name].view(-1, *[1] * (pair[0][name].dim() - 1))
+        close(merged[name], weight * pair[0][name] + (1 - weight) * pair[1][name])
 
 
 @with_groups
 def test_equal_weights_by_layer_are_the_scalar_merge(run, adapted64, federation64, pair):
     found = run(adapted64, *pair, federation64.calibration, by=by_layer)
-    share = torch.tensor([0.2, 0.5, 0.9]).double()
-    equal = merge_exact(*pair, dict.fromkeys(found.weight, share))
-    for name, tensor in merge_exact(*pair, share).items():
+    weight = torch.tensor([0.2, 0.5, 0.9]).double()
+    equal = merge_exact(*pair, dict.fromkeys(found.weight, weight))
+    for name, tensor in merge_exact(*pair, weight).items():
         assert torch.equal(equal[name], tensor)
 
 
@@ -863,13 +861,13 @@ def test_the_offset_moves_head_and_body_apart_and_lowers_the_held_out_loss(adapt
     for name, each in found.weight.items():
         half = offset / 2 if ".head" in name else -offset / 2  # "body" < "head"
         close(each, (weight + half).clamp(0, 1))
-    probes = [
+    steps = [
         {name: (weight + sign * (0.15 if ".head" in name else -0.15)).clamp(0, 1) for name in found.weight}
         for sign in (-1, 0, 1)
     ]
     losses = [
         torch.stack([segment_loss(adapted64, client_adapter(merge_exact(*pair, w), i), split, i) for i in range(3)])
-        for w in probes
+        for w in steps
     ]
     close(offset, pooled_offset(*losses, split.sizes)[0], rtol=1e-6)
     before = evaluate(adapted64, merge_exact(*pair, weight), split)[0] * split.sizes

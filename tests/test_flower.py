@@ -1,4 +1,4 @@
-"""The Flower app in one process: what it computes is what the engine computes, and faults cost only who has them."""
+"""The Flower app in one process computes what the engine computes, and a fault costs only the client that has it."""
 
 import json
 import os
@@ -37,65 +37,86 @@ CONFIG = {"clients": 3, "method": "FedIT", "seed": 6} | ROUNDS
 QUICK = Timeouts(join=0.2, answer=5.0, pause=0.01)
 
 
+class World:
+    """The tiny federation in float64: a run of it with Flower, and the same run by the engine."""
+
+    def __init__(self, adapted, federation):
+        self.adapted, self.federation = adapted, federation
+
+    def __call__(self, method="FedIT", clients=(2, 0, 1), *, load=None, node=(), config=(), algorithms=ALGORITHMS,
+                 grid=LocalGrid, **options):  # fmt: skip
+        """A grid, and a function that plays a run on it."""
+        config = CONFIG | {"method": method} | dict(config)
+        app = client_app(load or (lambda _, i, node: (self.adapted, self.federation.rows([i]))), algorithms)
+        self.grid = grid(app, {client: dict(node) for client in clients}, config, **options)
+        self.run_config = RunConfig.of(config, algorithms)
+        return self.grid, lambda timeouts=QUICK: play(self.grid, self.run_config, self.adapted, timeouts)
+
+    def engine(self):
+        """The algorithm's result and the local models."""
+        setting, seed = self.run_config.setting, self.run_config.seed
+        options = training_options(setting)
+        reference = run_algorithm(
+            self.run_config.algorithm, self.adapted, self.federation.train,
+            rounds=setting.rounds, local_steps=setting.round_steps, seed=seed, **options,
+        )  # fmt: skip
+        start = repeat_adapter(self.adapted.initial, len(self.federation))
+        local = train(self.adapted, start, self.federation.train, steps=setting.local_steps, seed=(seed, 1), **options)
+        return reference, local.adapters
+
+    def engine_with(self, parts, monkeypatch):
+        """The same with these clients in each round."""
+        monkeypatch.setattr(rounds, "participants", lambda ids, share, seed, number: torch.tensor(parts[number]))
+        return self.engine()
+
+    def assert_weights(self, result, federated, local):
+        """The weights are those of the estimator on all clients' models. Returns its estimate."""
+        estimate = estimate_calibrated(self.adapted, federated, local, self.federation.calibration)
+        np.testing.assert_allclose([result.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
+        return estimate
+
+    def assert_losses(self, result, method, adapted, models):
+        loss, accuracy = evaluate(adapted, models, self.federation.test)
+        rows = result.rows[result.rows.method == method]
+        np.testing.assert_allclose(rows.loss, loss, rtol=1e-9)
+        assert rows.accuracy.tolist() == accuracy.tolist() and rows.client.tolist() == [0, 1, 2]
+        return rows
+
+
 @pytest.fixture
 def world(adapted64, federation64):
-    """A grid of the tiny federation in float64, and a function that plays a run on it."""
-
-    def make(method="FedIT", clients=(2, 0, 1), **options):
-        config = CONFIG | {"method": method}
-        algorithms = options.pop("algorithms", ALGORITHMS)
-        app = client_app(lambda run_config, i, node: (adapted64, federation64.rows([i])), algorithms)
-        grid = LocalGrid(app, {client: {} for client in clients}, config, **options)
-        run_config = RunConfig.of(config, algorithms)
-        return grid, run_config, lambda timeouts=QUICK: play(grid, run_config, adapted64, timeouts)
-
-    return make
+    return World(adapted64, federation64)
 
 
-def engine(run_config, adapted, federation):
-    """The same run by the engine: the algorithm's result and the local models."""
-    options = training_options(run_config.setting)
-    result = run_algorithm(
-        run_config.algorithm, adapted, federation.train,
-        rounds=run_config.setting.rounds, local_steps=run_config.setting.round_steps, seed=run_config.seed, **options,
-    )  # fmt: skip
-    start = repeat_adapter(adapted.initial, len(federation))
-    local = train(
-        adapted, start, federation.train, steps=run_config.setting.local_steps, seed=(run_config.seed, 1), **options
-    )
-    return result, local.adapters
+def assert_close(found, wanted):
+    for name in found.keys() & wanted.keys():
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ALGORITHMS)
-def test_every_algorithm_is_what_the_engine_plays(method, world, adapted64, federation64):
-    grid, run_config, run = world(method)
-    result, (result, local) = run(), engine(run_config, adapted64, federation64)
+def test_every_algorithm_is_what_the_engine_plays(method, world):
+    _, run = world(method)
+    result, (reference, local) = run(), world.engine()
     assert result.events == []
-    for name in result.message.keys() & result.tensors.keys():
-        torch.testing.assert_close(result.message[name], result.tensors[name], rtol=1e-9, atol=1e-12)
+    assert_close(result.message, reference.tensors)
     if result.federated is not None:
-        for name, tensor in result.federated.items():
-            torch.testing.assert_close(result.federated[name], tensor, rtol=1e-9, atol=1e-12)
-    loss, accuracy = evaluate(result.adapted, result.personal, federation64.test)
-    rows = result.rows[result.rows.method == "federated"]
-    np.testing.assert_allclose(rows.loss, loss, rtol=1e-9)
-    assert rows.accuracy.tolist() == accuracy.tolist() and rows.client.tolist() == [0, 1, 2]
+        assert_close(result.federated, reference.federated)
+        assert result.federated.keys() == reference.federated.keys()
+    rows = world.assert_losses(result, "federated", reference.adapted, reference.personal)
     for column, paid in (("bytes_up", "up"), ("bytes_down", "down"), ("steps", "steps")):
-        assert rows[column].tolist() == getattr(result.ledger, paid).tolist(), column
+        assert rows[column].tolist() == getattr(reference.ledger, paid).tolist(), column
     if method in ("FedEx-LoRA", "FLoRA", "APFL", "FedDPA-T", "FedALT"):  # their models are no adapters of rank r
         assert set(result.rows.method) == {"federated"} and result.weight == {}
         return
-    estimate = estimate_calibrated(adapted64, result.personal, local, federation64.calibration)
-    np.testing.assert_allclose([result.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
-    loss, _ = evaluate(adapted64, merge_exact(result.personal, local, estimate.weight), federation64.test)
-    np.testing.assert_allclose(result.rows[result.rows.method == "potara-calibrated"].loss, loss, rtol=1e-9)
+    estimate = world.assert_weights(result, reference.personal, local)
+    merged = merge_exact(reference.personal, local, estimate.weight)
+    world.assert_losses(result, "potara-calibrated", world.adapted, merged)
 
 
-def test_the_numbers_that_travel_are_those_of_the_estimate(world, adapted64, federation64):
-    grid, run_config, run = world()
-    run()
-    result, local = engine(run_config, adapted64, federation64)
-    floats = estimate_calibrated(adapted64, result.personal, local, federation64.calibration).floats
+def test_the_numbers_that_travel_are_those_of_the_estimate(world):
+    grid, run = world()
+    result, (reference, local) = run(), world.engine()
+    floats = world.assert_weights(result, reference.personal, local).floats
     for client in range(3):
         found = {"up": 0, "down": 0}
         for kind, who, sent, reply in grid.log:
@@ -127,25 +148,23 @@ def test_the_app_writes_what_the_command_writes(tmp_path, monkeypatch):
     )
     assert json.loads((tmp_path / "events.json").read_text()) == []
     adapted, federation = prepare(SMALL, 1)
-    place = tmp_path / "adapters" / "seed-1"
-    assert load_adapter(adapted, place / "federated").keys() == adapted.initial.keys()
+    folder = tmp_path / "adapters" / "seed-1"
+    assert load_adapter(adapted, folder / "federated").keys() == adapted.initial.keys()
     for client in range(3):
         for name in ("local", "potara-calibrated"):
-            model = load_adapter(adapted, place / f"client-{client}" / name)
+            model = load_adapter(adapted, folder / f"client-{client}" / name)
             loss, _ = evaluate(adapted, repeat_adapter(model, 1), federation.test.rows([client]))
             row = found[(found.client == client) & (found.method == name)]
             np.testing.assert_allclose(loss, row.loss, rtol=1e-5)
 
 
-def test_private_rounds_are_those_of_the_engine(world, adapted64, federation64):
+def test_private_rounds_are_those_of_the_engine(world):
     private = replace(ALGORITHMS["FFA-LoRA"], privacy=Privacy(clip=0.05, noise_multiplier=0.5, seed=3))
-    _, run_config, run = world("private", algorithms={"private": private})
-    result, (result, _) = run(), engine(run_config, adapted64, federation64)
-    for name in result.message:
-        torch.testing.assert_close(result.message[name], result.tensors[name], rtol=1e-9, atol=1e-12)
+    _, run = world("private", algorithms={"private": private})
+    assert_close(run().message, world.engine()[0].tensors)
 
 
-# Faults. Who takes part in which round is told to the engine, whose run is then the oracle.
+# Faults. The engine is told who takes part in which round; its run is then what must come out.
 
 
 def trained(grid, total=3):
@@ -157,15 +176,8 @@ def trained(grid, total=3):
     return [sorted(some) for some in found]
 
 
-def engine_with(parts, monkeypatch, run_config, adapted, federation):
-    """The engine's run with these clients in each round."""
-    monkeypatch.setattr(rounds, "participants", lambda ids, share, seed, number: torch.tensor(parts[number]))
-    return engine(run_config, adapted, federation)
-
-
-def assert_same_message(result, result):
-    for name, tensor in result.message.items():
-        torch.testing.assert_close(tensor[0], result.tensors[name][0], rtol=1e-9, atol=1e-12)
+def first_row(stack):
+    return {name: tensor[0] for name, tensor in stack.items()}
 
 
 def in_round(number, kind="train"):
@@ -190,7 +202,7 @@ def another_shape(message):
 
 
 def gone(message):
-    """The answer of the SuperLink in the name of a node whose heart no longer beats: it comes from node 1."""
+    """The answer of the SuperLink in the name of a node that is gone: it comes from node 1."""
     reply = Message(Error(3, "Error: Node Unavailable"), reply_to=message)
     reply.metadata.__dict__["_src_node_id"] = 1
     return reply
@@ -204,79 +216,72 @@ def failing(message):
     "answer, said",
     [
         (not_a_number, "train: not finite: base_model.model.blocks.0.attn.qkv.lora_A.weight"),
-        (another_shape, "train: adapters of different ranks or bases"),
+        (another_shape, "train: update must be of this base"),
         (failing, "train: error 1: RuntimeError: out of memory"),
         (gone, "train: error 3: Error: Node Unavailable"),
         (lambda message: "silence", "train: no answer within 5 s"),
     ],
 )
 @pytest.mark.parametrize("method", ["FedIT", "Ditto"])
-def test_a_client_with_a_fault_misses_its_round_and_no_other(
-    method, answer, said, world, monkeypatch, adapted64, federation64
-):
+def test_a_client_with_a_fault_misses_its_round_and_no_other(method, answer, said, world, monkeypatch):
     second = in_round(1)
-    grid, run_config, run = world(method, fault=lambda client, m: answer(m) if client == 1 and second(m) else None)
+    _, run = world(method, fault=lambda client, m: answer(m) if client == 1 and second(m) else None)
     result = run()
     (event,) = result.events
     assert event["client"] == 1 and event["what"].startswith(said)
-    result, local = engine_with([[0, 1, 2], [0, 2], [0, 1, 2]], monkeypatch, run_config, adapted64, federation64)
-    assert_same_message(result, result)
-    rows = result.rows[result.rows.method == "federated"]
-    loss, _ = evaluate(adapted64, result.personal, federation64.test)
-    np.testing.assert_allclose(rows.loss, loss, rtol=1e-9)
-    assert rows.steps.tolist() == (result.ledger.steps).tolist()
+    reference, _ = world.engine_with([[0, 1, 2], [0, 2], [0, 1, 2]], monkeypatch)
+    assert_close(first_row(result.message), first_row(reference.tensors))
+    rows = world.assert_losses(result, "federated", world.adapted, reference.personal)
+    assert rows.steps.tolist() == reference.ledger.steps.tolist()
 
 
-def test_a_client_that_comes_late_gets_the_result_and_uploads_no_tensor(world, monkeypatch, adapted64, federation64):
+def test_a_client_that_comes_late_gets_the_result_and_uploads_no_tensor(world, monkeypatch):
     second = in_round(1)  # and a round follows, in which it still takes no part
 
     def arrive(client, message):
         if second(message) and 102 not in grid.nodes:
             grid.add(102, {"partition-id": 2})
 
-    grid, run_config, run = world(clients=(0, 1), fault=arrive)
+    grid, run = world(clients=(0, 1), fault=arrive)
     result = run()
     assert [(event["client"], event["what"][:11]) for event in result.events] == [(2, "joined late")]
-    result, local = engine_with([[0, 1]] * 3, monkeypatch, run_config, adapted64, federation64)
-    assert_same_message(result, result)
-    estimate = estimate_calibrated(adapted64, result.personal, local, federation64.calibration)
-    np.testing.assert_allclose([result.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
+    reference, local = world.engine_with([[0, 1]] * 3, monkeypatch)
+    assert_close(first_row(result.message), first_row(reference.tensors))
+    world.assert_weights(result, reference.personal, local)
     late = result.rows[(result.rows.client == 2) & (result.rows.method == "potara-calibrated")].iloc[0]
-    message = result.by_round.down[-1, 0].item()
+    message = reference.by_round.down[-1, 0].item()
     assert (late.bytes_up, late.bytes_down, late.steps) == (13 * 4, message + 3 * 4, 4)
     assert not [kind for kind, client, _, reply in grid.log if client == 2 and "tensors" in (reply or {})]
 
 
-def test_a_client_with_another_rank_is_refused(adapted64, backbone64, federation64, monkeypatch):
+def test_a_client_with_another_rank_is_refused(world, backbone64, monkeypatch):
     other = attach(backbone64, rank=3, alpha=4.5)
-    app = client_app(lambda run_config, i, node: (other if i == 1 else adapted64, federation64.rows([i])))
-    grid, run_config = LocalGrid(app, {0: {}, 1: {}, 2: {}}, CONFIG), RunConfig.of(CONFIG)
-    result = play(grid, run_config, adapted64, QUICK)
+    grid, run = world(load=lambda _, i, node: (other if i == 1 else world.adapted, world.federation.rows([i])))
+    result = run()
     assert [(event["client"], event["what"]) for event in result.events] == [
         (1, "refused: another backbone, rank, setting or seed than the server's")
     ]
     assert trained(grid) == [[0, 2]] * 3
-    assert_same_message(result, engine_with([[0, 2]] * 3, monkeypatch, run_config, adapted64, federation64)[0])
+    reference, _ = world.engine_with([[0, 2]] * 3, monkeypatch)
+    assert_close(first_row(result.message), first_row(reference.tensors))
 
 
 @pytest.mark.parametrize("client, said", [(0, "another node already is this client"), (3, "its number is outside 0")])
-def test_a_node_that_is_no_further_client_is_refused(client, said, adapted64, federation64):
-    part = federation64.train.rows([0])
-    data = replace(federation64, **{name: replace(part, ids=(client,)) for name in ("train", "calibration", "test")})
-    app = client_app(lambda run_config, i, node: (adapted64, data if node.get("odd") else federation64.rows([i])))
-    grid = LocalGrid(app, {0: {}, 1: {}, 2: {}}, CONFIG)
+def test_a_node_that_is_no_further_client_is_refused(client, said, world):
+    part = world.federation.train.rows([0])
+    parts = {name: replace(part, ids=(client,)) for name in ("train", "calibration", "test")}
+    odd = replace(world.federation, **parts)
+    grid, run = world(load=lambda _, i, node: (world.adapted, odd if node.get("odd") else world.federation.rows([i])))
     grid.get_node_ids = lambda: list(grid.nodes)
     grid.add(200, {"partition-id": client, "odd": True})
-    result = play(grid, RunConfig.of(CONFIG), adapted64, QUICK)
+    result = run()
     assert any(event["what"].startswith(f"refused: {said}") for event in result.events)
     assert len(result.rows) == 9
 
 
-def test_a_node_that_restarts_goes_on_with_what_it_had(tmp_path, adapted64, federation64):
+def test_a_node_that_restarts_continues_with_what_it_had(world, tmp_path):
     """Between rounds the node of client 1 ends and comes back as another, with an empty memory and the same folder."""
-    config = CONFIG | {"method": "Ditto"}
-    app = client_app(lambda run_config, i, node: (adapted64, federation64.rows([i])))
-    grid = LocalGrid(app, {i: {"folder": str(tmp_path)} for i in range(3)}, config)
+    grid, run = world("Ditto", node={"folder": str(tmp_path)})
     looks = []
 
     def restart():
@@ -286,77 +291,61 @@ def test_a_node_that_restarts_goes_on_with_what_it_had(tmp_path, adapted64, fede
             grid.add(301, {"partition-id": 1, "folder": str(tmp_path)})
         return list(grid.nodes)
 
-    grid.get_node_ids, run_config = restart, RunConfig.of(config)
-    result = play(grid, run_config, adapted64, QUICK)
+    grid.get_node_ids = restart
+    result = run()
     assert [(event["client"], event["what"]) for event in result.events] == [(1, "is back")]
-    result, _ = engine(run_config, adapted64, federation64)
-    assert_same_message(result, result)
-    loss, _ = evaluate(adapted64, result.personal, federation64.test)
-    np.testing.assert_allclose(result.rows[result.rows.method == "federated"].loss, loss, rtol=1e-9)
+    reference, _ = world.engine()
+    assert_close(first_row(result.message), first_row(reference.tensors))
+    world.assert_losses(result, "federated", world.adapted, reference.personal)
     assert trained(grid) == [[0, 1, 2]] * 3
 
 
 def test_a_state_that_is_damaged_is_refused_by_name(tmp_path):
-    home = ClientState(SimpleNamespace(node_config={"partition-id": 1, "folder": str(tmp_path)}, run_id=7))
-    home.save({"local": {"b": torch.ones(2), "a": torch.zeros(3)}})
-    assert list(home.load()["local"]) == ["b", "a"] and [path.suffix for path in home.path.parent.iterdir()] == [
-        ".safetensors"
-    ]
-    content = home.path.read_bytes()
+    context = SimpleNamespace(node_config={"partition-id": 1, "folder": str(tmp_path)}, run_id=7)
+    state = ClientState(context)
+    state.save(local={"b": torch.ones(2), "a": torch.zeros(3)})
+    assert list(ClientState(context).parts["local"]) == ["b", "a"]
+    assert [path.suffix for path in state.path.parent.iterdir()] == [".safetensors"]
+    content = state.path.read_bytes()
     for damaged in (b"", content[:20], content[:-1], bytes(8) + content[8:]):
-        home.path.write_bytes(damaged)
+        state.path.write_bytes(damaged)
         with pytest.raises(FileError, match="cannot read .*client-1-run-7.safetensors"):
-            home.load()
+            ClientState(context)
 
 
-def test_what_another_run_left_behind_is_not_gone_on_with(tmp_path, adapted64, federation64):
-    app, run_config = client_app(lambda run_config, i, node: (adapted64, federation64.rows([i]))), RunConfig.of(CONFIG)
-    one, two = (
-        play(
-            LocalGrid(app, {i: {"folder": str(tmp_path)} for i in range(3)}, CONFIG, run_id=run),
-            run_config,
-            adapted64,
-            QUICK,
-        )
-        for run in (1, 2)
-    )
-    assert (
-        torch.equal(flatten(one.message), flatten(two.message)) and len(list(tmp_path.glob("state/*.safetensors"))) == 6
-    )
+def test_a_run_does_not_continue_with_what_another_one_left(world, tmp_path):
+    one, two = (world(node={"folder": str(tmp_path)}, run_id=run)[1]() for run in (1, 2))
+    assert torch.equal(flatten(one.message), flatten(two.message))
+    assert len(list(tmp_path.glob("state/*.safetensors"))) == 6
 
 
 @pytest.mark.parametrize("method", ["FedEx-LoRA", "FLoRA"])
-def test_where_the_state_is_the_sum_of_all_messages_who_missed_one_is_out(
-    method, world, monkeypatch, adapted64, federation64
-):
+def test_where_the_state_is_the_sum_of_all_messages_who_missed_one_is_out(method, world, monkeypatch):
     first = in_round(0)
-    grid, run_config, run = world(method, fault=lambda client, m: "silence" if client == 2 and first(m) else None)
+    grid, run = world(method, fault=lambda client, m: "silence" if client == 2 and first(m) else None)
     result = run()
     assert trained(grid) == [[0, 1]] * 3 and result.rows.client.tolist() == [0, 1]
-    monkeypatch.setattr(rounds, "participants", lambda *_: torch.tensor([0, 1]))
-    result, _ = engine(run_config, adapted64, federation64)
-    for name, tensor in result.federated.items():
-        torch.testing.assert_close(result.federated[name], tensor, rtol=1e-9, atol=1e-12)
+    assert_close(result.federated, world.engine_with([[0, 1]] * 3, monkeypatch)[0].federated)
 
 
 def test_messages_that_differ_by_client_wait_for_all_clients(world):
     first = in_round(0)
-    grid, _, run = world("FedALT", fault=lambda client, m: "silence" if client == 2 and first(m) else None)
+    grid, run = world("FedALT", fault=lambda client, m: "silence" if client == 2 and first(m) else None)
     result = run()
     assert [event["what"][:16] for event in result.events] == ["train: no answer", "the message stay"]
     assert trained(grid) == [[0, 1], [0, 1, 2], [0, 1, 2]] and len(result.rows) == 3
 
 
 def test_too_few_clients_are_an_error_and_not_a_wait(world):
-    _, _, run = world(clients=(0,))
+    _, run = world(clients=(0,))
     with pytest.raises(RuntimeError, match="1 clients joined within 0.1 s, at least 2 are needed"):
         run(Timeouts(join=0.1, pause=0.01, least=2))
-    _, _, run = world(fault=lambda client, m: "silence" if m.metadata.message_type == "query.finish" else None)
+    _, run = world(fault=lambda client, m: "silence" if m.metadata.message_type == "query.finish" else None)
     with pytest.raises(RuntimeError, match="no client was left"):
         run()
 
 
-def test_a_configuration_is_refused_at_the_door():
+def test_a_wrong_configuration_is_refused():
     with pytest.raises(ValueError, match="method 'FedItt' is none of"):
         RunConfig.of({"method": "FedItt"})
     with pytest.raises(ValueError, match="clients must be at least 1"):
@@ -382,13 +371,18 @@ GARBAGE = [
     ("query.join", garbage(metrics=WHO | {"train": np.nan}, config={}), "train must be a whole number, not nan"),
     ("query.join", garbage(metrics=WHO | {"client": 0.5}, config={}), "client must be a whole number, not 0.5"),
     ("query.join", garbage(metrics=WHO, config={"fingerprint": 3}), "another backbone"),
+    ("query.join", garbage(metrics=WHO, config={}, more={"x": 1}), "another backbone"),
+    ("query.join", garbage(metrics=WHO | {"x": 1}, config={}), "no proper handshake: TypeError"),
     ("train", garbage(), "train: no proper answer: KeyError"),
+    ("train", garbage(tensors={"x": 1.0}), "train: no proper answer: AttributeError"),
     ("query.curve", garbage(), "query.curve: no proper answer: KeyError"),
     ("query.curve", garbage(up={"losses": [1.0] * 3}), "losses must be 9 finite numbers"),
     ("query.curve", garbage(up={"losses": [float("nan")] * 9}), "losses must be 9 finite numbers"),
     ("query.curve", garbage(up={"losses": 1.0}), "losses must be 9 finite numbers, not 1.0"),
+    ("query.curve", garbage(up={"losses": [1.0] * 9}), "query.curve: no proper answer: KeyError"),
     ("query.slope", garbage(up={"variance": float("inf")}), "variance must be 1 finite numbers, not inf"),
     ("query.slope", garbage(up={"variance": -1.0}), "variance must be 1 finite numbers, not -1.0"),
+    ("query.offset", garbage(up=dict(slope=[1.0], curvature=1.0, variance=1.0)), "no proper answer: TypeError"),
     ("query.offset", garbage(up={"variance": 1.0}), "query.offset: no proper answer: KeyError"),
     ("query.offset", garbage(up=dict(slope=1.0, curvature=np.nan, variance=1.0)), "curvature must be 1 finite"),
     ("evaluate", garbage(), "evaluate: no proper answer: KeyError"),
@@ -403,7 +397,7 @@ GARBAGE = [
 
 @pytest.mark.parametrize("kind, answer, said", GARBAGE, ids=[f"{kind}: {said}" for kind, _, said in GARBAGE])
 def test_what_comes_over_the_network_is_checked_where_it_arrives(kind, answer, said, world):
-    _, _, run = world(fault=lambda client, m: answer(m) if client == 1 and m.metadata.message_type == kind else None)
+    _, run = world(fault=lambda client, m: answer(m) if client == 1 and m.metadata.message_type == kind else None)
     result = run()
     assert any(said in event["what"] for event in result.events), result.events
     others = result.rows[result.rows.client != 1]
@@ -417,7 +411,7 @@ def test_another_precision_is_no_update(world):
         tensors[name] = Array(tensors[name].numpy().astype("f2"))
         return Message(RecordDict({"tensors": tensors}), reply_to=message)
 
-    _, _, run = world(fault=lambda client, m: half(m) if client == 1 and m.metadata.message_type == "train" else None)
+    _, run = world(fault=lambda client, m: half(m) if client == 1 and m.metadata.message_type == "train" else None)
     assert {event["what"][-36:] for event in run().events} == {"is of torch.float16, not torch.float64"[-36:]}
 
 
@@ -426,31 +420,31 @@ WRONG = [
     (lambda: RunConfig.of({"seed": -1}), "seed must be at least 0, not -1"),
     (lambda: RunConfig.of({"rounds": 1.5}), "rounds must be a whole number, not 1.5"),
     (lambda: RunConfig.of({"lr": "fast"}), "lr must be a number, not 'fast'"),
-    (lambda: RunConfig(None, FEDIT), "setting must be a Setting, not None"),
-    (lambda: RunConfig(Setting(), "FedIT"), "algorithm must be an Algorithm, not 'FedIT'"),
-    (lambda: Timeouts.of({"timeout": 0}), "answer must be positive, not 0"),
+    (lambda: RunConfig(None, FEDIT), "setting must be an instance of Setting, not None"),
+    (lambda: RunConfig(Setting(), "FedIT"), "algorithm must be an instance of Algorithm, not 'FedIT'"),
+    (lambda: Timeouts.of({"timeout": 0}), "answer must be above 0, not 0"),
     (lambda: Timeouts.of({"join-timeout": "x"}), "join must be a number, not 'x'"),
     (lambda: Timeouts.of({"min-clients": 0}), "least must be at least 1, not 0"),
     (lambda: Timeouts(pause=float("nan")), "pause must be at least 0, not nan"),
     (lambda: client_app(3), "load must be a function, not 3"),
-    (lambda: client_app(len, {"x": 3}), "must be an Algorithm, not 3"),
+    (lambda: client_app(len, {"x": 3}), "algorithms['x'] must be an instance of Algorithm, not 3"),
     (lambda: server_app("x"), "load must be a function, not 'x'"),
-    (lambda: play(None, {}, None), "run_config must be a RunConfig, not dict"),
+    (lambda: play(None, {}, None), "grid must be an instance of Grid, not None"),
 ]
 
 
 @pytest.mark.parametrize("make, said", WRONG, ids=[said for _, said in WRONG])
-def test_what_a_run_is_told_is_refused_in_one_line(make, said):
+def test_a_wrong_argument_is_refused_in_one_line(make, said):
     with pytest.raises(ValueError) as caught:
         make()
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("node, said", [({}, "partition-id must be a whole number, not None"),
-                                        ({"partition-id": "x"}, "partition-id must be a whole number, not 'x'"),
+@pytest.mark.parametrize("node, said", [({}, "partition_id must be a whole number, not None"),
+                                        ({"partition-id": "x"}, "partition_id must be a whole number, not 'x'"),
                                         ({"partition-id": 0, "folder": 3.5}, "folder must be")])  # fmt: skip
 def test_a_node_that_does_not_say_who_it_is_is_told_so(node, said, world):
-    grid, _, run = world(clients=(0, 1, 2))
+    grid, run = world(clients=(0, 1, 2))
     grid.get_node_ids = lambda: list(grid.nodes)
     grid.add(200, node)
     assert any(said in event["what"] for event in run().events)
@@ -493,35 +487,28 @@ class KillingGrid(LocalGrid):
         return Message(recorddict_from_proto(proto), reply_to=message)
 
 
-def test_twenty_kills_cost_the_rounds_of_those_killed_and_nothing_else(tmp_path, monkeypatch, adapted64, federation64):
-    """AdamW begins every round anew, so that a client killed after it kept its state and before it answered has, like
-    one killed earlier, nothing that the engine's run without it has not."""
-    config = CONFIG | {"rounds": 25, "method": "afresh"}
-    algorithms = {"afresh": replace(FEDIT, keep_optimizer=False)}
-    app = client_app(lambda run_config, i, node: (adapted64, federation64.rows([i])), algorithms)
-    grid = KillingGrid(app, {i: {"folder": str(tmp_path)} for i in range(3)}, config, kills=20)
-    run_config = RunConfig.of(config, algorithms)
-    result = play(grid, run_config, adapted64, QUICK)
+def test_twenty_kills_cost_the_rounds_of_those_killed_and_nothing_else(world, tmp_path):
+    """AdamW begins every round anew. So a client that is killed after it kept its state and before it answered has,
+    like one killed earlier, nothing that the engine's run without it has not."""
+    options = dict(algorithms={"afresh": replace(FEDIT, keep_optimizer=False)}, grid=KillingGrid, kills=20)
+    grid, run = world("afresh", node={"folder": str(tmp_path)}, config={"rounds": 25}, **options)
+    result = run()
     parts = trained(grid, 25)
     assert len(grid.moments) == 20 and sum(map(len, parts)) == 25 * 3 - 20 and max(grid.moments) > 2 * min(grid.moments)
     assert sum(event["what"] == "train: error 1: RuntimeError: killed" for event in result.events) == 20
-    message = replay(parts, run_config, adapted64, federation64)
-    for name, tensor in result.message.items():
-        torch.testing.assert_close(tensor, message[name], rtol=1e-9, atol=1e-12)
-    local = engine(run_config, adapted64, federation64)[1]
-    estimate = estimate_calibrated(adapted64, message, local, federation64.calibration)
-    np.testing.assert_allclose([result.weight[i] for i in range(3)], estimate.client_weight, rtol=1e-9)
+    message = replay(parts, world)
+    assert_close(result.message, message)
+    world.assert_weights(result, message, world.engine()[1])
 
 
-def replay(parts, run_config, adapted, federation):
+def replay(parts, world):
     """The last message of FedIT when these clients take part in each round; one without any changes nothing."""
-    message = repeat_adapter(adapted.initial, 3)
+    algorithm, training = world.run_config.algorithm, world.run_config.training
+    message = repeat_adapter(world.adapted.initial, 3)
     for number, some in enumerate(parts):
         if some:
-            mine, split = select_clients(message, torch.tensor(some)), federation.train.rows(some)
-            new = run_config.algorithm.new_optimizers(mine)
-            mine, _ = rounds.client_step(
-                run_config.algorithm, adapted, split, mine, new, number=number, **run_config.training
-            )
-            message = rounds.server_step(run_config.algorithm, mine, split.sizes, 3, sent=message, number=number)
+            mine, split = select_clients(message, torch.tensor(some)), world.federation.train.rows(some)
+            new = algorithm.new_optimizers(mine)
+            mine, _ = rounds.client_step(algorithm, world.adapted, split, mine, new, number=number, **training)
+            message = rounds.server_step(algorithm, mine, split.sizes, 3, sent=message, number=number)
     return message

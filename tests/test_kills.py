@@ -1,4 +1,4 @@
-"""Killed at random moments and run again, the command and a sweep come to what they come to without interruption.
+"""Killed at random moments and run again, the command and a sweep have the same results as without interruption.
 
 ``POTARA_THOROUGH=1`` kills each twenty times, else twice.
 """
@@ -60,7 +60,7 @@ def whole_run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
-def test_a_killed_command_goes_on_to_the_same_folder(kill, whole_run, tmp_path, capsys):
+def test_a_killed_command_continues_to_the_same_folder(kill, whole_run, tmp_path, capsys):
     arguments, table = [*RUN, "--seeds", "0", "5", "--out", str(tmp_path)], tmp_path / "results.csv"
     moment = random.Random(f"command {kill}").randrange(1 if KILLS == 2 else 0, 11)
 
@@ -85,13 +85,13 @@ def whole_sweep(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
-def test_a_killed_sweep_goes_on_to_the_same_rows(kill, whole_sweep, tmp_path):
+def test_a_killed_sweep_continues_to_the_same_rows(kill, whole_sweep, tmp_path):
     script = f"from test_kills import *; sweep(FEW, SETTINGS, [0, 1], {str(tmp_path)!r})"
     moment = random.Random(f"sweep {kill}").randrange(1 if KILLS == 2 else 0, 5)
-    cells = "tiny/seed-*/*.csv"
+    result_files = "tiny/seed-*/*.csv"
     here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {script}"
-    killed(["-c", here], lambda: len(list(tmp_path.glob(cells))), moment)
-    kept = {path: path.read_bytes() for path in tmp_path.glob(cells)}
+    killed(["-c", here], lambda: len(list(tmp_path.glob(result_files))), moment)
+    kept = {path: path.read_bytes() for path in tmp_path.glob(result_files)}
     rows = sweep(FEW, SETTINGS, [0, 1], tmp_path)
     assert all(path.read_bytes() == before for path, before in kept.items())
     pd.testing.assert_frame_equal(rows.drop(columns="seconds"), whole_sweep, check_exact=True)

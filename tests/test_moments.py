@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from potara_lite import Moments, estimate_curve, estimate_paper, estimate_uniform
 from potara_lite.adapters.state import client_adapter, delta, flatten
-from potara_lite.checks import unchecked
 from potara_lite.federation.split import Split
 
 GRID = torch.linspace(0, 1, 20_001, dtype=torch.float64)
@@ -147,18 +146,15 @@ def test_uniform_is_a_half(adapted64, random_stack, federation64):
 
 @pytest.fixture
 def plant(monkeypatch):
-    """Let ``estimate_paper`` see gradients of our own for the federated (first) and the local model."""
+    """Let ``estimate_paper`` see these gradients for the federated (first) and the local model."""
 
     def run(federated, local, sizes, **options):
         planted = iter([torch.as_tensor(federated), torch.as_tensor(local)])
-        monkeypatch.setattr(
-            sys.modules[estimate_paper.__module__], "per_sample_gradients", lambda *_, **__: next(planted)
-        )
-        n = max(sizes)
-        split = Split(
-            torch.zeros(len(sizes), n, 1), torch.zeros(len(sizes), n).long(), torch.tensor(sizes), (*range(len(sizes)),)
-        )
-        return unchecked(estimate_paper)(None, {}, {}, split, **options)
+        module = sys.modules[estimate_paper.__module__]
+        monkeypatch.setattr(module, "per_sample_gradients", lambda *_, **__: next(planted))
+        monkeypatch.setattr(module, "check_models", lambda *_, **models: models.values())
+        split = Split.of([(torch.zeros(n, 1), torch.zeros(n).long()) for n in sizes])
+        return estimate_paper.__wrapped__(None, {}, {}, split, **options)
 
     return run
 

@@ -15,7 +15,7 @@ from potara_lite.adapters.state import client_adapter, flatten, repeat_adapter, 
 from potara_lite.baselines.algorithms import fedalt, gated
 from potara_lite.baselines.rounds import run_algorithm
 from potara_lite.merging.merge import merge_exact
-from potara_lite.training.batching import Execution, map_clients, plan
+from potara_lite.training.batching import Execution, map_clients, plan_execution
 from potara_lite.training.gradients import per_sample_gradients
 from potara_lite.training.grouped_lora import GroupedLoRA, group_lora
 from potara_lite.training.train import evaluate, train
@@ -149,7 +149,8 @@ def test_a_network_that_disagrees_gets_chunks_for_copies_of_the_adapter(federati
         per_sample_gradients(adapted, stack, federation64.train, execution=small)
         chunks.append(seen)
     x = federation64.train.x.flatten(0, 1).unsqueeze(1)
-    expected = plan(refused, stack, x, batch_size=1, backward=True, execution=small, adapter_copies=10).chunks
+    options = dict(batch_size=1, backward=True, execution=small, adapter_copies=10)
+    expected = plan_execution(refused, stack, x, **options).chunks
     assert chunks[0] == chunks[1] and max(chunks[0]) == expected[0].stop < 13
 
 
@@ -269,7 +270,7 @@ def test_an_objective_that_differentiates_is_given_a_quarter_of_the_clients(adap
 
     def chunk(function=None):
         options = dict(batch_size=4, backward=True, execution=Execution(memory_bytes=4e6))
-        return plan(adapted, stack, x, function=function, **options).chunks[0].stop
+        return plan_execution(adapted, stack, x, function=function, **options).chunks[0].stop
 
     whole, quarter = chunk(), chunk(lambda tensors, x: maml(lambda adapter: adapted(adapter, x).sum(), tensors))
     assert quarter > 1 and whole / quarter == pytest.approx(4, rel=0.2)

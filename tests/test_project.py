@@ -131,44 +131,64 @@ def test_the_public_names_are_there_and_imported_when_used():
     assert done.stdout == "[]\n"
 
 
-def layout():
-    """The README's table of files, in its order."""
-    block = re.search(r"<!-- layout -->\n(.*?)<!-- /layout -->", (ROOT / "README.md").read_text(), re.S).group(1)
-    return re.findall(r"^\| `([\w/]+\.py)` \|", block, re.M)
+LAYERS = (  # a module or folder of the package imports only from those before it; potara.py stands apart
+    "compat checks setting files federation models adapters training merging estimators experiment results plots "
+    "baselines deployment course __main__"
+).split()
 
 
-def test_the_readme_and_the_docstring_list_every_file_in_one_order():
-    assert sorted(layout()) == FILES
-    assert re.findall(r"[\w/]+\.py", potara_lite.__doc__) == layout()
-
-
-def imports(file):
-    """The files of the package that a file imports, wherever in it."""
-    found, here = set(), module_name(file).split(".")
-    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+def imports(path):
+    """The modules and folders of the package's root that a file imports, wherever in it."""
+    here = path.relative_to(PACKAGE).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = here[: -node.level]
-            target = base + (node.module.split(".") if node.module else [])
-            for name in node.names:
-                path = "/".join([*target, name.name][1:]) + ".py"
-                found.add(path if path in FILES else "/".join(target[1:]) + ".py")
-    return {one for one in found if one in FILES}
+            target = [*here[: len(here) - node.level], *(node.module.split(".") if node.module else [])]
+            yield from [target[0]] if target else [name.name for name in node.names]
 
 
-def test_nothing_imports_from_what_stands_below_it():
-    place = {file: number for number, file in enumerate(layout())}
-    for file in layout()[1:]:
-        assert all(place[other] < place[file] for other in imports(file)), (file, imports(file))
-    assert imports("potara.py") == {"backbones.py", "data.py"} and len(imports("experiment.py")) > 5
+def arrows():
+    """Who imports whom among the modules and folders of the package's root."""
+    found = set()
     for path in PACKAGE.rglob("*.py"):
-        assert "import potara_lite" not in path.read_text().replace("``import potara_lite``", "")
+        source = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if source != "__init__":
+            found |= {(source, target) for target in imports(path) if target != source}
+    return {(source, target) for source, target in found if (PACKAGE / target).exists() or target in LAYERS}
 
 
-def test_a_function_fits_a_screen():
-    for file in FILES:
-        for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno + 1 <= 60, (file, node.name)
+def test_imports_go_one_way():
+    entries = {path.stem for path in PACKAGE.iterdir() if path.suffix in (".py", "") and "__" not in path.stem}
+    assert entries | {"__main__"} == {*LAYERS, "potara", *(entries & {"_data"})}
+    depth = {name: number for number, name in enumerate(LAYERS)}
+    for source, target in arrows():
+        assert source == "potara" or depth[target] < depth[source], (source, target)
+    assert {target for source, target in arrows() if source == "potara"} == {"federation", "models"}
+    assert ("estimators", "merging") in arrows() and len(arrows()) > 40  # the counting counts
+
+
+def test_the_tree_is_small_enough_to_draw():
+    entries = [path for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "_data")]
+    assert len(entries) <= 20
+    of_benchmarks = {
+        name
+        for path in (ROOT / "benchmarks").glob("*.py")
+        for name in re.findall(r"^from potara_lite\.(\w+)", path.read_text(), re.M)
+    }
+    assert len(arrows()) + len(of_benchmarks) <= 95
+
+
+def test_the_docstring_and_the_architecture_page_name_every_part():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for name in [*LAYERS, "potara"]:
+        shown = f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
+        assert shown in potara_lite.__doc__ and shown in page, shown
+
+
+def test_private_names_of_other_libraries_are_in_one_file():
+    others = r"(torch|peft|transformers)\b[\w.]*\._\w+|\._(forward_hooks|forward_pre_hooks|modules|parameters)\b"
+    for path in PACKAGE.rglob("*.py"):
+        found = re.search(others, path.read_text())
+        assert path.name == "compat.py" or not found, (path.name, found)
 
 
 def test_the_command_answers_at_once():

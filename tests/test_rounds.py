@@ -15,12 +15,12 @@ OPTIONS = dict(local_steps=3, batch_size=4, lr=1e-2, seed=6)
 SOME = dict(participation=0.67, **OPTIONS)  # two of the three
 
 
-def chosen(rounds):
+def drawn(rounds):
     return [participants((0, 1, 2), 0.67, 6, number).tolist() for number in range(rounds)]
 
 
 def test_the_draws_of_these_tests_leave_out_more_than_one_client():
-    assert all(len(some) == 2 for some in chosen(4)) and len(set(map(tuple, chosen(4)))) > 1
+    assert all(len(some) == 2 for some in drawn(4)) and len(set(map(tuple, drawn(4)))) > 1
 
 
 @pytest.mark.parametrize("keep_optimizer", [True, False])
@@ -34,34 +34,34 @@ def test_with_some_of_the_clients_it_is_fedit_still(adapted64, federation64, kee
         assert torch.equal(getattr(one.by_round, column), getattr(two.by_round, column))
 
 
-def test_who_sits_out_keeps_what_it_has(adapted64, federation64):
-    """Ditto's personal model of a client trains in its own rounds only, against the global_reference of that round."""
-    result, parts = run_algorithm(ditto(0.3), adapted64, federation64.train, rounds=2, **SOME), chosen(2)
-    shared, own = adapted64.initial, repeat_adapter(adapted64.initial, 3)
+def test_a_client_that_skips_a_round_keeps_what_it_has(adapted64, federation64):
+    """Ditto's personal model of a client trains in its own rounds only; its reference is that round's shared one."""
+    result, parts = run_algorithm(ditto(0.3), adapted64, federation64.train, rounds=2, **SOME), drawn(2)
+    shared, personal = adapted64.initial, repeat_adapter(adapted64.initial, 3)
     states = [None] * 3
     for number, some in enumerate(parts):
         for i in some:
 
-            def objective(f, tensors, global_reference=shared):
-                return f(tensors) + 0.15 * sum((tensors[n] - global_reference[n]).square().sum() for n in tensors)
+            def objective(f, tensors, reference=shared):
+                return f(tensors) + 0.15 * sum((tensors[n] - reference[n]).square().sum() for n in tensors)
 
             one = train(
-                adapted64, {n: t[i : i + 1] for n, t in own.items()}, federation64.train.rows([i]), steps=3,
+                adapted64, {n: t[i : i + 1] for n, t in personal.items()}, federation64.train.rows([i]), steps=3,
                 start=3 * number, state=states[i], seed=(6, 0), batch_size=4, lr=1e-2, objective=objective,
             )  # fmt: skip
             states[i] = one.state
-            own = {n: t.index_copy(0, torch.tensor([i]), one.adapters[n]) for n, t in own.items()}
+            personal = {n: t.index_copy(0, torch.tensor([i]), one.adapters[n]) for n, t in personal.items()}
         shared = fedit(adapted64, federation64.train, rounds=number + 1, **SOME).adapter
-    torch.testing.assert_close(flatten(result.personal), flatten(own), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(flatten(result.personal), flatten(personal), rtol=1e-9, atol=1e-12)
     never = set(range(3)) - {i for some in parts for i in some}
     for i in never:
         assert torch.equal(flatten(result.personal)[i], flatten(repeat_adapter(adapted64.initial, 3))[i])
 
 
 @pytest.mark.parametrize("algorithm", [FEDEX, FLORA], ids=lambda algorithm: algorithm.name)
-def test_what_is_folded_in_is_heard_by_all(adapted64, federation64, algorithm):
+def test_every_client_gets_what_is_merged(adapted64, federation64, algorithm):
     """One round with two clients: everybody's model is the exact mean of the two, weighted by their sizes."""
-    result, (some, *_) = run_algorithm(algorithm, adapted64, federation64.train, rounds=1, **SOME), chosen(1)
+    result, (some, *_) = run_algorithm(algorithm, adapted64, federation64.train, rounds=1, **SOME), drawn(1)
     part = federation64.train.rows(some)
     trained = train(
         adapted64, repeat_adapter(adapted64.initial, 2), part, steps=3, batch_size=4, lr=1e-2, seed=(6, 0)
@@ -72,13 +72,13 @@ def test_what_is_folded_in_is_heard_by_all(adapted64, federation64, algorithm):
         for name, change in delta(trained, adapted64.scaling).items():
             mean = (share.view(-1, *[1] * (change.dim() - 1)) * change).sum(0)
             torch.testing.assert_close(found[name], mean, rtol=1e-9, atol=1e-12)
-    assert (result.by_round.down > 0).all()  # who sat out heard, too
+    assert (result.by_round.down > 0).all()  # those who skipped the round, too
     assert sorted(result.by_round.up[0].nonzero().flatten().tolist()) == some
 
 
 @pytest.mark.parametrize("algorithm", [FEDSA, FFA], ids=lambda algorithm: algorithm.name)
 def test_each_round_is_paid_for_by_those_who_took_part(adapted, federation, algorithm):
-    result, parts = run_algorithm(algorithm, adapted, federation.train, rounds=4, **SOME), chosen(4)
+    result, parts = run_algorithm(algorithm, adapted, federation.train, rounds=4, **SOME), drawn(4)
     size = adapter_bytes({n: t for n, t in adapted.initial.items() if algorithm.is_uploaded(n)})
     here = torch.tensor([[i in some for i in range(3)] for some in parts]).long()
     assert torch.equal(result.by_round.up, torch.cat([here * size, torch.zeros(1, 3, dtype=torch.int64)]))

@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from potara_lite.adapters.lora import attach
 from potara_lite.adapters.state import repeat_adapter
-from potara_lite.checks import unchecked
 from potara_lite.federation.split import Split
 from potara_lite.federation.tasks import Question
 from potara_lite.federation.text import encode_answers, encode_texts, pad_tokens
@@ -82,7 +81,7 @@ def test_long_options_win_by_likelihood_per_character_alone(adapted, stack):
     assert acc.tolist() == [1 / 3, 0] and acc_norm.tolist() == [2 / 3, 1]
 
 
-def test_a_models_own_adapter_answers_for_each_client(adapted, stack):
+def test_each_client_answers_with_its_adapter(adapted, stack):
     moved = {name: tensor.clone() for name, tensor in stack.items()}
     a, b = moved.values()
     a[1], b[1] = 0, 0
@@ -110,7 +109,7 @@ def test_prompts_and_answers_are_cut_where_the_prompt_ends():
     assert encode_texts(Tokenizer(), ["what ?", "red"], max_length=1)["input_ids"].tolist() == [[4], [1]]
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_what_cannot_be_scored_is_refused(adapted, stack):
     for prompts, answers, message in (
         ([" "], ["red"], "text 0 has an empty prompt"),
         (["what", "what"], [" red", " "], "text 1 has an empty answer"),
@@ -121,7 +120,7 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match="text 1 is empty"):
         encode_texts(Tokenizer(), ["red", "  "])
     with pytest.raises(ValueError, match="'what' needs two options or more, not .'red'."):
-        unchecked(multiple_choice)(None, {"a": torch.zeros(1)}, [[Question("what", "red", ("red",))]], Tokenizer())
+        multiple_choice(adapted, stack, [[Question("what", "red", ("red",))]] * 2, Tokenizer())
     for given, message in (
         (("what", "blue", ("red", "light")), "its answer 'blue' is none of its options"),
         (("what", "red", ("red", " ")), "one of its options is empty"),
@@ -129,8 +128,8 @@ def test_what_cannot_be_scored_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             Question(*given)
-    for found, expected in ((["a"], ["a", "b"]), ([], [])):
-        with pytest.raises(ValueError, match="answers for"):
+    for found, expected, message in ((["a"], ["a", "b"], "1 answers for 2"), ([], [], "found must be at least 1")):
+        with pytest.raises(ValueError, match=message):
             exact_match(found, expected)
 
 

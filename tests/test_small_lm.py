@@ -1,4 +1,4 @@
-"""The script that trains a small language model: how it scores answers, and what its page says."""
+"""The script that trains a small language model: how it scores answers, and what its rows say."""
 
 import pandas as pd
 import pytest
@@ -109,31 +109,10 @@ def test_a_kind_of_two_tokens_is_refused(small_lm):
         small_lm.glosses_with_answers(Letters(), Setting(), seed=0)
 
 
-def test_the_page_says_what_the_rows_say(small_lm):
-    page = (ROOT / "benchmarks" / "small_lm.md").read_text()
-    rows = pd.read_csv(ROOT / "benchmarks" / "small_lm.csv")
-    table, setting = small_lm.means(rows), small_lm.SETTING
-    assert small_lm.markdown(table) in page
-    loss = rows.pivot(index="client", columns="method", values="loss")
-    mean, better = table.loss, loss[["federated", "local"]].min(axis=1)
-    text = " ".join(page.split())
-    for said in (
-        f"its first {small_lm.WORDS} words",
-        f"{setting.train_size} training, {setting.calibration_size} calibration and {setting.test_size} test glosses",
-        f"α = {setting.alpha}, rank {setting.rank}, batches of {setting.batch_size}, {setting.rounds} rounds of "
-        f"{setting.round_steps} steps for the federated model and {setting.local_steps} steps for the local ones",
-        f"After {setting.local_steps} steps on {setting.train_size} glosses of their own",
-        f"right on {table.accuracy['local']:.3f} of the test glosses",
-        f"{mean[['federated', 'local']].min() - mean['uniform']:.3f} nats below the better of the two models",
-        f"**The default λ gains nothing over ½** ({mean['potara-calibrated'] - mean['uniform']:.3f} nats more",
-        f"one seed and {setting.clients * setting.test_size} test glosses in all",
-        "of about 0.04",
-    ):
-        assert said in text, said
+def test_what_the_committed_rows_say(small_lm):
+    rows, setting = pd.read_csv(ROOT / "benchmarks" / "small_lm.csv"), small_lm.SETTING
     assert len(read_glosses()[0]) == 24 and set(rows.seed) == {0} and set(rows.client) == set(range(setting.clients))
-    assert (loss["uniform"] < better).sum() == 3  # three of four, and the fourth with its local model
-    assert (loss["local"] < loss["uniform"]).sum() == 1 and mean["potara-calibrated"] > mean["uniform"]
+    table, loss = small_lm.means(rows), rows.pivot(index="client", columns="method", values="loss")
+    assert (loss["uniform"] < loss[["federated", "local"]].min(axis=1)).sum() == 3
+    assert table.loss["potara-calibrated"] > table.loss["uniform"]
     assert table.accuracy["backbone"] - table.accuracy["most frequent answer"] < 0.05 and table.exact["backbone"] == 0
-    shares = table.accuracy[["federated", "local", "uniform", "potara-calibrated"]]
-    errors = (shares * (1 - shares) / (setting.clients * setting.test_size)) ** 0.5
-    assert (errors.round(2) == 0.04).all()

@@ -1,4 +1,4 @@
-"""The benchmark of the field: equal budgets, rows that nobody computes twice, and tables checked by hand."""
+"""The comparison: equal budgets, rows that are computed once, and tables checked by hand."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from potara_lite.adapters.state import adapter_bytes, client_adapter, delta, fla
 from potara_lite.baselines import algorithms, methods as M
 from potara_lite.baselines.sweep import COLUMNS, fingerprint, read_results, sweep, union
 from potara_lite.estimators import ESTIMATORS, Estimate
-from potara_lite.experiment import ORACLE, Run, local_from_federated, one_of_pair, train_pair, with_estimator
+from potara_lite.experiment import ORACLE, Run, local_from_federated, local_model, train_pair, with_estimator
 from potara_lite.merging.merge import merge_exact
 from potara_lite.plots import frontiers
 from potara_lite.results import leaderboard, paired_differences, pareto_front
@@ -33,7 +33,6 @@ from potara_lite.training.train import evaluate, train
 
 SETTING = Setting(clients=3, batch_size=4, lr=1e-2, rounds=2, round_steps=2, local_steps=4)
 ALL = M.METHODS | M.REFERENCES
-PAGE = ROOT / "docs" / "field.md"
 PARTS = {"federated part": 4, "local part": 4}
 
 
@@ -94,13 +93,13 @@ def test_a_local_model_trained_from_the_federated_one_is_fine_tuning(run):
 
 
 def test_the_setting_starts_the_local_models_from_the_federated_one(run):
-    """As the field's pair does it; the local model then costs what the federated one cost as well."""
+    """As the comparison's pair does it; the local model then costs what the federated one cost as well."""
     setting = replace(SETTING, local_from_federated=True)
     pair, expected = train_pair(run.adapted, run.federation, setting, 0), run.pair_from_federated()
     assert torch.equal(flatten(pair.federated), flatten(run.pair.federated))
     assert torch.equal(flatten(pair.local), flatten(expected.local))
     assert not torch.equal(flatten(pair.local), flatten(run.pair.local))
-    alone, after = (one_of_pair(1)(replace(run, setting=s)).ledger for s in (SETTING, setting))
+    alone, after = (local_model(replace(run, setting=s)).ledger for s in (SETTING, setting))
     assert alone.up.eq(0).all() and alone.steps.tolist() == [SETTING.local_steps] * 3
     assert torch.equal(after.up, pair.ledgers[0].up) and after.steps.tolist() == [SETTING.total_steps] * 3
     merged = with_estimator(lambda *_: Estimate(torch.full((3,), 0.5)))(replace(run, setting=setting)).ledger
@@ -203,12 +202,12 @@ def test_a_sweep_gives_a_row_per_client_and_never_computes_twice(tmp_path, prepa
     pd.testing.assert_frame_equal(rows, again)
     assert len(calls) == 8
     more = sweep(methods, settings, [0, 1, 2], tmp_path, prepare=prepared, shard=(1, 2))
-    assert calls[8:] == [("local", 2), ("uniform", 2)]  # of six cells the second, fourth and sixth
+    assert calls[8:] == [("local", 2), ("uniform", 2)]  # of six runs the second, fourth and sixth
     assert len(more) == len(read_results(tmp_path)) == 30
     for shard in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="shard"):
             sweep(methods, settings, [0], tmp_path, prepare=prepared, shard=shard)
-    with pytest.raises(ValueError, match="counts once"):
+    with pytest.raises(ValueError, match="seeds must differ"):
         sweep(methods, settings, [3, 3], tmp_path, prepare=prepared)
     for name in ("..", ".", "", "!!!"):
         with pytest.raises(ValueError, match="can name no file"):
@@ -237,7 +236,7 @@ def test_what_was_interrupted_goes_on_and_half_a_file_is_not_read(tmp_path, prep
 
 
 @pytest.mark.parametrize("harm", ["cut", "doubled", "number", "headless", "copied"])
-def test_a_cell_that_was_harmed_is_refused_by_name(tmp_path, prepared, harm):
+def test_a_result_file_that_was_harmed_is_refused_by_name(tmp_path, prepared, harm):
     settings = {"one": SETTING, "two": SETTING}
     sweep(few("local", "uniform"), settings, [0], tmp_path, prepare=prepared)
     path = tmp_path / "one" / "seed-0" / "local.csv"
@@ -251,13 +250,13 @@ def test_a_cell_that_was_harmed_is_refused_by_name(tmp_path, prepared, harm):
     }
     path.write_text(harmed[harm])
     for read in (read_results, lambda folder: sweep(few("local"), settings, [0], folder, prepare=prepared)):
-        with pytest.raises(ValueError, match="local.csv (is damaged|holds the rows of another cell)"):
+        with pytest.raises(ValueError, match="local.csv (is damaged|holds the rows of another file)"):
             read(tmp_path)
     path.unlink()
     assert len(sweep(few("local"), settings, [0], tmp_path, prepare=prepared)) == 12
 
 
-def test_a_cell_is_computed_anew_when_what_made_it_changes(tmp_path, prepared, monkeypatch):
+def test_a_result_file_is_computed_again_when_what_made_it_changes(tmp_path, prepared, monkeypatch):
     calls = []
 
     def method(option):
@@ -279,12 +278,12 @@ def test_a_cell_is_computed_anew_when_what_made_it_changes(tmp_path, prepared, m
     assert [once(method(2)), once(method(2))] == [1, 0]
 
 
-def test_fingerprints_tell_the_methods_of_the_field_apart_and_are_the_same_in_another_process():
+def test_fingerprints_tell_the_methods_apart_and_are_the_same_in_another_process():
     prints = {name: fingerprint(method) for name, method in (M.METHODS | M.REFERENCES).items()}
     assert len(set(prints.values())) == len(prints)
     assert fingerprint(M.FAMILIES["Ditto"](strength=0.1)) != fingerprint(M.FAMILIES["Ditto"](strength=0.2))
     code = (
-        "from potara_lite.field import methods as M, sweep as S\n"
+        "from potara_lite.baselines import methods as M, sweep as S\n"
         "print(*(S.fingerprint(method) for method in (M.METHODS | M.REFERENCES).values()))"
     )
     command = [sys.executable, "-c", code]
@@ -383,22 +382,22 @@ def test_what_no_method_beats_is_on_the_pareto_front():
 
 
 def test_the_overview_by_hand():
-    field = script("field")
+    comparison = script("comparison")
     rows = [
         table([[0.5, 0.7], [0.7, 0.7]], "local"),
         table([[0.6, 0.8], [0.9, 0.9]], "m"),
         table([[0.95] * 2] * 2, ORACLE),
     ]
     rows += [table([[0.9, 0.9], [0.9, 0.9]], "local", "g"), table([[0.2, 0.4], [0.4, 0.6]], "m", "g")]
-    found = field.overview(leaderboard(pd.concat([*rows, table([[0.9] * 2] * 2, ORACLE, "g")])))
+    found = comparison.overview(leaderboard(pd.concat([*rows, table([[0.9] * 2] * 2, ORACLE, "g")])))
     assert list(found.index) == [ORACLE, "local", "m"]
     assert found.loc["m"].tolist() == ["0.00", "**0.800 ± 0.100**", "0.400 ± 0.100", "0.525", "0.500", "0.300", "0.400"]
     assert found.loc["local", "g"] == "**0.900 ± 0.000**" and found.loc[ORACLE, "f"] == "0.950 ± 0.000"
 
 
 def test_what_survives_on_other_data_by_hand(monkeypatch):
-    field = script("field")
-    monkeypatch.setattr(field, "FOLLOWED", ["a", "c"])
+    comparison = script("comparison")
+    monkeypatch.setattr(comparison, "FOLLOWED", ["a", "c"])
 
     def rows(federation, **accuracies):
         lines = [table([[accuracy] * 2] * 2, name, federation) for name, accuracy in accuracies.items()]
@@ -406,19 +405,19 @@ def test_what_survives_on_other_data_by_hand(monkeypatch):
 
     lab = pd.concat([rows("f", a=0.9, b=0.8, c=0.7, d=0.6), rows("g", a=0.9, b=0.8, c=0.7)])
     other = pd.concat([rows("f", a=0.5, b=0.8, c=0.7), rows("g", a=0.3, b=0.2, c=0.1)])
-    found = field.survives(lab, other)  # d is on one of them only; the reference has no place
+    found = comparison.survives(lab, other)  # d is on one of them only; the reference has no place
     assert found.loc["f"].tolist() == [pytest.approx(-0.5), "1 → 3", "3 → 2"]
     assert found.loc["g"].tolist() == [pytest.approx(1.0), "1 → 1", "3 → 3"]
 
 
-def test_the_field_on_grey_images_has_the_federations_of_the_lab(monkeypatch):
-    field, pool = script("field"), (torch.rand(400, 1, 28, 28), torch.arange(400) % 10)
+def test_the_comparison_on_grey_images_has_the_federations_of_the_lab(monkeypatch):
+    comparison, pool = script("comparison"), (torch.rand(400, 1, 28, 28), torch.arange(400) % 10)
     monkeypatch.setattr("other_data.cifar10", lambda place: [pool, pool] if place == "there" else 1 / 0)
-    assert field.SCALES["grey-cifar10"].items() <= field.SCALES["lab"].items()
-    setting = replace(field.LAB, clients=2, train_size=8, calibration_size=4, test_size=8)
-    adapted, federation = field.prepare_grey("there", setting, 0)
+    assert comparison.SCALES["grey-cifar10"].items() <= comparison.SCALES["lab"].items()
+    setting = replace(comparison.LAB, clients=2, train_size=8, calibration_size=4, test_size=8)
+    adapted, federation = comparison.prepare_grey("there", setting, 0)
     assert federation.name == "grey CIFAR-10" and federation.train.y.shape == (2, 8)
-    assert adapted.initial.keys() == field.prepare(setting, 0)[0].initial.keys()
+    assert adapted.initial.keys() == comparison.prepare(setting, 0)[0].initial.keys()
 
 
 def test_paired_differences_are_a_paired_t_test_over_seeds_with_holms_correction():
@@ -461,7 +460,7 @@ def test_the_paper_scale_runs_on_files_in_the_format_of_cifar100(tmp_path, monke
     """Its own loader and backbone (random, and of two blocks) on a federation of two small clients."""
     import torchvision
 
-    field = script("field")
+    comparison = script("comparison")
     fake_cifar100(tmp_path, monkeypatch)
 
     def small(name, weights):
@@ -470,10 +469,10 @@ def test_the_paper_scale_runs_on_files_in_the_format_of_cifar100(tmp_path, monke
 
     monkeypatch.setattr(torchvision.models, "get_model", small)
     setting = replace(
-        field.SCALES["paper"]["8 clients"], clients=2, train_size=6, calibration_size=4, test_size=6, rank=2,
+        comparison.SCALES["paper"]["8 clients"], clients=2, train_size=6, calibration_size=4, test_size=6, rank=2,
         batch_size=4, rounds=1, round_steps=2, local_steps=2,
     )  # fmt: skip
-    load = lambda setting, seed: field.prepare_paper(str(tmp_path), setting, seed, weights=None, download=False)  # noqa: E731
+    load = lambda setting, seed: comparison.prepare_paper(str(tmp_path), setting, seed, weights=None, download=False)  # noqa: E731
     adapted, federation = load(setting, 0)
     assert federation.classes == 100 and federation.train.x.shape == (2, 6, 3, 32, 32)
     rows = sweep(few("FedIT", "potara-calibrated"), {"paper": setting}, [0], tmp_path / "out", prepare=load)
@@ -481,42 +480,42 @@ def test_the_paper_scale_runs_on_files_in_the_format_of_cifar100(tmp_path, monke
 
 
 def test_every_scale_has_the_same_methods_and_budgets_that_rounds_can_fill():
-    field = script("field")
-    for settings in field.SCALES.values():
+    comparison = script("comparison")
+    for settings in comparison.SCALES.values():
         for setting in settings.values():
             steps = setting.total_steps
             assert steps % (2 * setting.round_steps) == 0 and (steps - setting.local_steps) % setting.round_steps == 0
-    paper = field.SCALES["paper"]
+    paper = comparison.SCALES["paper"]
     assert {s.clients for s in paper.values()} == {8, 20} and all(s.train_size == 1000 for s in paper.values())
 
 
 def test_the_options_of_the_highest_mean_accuracy_are_chosen(monkeypatch):
-    field = script("field")
+    comparison = script("comparison")
     monkeypatch.setattr(
-        field, "OPTIONS", {"Ditto": {"lr_scale": (1, 0.5), "strength": (0.1, 1, 2)}, "local": {"lr_scale": (1, 2)}}
+        comparison, "OPTIONS", {"Ditto": {"lr_scale": (1, 0.5), "strength": (0.1, 1, 2)}, "local": {"lr_scale": (1, 2)}}
     )
-    monkeypatch.setattr(field, "TOGETHER", {"Ditto": [{"lr_scale": 0.5, "strength": 1}]})
+    monkeypatch.setattr(comparison, "TOGETHER", {"Ditto": [{"lr_scale": 0.5, "strength": 1}]})
     accuracies = {
         "Ditto (lr_scale=1, strength=0.1)": 0.5, "Ditto (lr_scale=0.5, strength=0.1)": 0.4,
         "Ditto (lr_scale=1, strength=1)": 0.6,
         "Ditto (lr_scale=1, strength=2)": 0.55, "Ditto (lr_scale=0.5, strength=1)": 0.7,
         "local (lr_scale=1)": 0.3, "local (lr_scale=2)": 0.2,
     }  # fmt: skip
-    assert list(field.candidates()) == list(accuracies)
+    assert list(comparison.candidates()) == list(accuracies)
     spread = np.array([[-0.2, 0.2], [0.1, -0.1]])
     rows = pd.concat([table(accuracy + spread, name) for name, accuracy in accuracies.items()])
-    assert field.best(rows) == {"Ditto": {"lr_scale": 0.5, "strength": 1}, "local": {"lr_scale": 1}}
+    assert comparison.best(rows) == {"Ditto": {"lr_scale": 0.5, "strength": 1}, "local": {"lr_scale": 1}}
     for name, accuracy in accuracies.items():  # another federation speaks as loud
         rows = pd.concat([rows, table(1 - 2 * accuracy + spread, name, federation="g")])
-    assert field.best(rows) == {"Ditto": {"lr_scale": 0.5, "strength": 0.1}, "local": {"lr_scale": 2}}
+    assert comparison.best(rows) == {"Ditto": {"lr_scale": 0.5, "strength": 0.1}, "local": {"lr_scale": 2}}
 
 
 def test_candidates_are_the_methods_with_these_options(run):
-    field = script("field")
-    tried = field.candidates()
-    assert {name.split(" (")[0] for name in tried} == set(field.OPTIONS) and len(tried) > 100
+    comparison = script("comparison")
+    tried = comparison.candidates()
+    assert {name.split(" (")[0] for name in tried} == set(comparison.OPTIONS) and len(tried) > 100
     other = replace(SETTING, federated_lr_scale=1, local_lr_scale=0.5, rounds=1, local_steps=6)
-    longer = field.equal_merge(federated_lr_scale=1, local_lr_scale=0.5, rounds=1)(run)
+    longer = comparison.equal_merge(federated_lr_scale=1, local_lr_scale=0.5, rounds=1)(run)
     found = longer, M.METHODS["uniform"](replace(run, setting=other))
     assert (
         torch.equal(*(flatten(result.adapters) for result in found))
@@ -527,36 +526,34 @@ def test_candidates_are_the_methods_with_these_options(run):
 
 
 def test_options_are_chosen_on_calibration_examples_of_another_seed(tmp_path, monkeypatch, capsys):
-    field = script("field")
-    monkeypatch.setattr(field, "OPTIONS", {"local": {"lr_scale": (1, 2)}})
-    monkeypatch.setattr("sys.argv", ["field.py", "--scale", "quick", "--tune", "--out", str(tmp_path / "field")])
-    field.main()
-    rows = pd.read_csv(tmp_path / "field-quick-tune.csv.gz")
-    assert set(rows.seed) == {100} and not set(rows.seed) & {s for seeds in field.SEEDS.values() for s in seeds}
-    setting = replace(field.SCALES["quick"]["label skew"], calibration_size=150)
-    run = Run(*field.prepare(setting, 100), setting, 100)
+    comparison = script("comparison")
+    monkeypatch.setattr(comparison, "OPTIONS", {"local": {"lr_scale": (1, 2)}})
+    monkeypatch.setattr(
+        "sys.argv", ["comparison.py", "--scale", "quick", "--tune", "--out", str(tmp_path / "comparison")]
+    )
+    comparison.main()
+    rows = pd.read_csv(tmp_path / "comparison-quick-tune.csv.gz")
+    assert set(rows.seed) == {100} and not set(rows.seed) & {s for seeds in comparison.SEEDS.values() for s in seeds}
+    setting = replace(comparison.SCALES["quick"]["label skew"], calibration_size=150)
+    run = Run(*comparison.prepare(setting, 100), setting, 100)
     _, accuracy = evaluate(run.adapted, M.local_training(2)(run).adapters, run.federation.calibration)
     assert rows[rows.method == "local (lr_scale=2)"].accuracy.tolist() == pytest.approx(accuracy.tolist())
     assert "local: {'lr_scale': " in capsys.readouterr().out
 
 
 def test_the_methods_have_the_best_options_of_those_that_were_tried():
-    field = script("field")
-    rows = pd.read_csv(field.HERE / "field-lab-tune.csv.gz")
-    assert set(rows.method) == set(field.candidates()) and set(rows.seed) == {100}
-    assert set(rows.federation) == set(field.SCALES["lab"])
-    many = {name: len(field.tried(name)) for name in field.OPTIONS}
-    assert f"the best of {min(many.values())} to {max(many.values())} candidates" in (page := PAGE.read_text())
-    assert f"{many[field.PAIR]} for the two models that are merged, {many['FedProx']} for FedProx" in page
-    assert f"{many['WiSE-FT']} for WiSE-FT" in page and sorted(many.values())[-3:] == [9, 10, many[field.PAIR]]
-    chosen = field.best(rows)
-    pair, from_federated = chosen.pop(field.PAIR), chosen.pop(field.FROM_FEDERATED)
-    assert pair == {name: getattr(field.LAB, name) for name in pair}
-    assert field.LAB.total_steps == 180
+    comparison = script("comparison")
+    rows = pd.read_csv(comparison.HERE / "comparison-lab-tune.csv.gz")
+    assert set(rows.method) == set(comparison.candidates()) and set(rows.seed) == {100}
+    assert set(rows.federation) == set(comparison.SCALES["lab"])
+    best = comparison.best(rows)
+    pair, from_federated = best.pop(comparison.PAIR), best.pop(comparison.FROM_FEDERATED)
+    assert pair == {name: getattr(comparison.LAB, name) for name in pair}
+    assert comparison.LAB.total_steps == 180
     found = {name: family for name, family in M.FAMILIES.items() if signature(family).parameters}
     for name in [name for name in found if name.endswith(", local from federated")]:
         assert defaults(found.pop(name)) == from_federated
-    assert {name: defaults(family) for name, family in found.items()} == chosen
+    assert {name: defaults(family) for name, family in found.items()} == best
 
 
 def defaults(family):
@@ -564,166 +561,78 @@ def defaults(family):
 
 
 def test_every_process_has_its_own_part_and_its_share_of_the_cores(tmp_path, monkeypatch):
-    field, threads = script("field"), []
-    monkeypatch.setattr(field, "METHODS", few("local"))
-    monkeypatch.setattr(field, "REFERENCES", {})
-    monkeypatch.setattr(field, "SEEDS", {"quick": range(3)})
+    comparison, threads = script("comparison"), []
+    monkeypatch.setattr(comparison, "METHODS", few("local"))
+    monkeypatch.setattr(comparison, "REFERENCES", {})
+    monkeypatch.setattr(comparison, "SEEDS", {"quick": range(3)})
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(field.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(comparison.os, "cpu_count", lambda: 6)
     for number, seeds in ((0, [0, 2]), (1, [1])):
         out = tmp_path / str(number)
-        field.work(number, Namespace(scale="quick", name="quick", tune=False, device="cpu", processes=2, out=out))
+        comparison.work(number, Namespace(scale="quick", name="quick", tune=False, device="cpu", processes=2, out=out))
         assert read_results(out / "quick").seed.unique().tolist() == seeds
     assert threads == [3, 3]
 
 
 def test_processes_share_the_work(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "field.py", "--scale", "quick", "--processes", "2"]
-    subprocess.run([*command, "--out", tmp_path / "field"], check=True, capture_output=True)
-    rows = pd.read_csv(tmp_path / "field-quick.csv.gz")
+    command = [sys.executable, ROOT / "benchmarks" / "comparison.py", "--scale", "quick", "--processes", "2"]
+    subprocess.run([*command, "--out", tmp_path / "comparison"], check=True, capture_output=True)
+    rows = pd.read_csv(tmp_path / "comparison-quick.csv.gz")
     assert set(rows.method) == set(ALL) and len(rows) == 2 * len(ALL)
-    run = json.loads((tmp_path / "field-quick.json").read_text())
+    run = json.loads((tmp_path / "comparison-quick.json").read_text())
     assert run["processes"] == 2 and run["rows before"] == 0 and run["minutes"] > 0 and "torch" in run["versions"]
 
 
 @pytest.fixture(scope="module")
 def committed():
-    return pd.read_csv(ROOT / "benchmarks" / "field-lab.csv.gz")
+    return pd.read_csv(ROOT / "benchmarks" / "comparison-lab.csv.gz")
 
 
-def test_the_committed_rows_are_whole_and_the_page_has_their_table(committed):
-    field = script("field")
-    assert set(committed.method) == set(ALL) and set(committed.federation) == set(field.SCALES["lab"])
-    cells = committed.groupby(["federation", "method"])[["seed", "client"]].nunique()
-    assert (cells.seed == 5).all() and (cells.client == 8).all() and len(committed) == len(cells) * 40
+def test_the_committed_rows_are_complete(committed):
+    assert set(committed.method) == set(ALL) and len(M.METHODS) == 38
+    assert set(committed.federation) == set(script("comparison").SCALES["lab"])
+    runs = committed.groupby(["federation", "method"])[["seed", "client"]].nunique()
+    assert (runs.seed == 5).all() and (runs.client == 8).all() and len(committed) == len(runs) * 40
     assert committed[~committed.method.isin(PARTS)].steps.eq(180).all()
-    table = field.markdown(field.overview(leaderboard(committed)))
-    for page in (ROOT / "docs" / "field.md", ROOT / "benchmarks" / "field-lab.md"):
-        assert table in page.read_text()
 
 
-def test_the_pages_say_what_the_rows_say(committed):
-    page = " ".join((ROOT / "docs/field.md").read_text().split())
-    skew, strong, shift = "label skew", "strong label skew", "label skew and feature shift"
-    board, ours = leaderboard(committed), "potara-calibrated, local from federated"
-    accuracy, bytes_of = board.accuracy, board["bytes"] / board["bytes"].xs("FedIT", level=1).iloc[0]
-    seeds = committed.groupby(["method", "seed"]).accuracy.mean().unstack("method")
-    weight = committed.groupby(["federation", "method"]).weight.mean()
-
-    def three(name):
-        return [f"{accuracy[federation, name]:.3f}" for federation in (skew, strong, shift)]
-
-    def above(one, other):
-        difference = seeds[one] - seeds[other]
-        return f"{difference.mean():.3f} ± {difference.sem():.3f}"
-
-    def percent(name):
-        return f"{100 * bytes_of[skew, name]:.0f} %"
-
-    default, oracle, alone, mine, part = (three(n) for n in ("potara-calibrated", ORACLE, "local", ours, "local part"))
-    for text in (
-        f"At {percent('potara-calibrated')} of FedIT's bytes it reaches {default[0]} with label skew (WiSE-FT "
-        f"{three('WiSE-FT')[0]} at {percent('WiSE-FT')}), {default[1]} with strong label skew (FedPer "
-        f"{three('FedPer')[1]} at {percent('FedPer')}, training alone {alone[1]} at none) and {default[2]} with "
-        f"feature shift, where training alone has {alone[2]}.",
-        f"the same two models reach {', '.join(oracle[:2])} and {oracle[2]}",
-        f"with label skew {part[0]} alone, where all of the steps give {alone[0]}",
-        f"`{ours}` has {', '.join(mine[:2])} and {mine[2]}",
-        f"above the default by {above(ours, 'potara-calibrated')}, FedPer by {above(ours, 'FedPer')}, WiSE-FT by "
-        f"{above(ours, 'WiSE-FT')}, training alone by {above(ours, 'local')} and fine-tuned FedIT by "
-        f"{above(ours, 'FedIT, fine-tuned')}",
-        f"above λ = ½ by {above('potara-calibrated', 'uniform')} on average and above our reading of the paper's "
-        "estimator by "
-        f"{above('potara-calibrated', 'potara-paper')}",
-        f"λ = {weight[strong, 'potara-paper']:.2f} on average, the oracle with {weight[strong, ORACLE]:.2f}",
-        f"({above(ours, 'uniform, local from federated')} below)",
-        f"gains {above('potara-calibrated', 'potara-calibrated, factors')} with the default's weights",
-        f"(FedIT {', '.join(three('FedIT')[:2])} and {three('FedIT')[2]})",
-        f"at {bytes_of[skew, 'FedEx-LoRA']:.1f} times its bytes, FLoRA below it at {bytes_of[skew, 'FLoRA']:.1f} times",
-        f"(TIES {three('TIES')[1]}, Fisher merging {three('Fisher merging')[1]}): it ends near the federated model "
-        f"({three('federated part')[1]}), where the local one has {part[1]}",
-    ):
-        assert text in page, text
-    union = board.groupby("method")["union"].mean()
-    figures = [f"{union[name]:.3f}" for name in ("FedIT", "local", "FedPer", ours)]
-    assert (
-        f"{figures[0]} on all clients' data, where training alone has {figures[1]}, FedPer {figures[2]} and "
-        f"`{ours}` {figures[3]}" in page
-    )
+def test_what_the_committed_rows_show(committed):
+    board = leaderboard(committed)
+    union, accuracy = board.groupby("method")["union"].mean(), board.accuracy.unstack("federation")
     one_adapter = union[["FedIT", "FedProx", "FFA-LoRA", "FedEx-LoRA", "FLoRA", "FlexLoRA", "federated part"]]
     assert union["FedIT"] == union.max() and one_adapter.min() > union.drop(one_adapter.index).max()
-    default_against = paired_differences(committed)
-    assert not ((default_against["p (Holm)"] < 0.05) & (default_against.difference < 0)).any()
-    means = seeds.mean().drop(ORACLE).sort_values(ascending=False)
-    assert means.index[0] == ours and means.index[1] == "uniform, local from federated"
-    apart = accuracy.xs("FedEx-LoRA", level=1) - accuracy.xs("FedIT", level=1)
-    assert f"FedEx-LoRA is between {-apart.min():.3f} below FedIT and {apart.max():.3f} above it" in page
-    lost = accuracy.xs(ORACLE, level=1) - accuracy.xs("potara-calibrated", level=1)
-    assert f"no estimate of one weight could gain more than {lost.max():.3f}" in page
+    against = paired_differences(committed)  # of the default
+    assert not ((against["p (Holm)"] < 0.05) & (against.difference < 0)).any()
+    means = accuracy.mean(axis=1).drop(ORACLE).sort_values(ascending=False)
+    assert means.index[:2].tolist() == ["potara-calibrated, local from federated", "uniform, local from federated"]
+    assert (accuracy.loc["FLoRA"] < accuracy.loc["FedIT"]).all()
     # the models are the most unequal in strong label skew
-    assert (accuracy.xs("potara-calibrated", level=1) - accuracy.xs("potara-paper", level=1)).idxmax() == strong
-    parts = accuracy.xs("local part", level=1) - accuracy.xs("federated part", level=1)
+    strong, parts = "strong label skew", accuracy.loc["local part"] - accuracy.loc["federated part"]
     assert parts.abs().idxmax() == strong
-    run = json.loads((ROOT / "benchmarks" / "field-lab.json").read_text())
-    assert f"# {run['minutes']:.0f} minutes on two cores" in (ROOT / "docs" / "field.md").read_text()
-    assert f"torch {run['versions']['torch'].split('+')[0]}" in page and run["processes"] == 2
-    for federation in (skew, strong, shift):
-        assert accuracy[federation, "FLoRA"] < accuracy[federation, "FedIT"]
-        best = accuracy[federation].drop(ORACLE).idxmax()
-        megabytes = board["bytes"][federation, best] / 1e6
-        assert f"{best} ({accuracy[federation, best]:.3f} for {megabytes:.1f} MB" in page
+    assert (accuracy.loc["potara-calibrated"] - accuracy.loc["potara-paper"]).idxmax() == strong
     level = accuracy[strong][accuracy[strong] > accuracy[strong].max() - 0.002].index
     assert len(level) == 3 and (board["bytes"][strong][level].round(-5) == 3.0e6).sum() == 1
-    assert f"FedIT sends {board['bytes'][strong, 'FedIT'] / 1e6:.1f} MB" in page and f"beat ({alone[2]})" in page
-    assert page.count("thirty-eight rows of methods") == 1 and len(M.METHODS) == 38
-    assert f"{percent('potara-calibrated')} of FedIT's bytes" in page and f"{above(ours, 'potara-calibrated')}" in page
-    loss = board.groupby("method").loss.mean()
-    nats = [f"{loss[name]:.3f}" for name in (ours, "WiSE-FT", "potara-calibrated", "FedPer", "local")]
-    words = "`{}` has {} nats, WiSE-FT {}, `potara-calibrated` {}, FedPer {}, training alone {}"
-    assert words.format(ours, *nats) in page
-    assert f"with it the same models reach {', '.join(oracle[:2])} and {oracle[2]}" in page
-    for text in (", ".join(default[:2]) + f" and {default[2]}", ", ".join(mine[:2]) + f" and {mine[2]}"):
-        assert text in page
 
 
-def test_what_is_said_of_grey_images_is_in_their_rows(committed):
-    field, text = script("field"), " ".join((ROOT / "docs/field.md").read_text().split())
-    grey = pd.read_csv(ROOT / "benchmarks" / "field-grey-cifar10.csv.gz")
-    assert set(grey.method) == set(ALL) and set(grey.federation) == set(field.SCALES["grey-cifar10"])
-    assert (grey.groupby(["federation", "method"]).seed.nunique() == len(field.SEEDS["grey-cifar10"])).all()
+def test_what_the_rows_of_grey_images_show():
+    comparison = script("comparison")
+    grey = pd.read_csv(ROOT / "benchmarks" / "comparison-grey-cifar10.csv.gz")
+    assert set(grey.method) == set(ALL) and set(grey.federation) == set(comparison.SCALES["grey-cifar10"])
+    assert (grey.groupby(["federation", "method"]).seed.nunique() == len(comparison.SEEDS["grey-cifar10"])).all()
     board = leaderboard(grey)
-    page = (ROOT / "docs" / "field.md").read_text()
-    assert field.markdown(field.overview(board)) in page
-    assert field.markdown(field.survives(committed, grey)) in page
-    accuracy, loss = board.accuracy, board.loss.groupby("method").mean().sort_values()
-    for federation in field.SCALES["grey-cifar10"]:
-        real = accuracy[federation].drop(ORACLE).sort_values(ascending=False)
+    for federation in comparison.SCALES["grey-cifar10"]:
+        real = board.accuracy[federation].drop(ORACLE).sort_values(ascending=False)
         assert real.index[0] == "FFA-LoRA, fine-tuned"
         assert real["uniform"] > max(real["federated part"], real["local part"])
-    places = [
-        f"{accuracy[name].drop(ORACLE).rank(ascending=False)['FedIT']:.0f}th" for name in field.SCALES["grey-cifar10"]
-    ]
-    assert f"(FedIT is {places[0]} and {places[1]} of {len(M.METHODS)})" in text
-    both = [[f"{accuracy[f, n]:.3f}" for f in field.SCALES["grey-cifar10"]] for n in ("potara-calibrated", ORACLE)]
-    nats = {name: f"{value:.3f}" for name, value in loss.items()}
-    assert f"{' and '.join(both[0])} beside the oracle's {' and '.join(both[1])}, in loss " in text
-    assert f"in loss {nats['potara-calibrated']} nats beside {nats[ORACLE]}" in text
-    assert loss.drop(ORACLE).index[:2].tolist() == ["potara-calibrated, factors", "potara-calibrated"]
-    factors, own = nats["potara-calibrated, factors"], nats["potara-calibrated"]
-    assert f"({factors} with the factors, {own}), training alone has {nats['local']}" in text
-    seeds = grey.groupby(["method", "seed"]).accuracy.mean().unstack("method")
-    apart = seeds["potara-calibrated"] - seeds["potara-calibrated, local from federated"]
-    said = f"{apart.mean():.3f} ± {apart.sem():.3f}"
-    assert f"more accurate by {said}" in text
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"on grey CIFAR-10 it was the less accurate, by {said} and" in readme
+    loss = board.loss.groupby("method").mean().drop(ORACLE).sort_values()
+    assert loss.index[:2].tolist() == ["potara-calibrated, factors", "potara-calibrated"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/field.md"])
-def test_a_method_of_ones_own_runs_as_the_pages_show_it(tmp_path, monkeypatch, capsys, name):
-    """The pages' own lines, on a federation of two small clients and one seed."""
+def test_a_method_of_ones_own_runs_as_the_page_shows_it(tmp_path, monkeypatch, capsys):
+    """The page's own lines, on a federation of two small clients and one seed."""
     monkeypatch.chdir(tmp_path)
-    code = next(c for c in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S) if "LG-FedAvg" in c)
+    page = (ROOT / "docs" / "comparison.md").read_text()
+    code = next(c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "LG-FedAvg" in c)
     tiny = Setting(clients=2, train_size=8, calibration_size=4, test_size=8, rounds=2, round_steps=2, local_steps=4)
     assert len(code.splitlines()) <= 30 and code.count("Setting()") == 1
     code = code.replace("Setting()", "tiny").replace("range(5)", "[0]")
@@ -733,15 +642,15 @@ def test_a_method_of_ones_own_runs_as_the_pages_show_it(tmp_path, monkeypatch, c
 
 
 def test_the_script_runs_at_its_quick_scale(tmp_path, monkeypatch, capsys):
-    field = script("field")
-    monkeypatch.setattr("sys.argv", ["field.py", "--scale", "quick", "--out", str(tmp_path / "field")])
-    field.main()
-    rows = pd.read_csv(tmp_path / "field-quick.csv.gz")
+    comparison = script("comparison")
+    monkeypatch.setattr("sys.argv", ["comparison.py", "--scale", "quick", "--out", str(tmp_path / "comparison")])
+    comparison.main()
+    rows = pd.read_csv(tmp_path / "comparison-quick.csv.gz")
     assert set(rows.method) == set(ALL) and len(rows) == 2 * len(ALL)
-    assert (tmp_path / "field-quick.png").stat().st_size > 10_000
-    text = (tmp_path / "field-quick.md").read_text()
-    assert all(f"| {name} |" in text for name in ALL) and "**" in text
-    monkeypatch.setattr("sys.argv", ["field.py", "--scale", "quick", "--report", "--out", str(tmp_path / "field")])
-    field.main()
-    pd.testing.assert_frame_equal(rows, pd.read_csv(tmp_path / "field-quick.csv.gz"))
+    assert (tmp_path / "comparison-quick.png").stat().st_size > 10_000
+    monkeypatch.setattr(
+        "sys.argv", ["comparison.py", "--scale", "quick", "--report", "--out", str(tmp_path / "comparison")]
+    )
+    comparison.main()
+    pd.testing.assert_frame_equal(rows, pd.read_csv(tmp_path / "comparison-quick.csv.gz"))
     assert "potara-calibrated" in capsys.readouterr().out

@@ -1,10 +1,10 @@
 """A whole deployment on one machine: a SuperLink and a SuperNode per client, each a process, over 127.0.0.1.
 
     python examples/flower/loopback.py out --tls                       # encrypted, and only registered nodes
-    python examples/flower/loopback.py out --tls --stranger --kill 1   # and a node that is not, and one that dies
+    python examples/flower/loopback.py out --tls --stranger --kill 1   # and one that is not registered, one killed
 
-It does what one does by hand on several machines (``docs/deployment.md``), looks at the result, stops what it started
-and prints the seconds as JSON. ``out``, a new folder, gets the tables and adapters as the command lays them out, the
+It does what you do by hand on several machines (``docs/deployment.md``), waits for the result, stops what it started
+and prints the seconds as JSON. ``out``, a new folder, gets the tables and adapters named as by the command, the
 clients' states, and in ``work`` the logs and credentials.
 """
 
@@ -42,15 +42,15 @@ class Deployment:
     """The processes of a federation on this machine; leaving the block stops them."""
 
     def __init__(self, out: Path, clients: int, tls: bool, simulation: bool):
-        self.out, self.work, self.clients, self.port = out, out / "work", clients, free_port()
-        self.tls, self.simulation, work = tls, simulation, self.work
-        self.credentials, self.processes, self.cleanup = work / "credentials", {}, ExitStack()
-        home = work / "home"
-        (home / ".flwr").mkdir(parents=True, exist_ok=True)
+        self.out, self.clients, self.tls, self.simulation = out, clients, tls, simulation
+        self.work, self.port = out / "work", free_port()
+        self.credentials, self.processes, self.cleanup = self.work / "credentials", {}, ExitStack()
+        flower_home = self.work / ".flwr"
+        flower_home.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        self.environment = os.environ | QUIET | OFFLINE | CORES | {"FLWR_HOME": str(home / ".flwr"), "PATH": path}
+        self.environment = os.environ | QUIET | OFFLINE | CORES | {"FLWR_HOME": str(flower_home), "PATH": path}
         security = f'root-certificates = "{self.credentials / "ca.crt"}"' if tls else "insecure = true"
-        (home / ".flwr" / "config.toml").write_text(
+        (flower_home / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\n{security}\n'
         )
         if tls:
@@ -92,7 +92,7 @@ class Deployment:
         self.cleanup.close()
 
     def start(self, name: str, command: str) -> subprocess.Popen:
-        """A process, with its children a group of its own, that logs to ``name.log``."""
+        """Start a process that logs to ``name.log``; with its children it is a group that can be stopped together."""
         log = self.cleanup.enter_context(open(self.work / f"{name}.log", "w"))
         self.processes[name] = subprocess.Popen(
             shlex.split(command), env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -111,10 +111,10 @@ class Deployment:
         """Start the SuperNode of a client."""
         key = self.credentials / f"client-{client}"
         secure = f"--root-certificates {self.credentials}/ca.crt --auth-supernode-private-key {key}"
-        config = f'partition-id={client} folder="{self.out}"'
-        return self.start(f"node-{client}", f"flower-supernode {secure if self.tls else '--insecure'} "
-                          f"--superlink 127.0.0.1:{self.port} --host 127.0.0.1 --port {free_port()} "
-                          f"--node-config {shlex.quote(config)}")  # fmt: skip
+        addresses = f"--superlink 127.0.0.1:{self.port} --host 127.0.0.1 --port {free_port()}"
+        config = shlex.quote(f'partition-id={client} folder="{self.out}"')
+        options = f"{secure if self.tls else '--insecure'} {addresses} --node-config {config}"
+        return self.start(f"node-{client}", f"flower-supernode {options}")
 
     def run(self, config: str) -> subprocess.Popen:
         """``flwr run`` of the app, with its log."""
@@ -140,9 +140,10 @@ def wait_for(what, seconds: float, process: subprocess.Popen) -> None:
 
 
 def play(args: argparse.Namespace) -> dict:
-    """Start everything, run the app, stop everything; the seconds of each part, and what became of the stranger."""
-    out, began, found = args.out.resolve(), time.perf_counter(), {"seconds": {}}
-    seconds, result = found["seconds"], out / "results.csv"
+    """Start everything, run the app, stop everything. Returns the seconds of each part, and how the node that is not
+    registered ended."""
+    out, began = args.out.resolve(), time.perf_counter()
+    result, seconds, found = out / "results.csv", {}, {}
     (out / "work").mkdir(parents=True)
     with Deployment(out, args.clients, args.tls, args.simulation) as deployment:
         nodes = [] if args.simulation else [deployment.join(client) for client in range(args.clients)]
@@ -163,8 +164,7 @@ def play(args: argparse.Namespace) -> dict:
             wait_for(lambda: run.poll() is not None, 60, run)
     if not result.is_file():
         raise RuntimeError(f"no result; see the logs in {out / 'work'}")
-    found["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-    return found
+    return found | {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Federated LoRA algorithms as declarations: what trains, what is uploaded, how it is averaged, what stays personal.
 
-Each method is an ``Algorithm`` that ``run`` plays (``rounds.py`` says how); its docstring names the source and the case
-in which it degenerates. Averages are weighted by the clients' sizes unless a docstring says otherwise.
+Each method is an ``Algorithm`` that ``run_algorithm`` runs (``rounds.py`` says how); its docstring names the source and
+the case in which it degenerates. Averages are weighted by the clients' sizes unless a docstring says otherwise.
 
 A method of your own is one more declaration. LG-FedAvg (Liang et al., 2020, arXiv 2001.01523) shares the head and
 keeps the representation; a robust FedIT takes the median where FedAvg takes the mean (Yin et al., ICML 2018):
@@ -15,7 +15,7 @@ keeps the representation; a robust FedIT takes the median where FedAvg takes the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,7 @@ from ..adapters.state import (
     Adapter,
     client_adapter,
     client_dims,
+    count_clients,
     factor_names,
     factors,
     is_lora,
@@ -33,8 +34,8 @@ from ..adapters.state import (
     rank_dim,
     repeat_adapter,
 )
-from ..checks import door, fraction, several, unchecked, whole
-from ..merging.merge import combine_adapters, compress, concat_ranks, limit_rank
+from ..checks import Count, Flag, Fraction, List, NonNegative, Size, checked
+from ..merging.merge import combine_adapters, compress, concat_ranks, limit_rank, stack_ranks
 from ..training.fedavg import weighted_average
 from .rounds import Algorithm, Phase, add_prefix, first_client, is_head, is_shared, message_bytes, select_prefix
 
@@ -61,20 +62,21 @@ def shared_loss(f: Callable[[Adapter], Tensor], tensors: Adapter) -> Tensor:
 
 
 def squared_distance(tensors: Adapter, prefix: str) -> Tensor:
-    """``|select_prefix(prefix) - global_reference|²`` over all tensors of the two adapters."""
-    one, global_reference = select_prefix(tensors, prefix), select_prefix(tensors, "global_reference")
-    return sum((one[name] - global_reference[name]).square().sum() for name in one)
+    """``|w - global_reference|²`` over all tensors of the adapter ``w`` under ``prefix``."""
+    adapter = select_prefix(tensors, prefix)
+    global_reference = select_prefix(tensors, "global_reference")
+    return sum((adapter[name] - global_reference[name]).square().sum() for name in adapter)
 
 
 def keep_global_reference(tensors: Adapter, number: int) -> Adapter:
-    """Remember the shared adapter as it was received."""
+    """Keep a copy of the shared adapter as it was received."""
     return tensors | add_prefix("global_reference", select_prefix(tensors))
 
 
-@door()
-def fedprox(mu: float = 0.1) -> Algorithm:
-    """FedIT whose clients minimise ``f(w) + mu/2 |w - global_reference|²``, the global_reference being w as received (Li et al., MLSys
-    2020, arXiv 1812.06127). ``mu=0`` is FedIT."""
+@checked
+def fedprox(mu: NonNegative = 0.1) -> Algorithm:
+    """FedIT whose clients minimise ``f(w) + mu/2 |w - global_reference|²``, with the shared adapter as it was received
+    as reference (Li et al., MLSys 2020, arXiv 1812.06127). ``mu=0`` is FedIT."""
 
     def objective(f, tensors):
         return f(select_prefix(tensors)) + mu / 2 * squared_distance(tensors, "")
@@ -82,21 +84,21 @@ def fedprox(mu: float = 0.1) -> Algorithm:
     return replace(FEDIT, name="FedProx", phases=(Phase(objective=objective),), on_receive=keep_global_reference)
 
 
-@door()
-def finetuned(algorithm: Algorithm, steps: int) -> Algorithm:
-    """The same, and then ``steps`` local steps of every client with nothing sent and AdamW begun anew; the
-    federation's model is that from before. No steps: the algorithm itself."""
+@checked
+def finetuned(algorithm: Algorithm, steps: Count) -> Algorithm:
+    """The same, and then ``steps`` local steps of every client with nothing sent and a new AdamW state; the
+    federation's model is the one before them. No steps: the algorithm itself."""
     return replace(algorithm, name=f"{algorithm.name}, fine-tuned", finetune_steps=steps)
 
 
-@door(weight=fraction)
-def wise_ft(algorithm: Algorithm, steps: int, weight: float = 0.5) -> Algorithm:
+@checked
+def wise_ft(algorithm: Algorithm, steps: Count, weight: Fraction = 0.5) -> Algorithm:
     """A point on the straight line between the model before and after the fine-tuning, in the deltas (Wortsman et al.,
     CVPR 2022, arXiv 2109.01903). ``weight`` is on the model before: 0 is ``finetuned``, 1 the algorithm itself."""
     return replace(finetuned(algorithm, steps), name=f"WiSE-FT of {algorithm.name}", wise_ft_weight=weight)
 
 
-# Exact aggregation. What is merged_residual into the frozen weights is held as an adapter of its own, of any rank.
+# Exact aggregation. What is merged into the frozen weights is kept as an adapter of its own, of any rank.
 
 
 def shares(sizes: Tensor) -> list[float]:
@@ -105,29 +107,29 @@ def shares(sizes: Tensor) -> list[float]:
 
 
 def merged_residual(tensors: Adapter) -> Adapter:
-    """What was merged_residual into the frozen weights."""
+    """What was merged into the frozen weights."""
     return select_prefix(tensors, "merged_residual")
 
 
 def with_merged_residual(tensors: Adapter) -> Adapter:
-    """The shared adapter beside what was merged_residual into the frozen weights."""
+    """The shared adapter together with what was merged into the frozen weights."""
     return concat_ranks(select_prefix(tensors), merged_residual(tensors))
 
 
-def fold(tensors: Adapter, prefix: str) -> Adapter:
-    """Add what came under ``prefix`` to what is merged_residual already."""
+def merge_residual(tensors: Adapter, prefix: str) -> Adapter:
+    """Add what came under ``prefix`` to what is merged already."""
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{prefix}:")}
-    return kept | add_prefix(
-        "merged_residual", limit_rank(concat_ranks(merged_residual(tensors), select_prefix(tensors, prefix)))
-    )
+    total = concat_ranks(merged_residual(tensors), select_prefix(tensors, prefix))
+    return kept | add_prefix("merged_residual", limit_rank(total))
 
 
 def mean_and_residual(stack: Adapter, sizes: Tensor) -> Adapter:
     """The means of the factors, and what they lack of the mean product: ``mean(BA) - mean(B) mean(A)`` is the
     covariance of the factors, ``sum_i p_i (B_i - mean B)(A_i - mean A)``, an adapter of rank C r."""
     mean = weighted_average(stack, sizes)
-    apart = [{n: t[i] - mean[n] for n, t in stack.items() if is_lora(n)} for i in range(len(sizes))]
-    return repeat_adapter(mean | add_prefix("residual", combine_adapters(apart, shares(sizes))), len(sizes))
+    deviations = [{n: t[i] - mean[n] for n, t in stack.items() if is_lora(n)} for i in range(len(sizes))]
+    residual = combine_adapters(deviations, shares(sizes))
+    return repeat_adapter(mean | add_prefix("residual", residual), len(sizes))
 
 
 def mean_product(stack: Adapter, sizes: Tensor) -> Adapter:
@@ -140,28 +142,27 @@ FEDEX = Algorithm(
     is_uploaded=is_shared,
     phases=(Phase(objective=shared_loss),),
     aggregate=mean_and_residual,
-    on_receive=lambda tensors, number: fold(tensors, "residual"),
+    on_receive=lambda tensors, number: merge_residual(tensors, "residual"),
     frozen=merged_residual,
     personal_model=with_merged_residual,
     federated_model=lambda tensors: client_adapter(with_merged_residual(tensors), 0),
     broadcast_to_all=True,
 )
-"""FedIT, and the residual of its mean goes down too (as factors) and is merged_residual into the frozen weights (Singhal et al.,
-ACL 2025, arXiv 2410.09432). One client has no residual: local."""
+"""FedIT, and every client also receives the residual of its mean (as factors), which is merged into the frozen weights
+(Singhal et al., ACL 2025, arXiv 2410.09432). One client has no residual: local."""
 
 
 def stacked(stack: Adapter, sizes: Tensor) -> Adapter:
     """All clients' factors stacked, and the mean of the heads."""
     mean = mean_product(stack, sizes)
-    message = {name: t for name, t in mean.items() if is_head(name)}
-    return repeat_adapter(
-        message | add_prefix("stacked", {n: t for n, t in mean.items() if n not in message}), len(sizes)
-    )
+    head = {name: tensor for name, tensor in mean.items() if is_head(name)}
+    factors_of_all = {name: tensor for name, tensor in mean.items() if name not in head}
+    return repeat_adapter(head | add_prefix("stacked", factors_of_all), len(sizes))
 
 
 def merge_and_redraw(tensors: Adapter, number: int) -> Adapter:
-    """Fold what is stacked, and begin the factors anew: the entries of the first A in an order drawn for each round,
-    the same for all clients, and B zero."""
+    """Merge what is stacked, and start again with new factors: the entries of the first A in an order drawn for each
+    round, the same for all clients, and B zero."""
     if number == 0:
         return tensors | add_prefix("first", {name: t for name, t in select_prefix(tensors).items() if is_lora(name)})
     fresh = {}
@@ -169,33 +170,35 @@ def merge_and_redraw(tensors: Adapter, number: int) -> Adapter:
         generator = torch.Generator().manual_seed(number)
         order = torch.randperm(tensor[0].numel(), generator=generator).to(tensor.device)
         fresh[name] = tensor.flatten(1)[:, order].view_as(tensor)
-    return fold(tensors | fresh, "stacked")
+    return merge_residual(tensors | fresh, "stacked")
 
 
 FLORA = replace(FEDEX, name="FLoRA", aggregate=stacked, on_receive=merge_and_redraw, keep_optimizer=False)
-"""The clients' factors are stacked, sent to all and merged_residual into the frozen weights; every round begins with new factors
+"""The clients' factors are stacked, sent to all and merged into the frozen weights; every round begins with new factors
 (Wang et al., NeurIPS 2024, arXiv 2409.05976). After one round it is the exact mean of the clients' local models."""
 
 
-@door(ranks=several(whole(1)))
-def flexlora(ranks: Sequence[int] | None = None) -> Algorithm:
+@checked
+def flexlora(ranks: List[Size] | None = None) -> Algorithm:
     """The mean of the products, cut by an SVD to the rank of each client (Bai et al., NeurIPS 2024, arXiv 2402.11505).
 
-    ``ranks``: a client each, in the order of their ids, at most the configuration's, whose scaling all keep. A smaller
-    rank is a stack padded with zeros, which no gradient moves and which do not count as bytes. Where the rank suffices
-    for the mean product, the aggregate is exact.
+    ``ranks``: one for each client, in the order of their ids, at most the configuration's, whose scaling all keep. A
+    smaller rank is a stack padded with zeros, which no gradient moves and which do not count as bytes. Where the rank
+    is large enough for the mean product, the aggregate is exact.
     """
 
     def cut(stack: Adapter) -> Adapter:
+        """The stack with zeros beyond each client's rank."""
         result = dict(stack)
         for name, tensor in stack.items():
             if ranks is not None and is_lora(name):
                 dim = rank_dim(name, tensor)
-                full, limit = torch.arange(tensor.shape[dim]), torch.tensor(ranks).unsqueeze(1)
-                if len(limit) != len(tensor) or limit.min() < 1 or limit.max() > len(full):
-                    raise ValueError(f"ranks {list(ranks)}: {len(tensor)} numbers from 1 to {len(full)} are needed")
-                shape = [len(tensor), *(len(full) if d == dim else 1 for d in range(1, tensor.dim()))]
-                result[name] = tensor * (full < limit).view(shape).to(tensor)
+                full = tensor.shape[dim]
+                if len(ranks) != len(tensor) or max(ranks) > full:
+                    raise ValueError(f"ranks {list(ranks)}: {len(tensor)} numbers from 1 to {full} are needed")
+                is_kept = torch.arange(full) < torch.tensor(ranks).unsqueeze(1)  # (C, r)
+                shape = [len(tensor), *(full if d == dim else 1 for d in range(1, tensor.dim()))]
+                result[name] = tensor * is_kept.view(shape).to(tensor)
         return result
 
     def aggregate(stack: Adapter, sizes: Tensor) -> Adapter:
@@ -205,19 +208,20 @@ def flexlora(ranks: Sequence[int] | None = None) -> Algorithm:
             mean |= compress({name: mean[name] for name in factor_names(layer)}, rank)[0]
         return cut(repeat_adapter(mean, len(sizes)))
 
-    def bytes_of(message: Adapter, clients: int) -> Tensor:
-        heads = message_bytes({name: t for name, t in message.items() if is_head(name)}, clients)
-        one = {n: t.narrow(rank_dim(n, t), 0, 1) for n, t in message.items() if is_lora(n)}  # of rank 1
-        return heads + torch.tensor(ranks) * message_bytes(one, clients)
+    def bytes_by_rank(message: Adapter, clients: int) -> Tensor:
+        head = {name: tensor for name, tensor in message.items() if is_head(name)}
+        of_rank_1 = {n: t.narrow(rank_dim(n, t), 0, 1) for n, t in message.items() if is_lora(n)}
+        return message_bytes(head, clients) + torch.tensor(ranks) * message_bytes(of_rank_1, clients)
 
+    largest = ranks.index(max(ranks)) if ranks else 0
     return replace(
         FEDIT,
         name="FlexLoRA",
         init=cut,
         aggregate=aggregate,
-        federated_model=lambda tensors: client_adapter(select_prefix(tensors), ranks.index(max(ranks)) if ranks else 0),
+        federated_model=lambda tensors: client_adapter(select_prefix(tensors), largest),
         keep_optimizer=False,
-        message_bytes=message_bytes if ranks is None else bytes_of,
+        message_bytes=bytes_by_rank if ranks else message_bytes,
     )
 
 
@@ -230,16 +234,16 @@ FEDPER = Algorithm("FedPer", is_uploaded=lambda name: is_shared(name) and not is
 """The body is uploaded, the head stays (Arivazhagan et al., 2019, arXiv 1912.00818). Without a head: FedIT."""
 
 
-@door()
-def fedrep(head_share: float = 0.5) -> Algorithm:
-    """FedPer whose clients train the head first and then the body, each with the other held (Collins et al., ICML
+@checked
+def fedrep(head_share: Fraction = 0.5) -> Algorithm:
+    """FedPer whose clients train the head first and then the body, while the other one is frozen (Collins et al., ICML
     2021, arXiv 2102.07078). With ``head_share=1`` only the head trains: local linear probing."""
     head = Phase(is_trained=is_head, steps=lambda steps: round(head_share * steps))
     body = Phase(is_trained=FEDPER.is_uploaded, steps=lambda steps: steps - round(head_share * steps))
     return replace(FEDPER, name="FedRep", phases=(head, body))
 
 
-# Two models. The shared adapter has plain names, the personal one the prefix ``personal:``.
+# Two adapters. The shared one has plain names, the personal one the prefix ``personal:``.
 
 
 def is_personal(name: str) -> bool:
@@ -247,29 +251,30 @@ def is_personal(name: str) -> bool:
     return name.startswith("personal:")
 
 
-def own(tensors: Adapter) -> Adapter:
+def personal(tensors: Adapter) -> Adapter:
     """The personal adapter."""
     return select_prefix(tensors, "personal")
 
 
-TWO = replace(FEDIT, init=lambda stack: stack | add_prefix("personal", stack))
+TWO_ADAPTERS = replace(FEDIT, init=lambda stack: stack | add_prefix("personal", stack))
 
 
-@door()
-def ditto(strength: float = 0.1) -> Algorithm:
-    """FedIT, and beside it a personal model that minimises ``f(v) + strength/2 |v - global_reference|²``, the global_reference being the
-    shared one as received (Li et al., ICML 2021, arXiv 2012.04221; strength is its λ). ``strength=0`` is local."""
+@checked
+def ditto(strength: NonNegative = 0.1) -> Algorithm:
+    """FedIT, and beside it a personal model that minimises ``f(v) + strength/2 |v - global_reference|²``, with the
+    shared adapter as it was received as reference (Li et al., ICML 2021, arXiv 2012.04221; strength is its λ).
+    ``strength=0`` is local."""
 
     def objective(f, tensors):
-        return f(own(tensors)) + strength / 2 * squared_distance(tensors, "personal")
+        return f(personal(tensors)) + strength / 2 * squared_distance(tensors, "personal")
 
     phases = Phase(objective=shared_loss), Phase(is_trained=is_personal, objective=objective)
-    return replace(TWO, name="Ditto", phases=phases, on_receive=keep_global_reference, personal_model=own)
+    return replace(TWO_ADAPTERS, name="Ditto", phases=phases, on_receive=keep_global_reference, personal_model=personal)
 
 
-@door(weight=fraction)
-def apfl(weight: float = 0.5, adaptive: bool = True) -> Algorithm:
-    """The personal model is ``λ w + (1 - λ) v`` of the shared and an own model, mixed in the deltas; each step moves w
+@checked
+def apfl(weight: Fraction = 0.5, adaptive: Flag = True) -> Algorithm:
+    """The model is ``λ w + (1 - λ) v`` of the shared and the personal adapter, mixed in the deltas; each step moves w
     down its own loss, and v and (``adaptive``) λ down the mixture's (Deng et al., 2020, arXiv 2003.13461, whose α is
     1 - λ).
 
@@ -278,39 +283,38 @@ def apfl(weight: float = 0.5, adaptive: bool = True) -> Algorithm:
 
     def mixed(tensors: Adapter) -> Adapter:
         raw = tensors["weight:"]
-        cut = (raw + (raw.clamp(0, 1) - raw).detach())[..., 0]  # and yet with the gradient of raw
+        clamped = (raw + (raw.clamp(0, 1) - raw).detach())[..., 0]  # in [0, 1], with the gradient of raw
         shared = {name: tensor.detach() for name, tensor in select_prefix(tensors).items()}
-        return unchecked(combine_adapters)([shared, own(tensors)], [cut, 1 - cut])
+        return stack_ranks([shared, personal(tensors)], [clamped, 1 - clamped])
 
     def init(stack: Adapter) -> Adapter:
         some = next(iter(stack.values()))
-        return TWO.init(stack) | {"weight:": some.new_full((len(some), 1), weight)}
+        return TWO_ADAPTERS.init(stack) | {"weight:": some.new_full((len(some), 1), weight)}
 
     def is_trained(name: str) -> bool:
         return is_shared(name) or is_personal(name) or (adaptive and name == "weight:")
 
     phase = Phase(is_trained, lambda f, tensors: f(select_prefix(tensors)) + f(mixed(tensors)), models=2)
-    return replace(TWO, name="APFL", init=init, phases=(phase,), personal_model=mixed)
+    return replace(TWO_ADAPTERS, name="APFL", init=init, phases=(phase,), personal_model=mixed)
 
 
-@door(weight=fraction)
-def feddpa(weight: float = 0.5) -> Algorithm:
-    """FedDPA-T: in each round the own adapter trains beside the shared one as received, then the shared one alone; the
-    model is ``weight`` times the shared one plus ``1 - weight`` times the own one (Yang et al., NeurIPS 2024, arXiv
-    2403.19211). The weight stays that of the training: their weighting of each test instance by its similarity to
+@checked
+def feddpa(weight: Fraction = 0.5) -> Algorithm:
+    """FedDPA-T: in each round the personal adapter trains beside the shared one as received, then the shared one alone;
+    the model is ``weight`` times the shared one plus ``1 - weight`` times the personal one (Yang et al., NeurIPS 2024,
+    arXiv 2403.19211). The weight stays that of the training: their weighting of each test instance by its similarity to
     training data is not part of this. ``weight=0`` is local."""
 
     def both(tensors: Adapter) -> Adapter:
-        return unchecked(combine_adapters)([select_prefix(tensors), own(tensors)], [weight, 1 - weight])
+        return stack_ranks([select_prefix(tensors), personal(tensors)], [weight, 1 - weight])
 
     phases = Phase(is_trained=is_personal), Phase(objective=shared_loss)
-    return replace(TWO, name="FedDPA-T", phases=phases, personal_model=both)
+    return replace(TWO_ADAPTERS, name="FedDPA-T", phases=phases, personal_model=both)
 
 
-@door()
+@checked
 def gated(adapted: AdaptedBackbone) -> AdaptedBackbone:
-    """The same backbone with LoRA layers that weigh stacked experts token by token; the weights are shared
-    with it.
+    """The same backbone, with the same weights in memory, whose LoRA layers weigh stacked experts token by token.
 
     An adapter of n experts of the configuration's rank r has ``A`` of n r + n rows, the last n of which score the
     experts: ``W0 x + s Σ_k softmax(G x)_k B_k A_k x``. One expert is an ordinary LoRA, whatever its score.
@@ -319,7 +323,8 @@ def gated(adapted: AdaptedBackbone) -> AdaptedBackbone:
     model = copy.deepcopy(adapted.model, shared)
     for layer in lora_layers(adapted.initial):
         down = model.get_submodule(layer).lora_A["default"]
-        rank, dim = len(factors(adapted.initial, layer)[0]), -1 if isinstance(down, nn.Linear) else 1
+        rank = len(factors(adapted.initial, layer)[0])
+        dim = -1 if isinstance(down, nn.Linear) else 1
 
         def hook(module, inputs, output, rank=rank, dim=dim):
             experts = output.shape[dim] // (rank + 1)
@@ -339,24 +344,24 @@ def others(stack: Adapter, sizes: Tensor) -> Adapter:
 
 def fedalt() -> Algorithm:
     """Every client trains its own adapter beside a frozen one, the mean of the others', and a gate per layer that
-    weighs the two for each token (Bian et al., AAAI 2026, arXiv 2503.11880); the own one is never overwritten.
+    weighs the two for each token (Bian et al., AAAI 2026, arXiv 2503.11880); no message replaces the client's adapter.
 
     The result runs on the ``gated`` backbone alone. The gate stays with the client and begins at ½, ½; the head, which
-    the paper has not, stays too. One client has no rest of the world: local.
+    the paper does not have, stays too. One client has no rest of the world: local.
     """
 
     def init(stack: Adapter) -> Adapter:
+        experts = min(count_clients(stack), 2)
         lora = {name: tensor for name, tensor in stack.items() if is_lora(name)}
-        experts = min(len(next(iter(stack.values()))), 2)
-        gate = {f"gate:{n}": t.new_zeros(len(t), experts, *t.shape[2:]) for n, t in lora.items() if is_lora(n, "A")}
-        return stack | gate | (add_prefix("rest", lora) if experts == 2 else {})
+        a = {name: tensor for name, tensor in lora.items() if is_lora(name, "A")}
+        gate = {name: tensor.new_zeros(len(tensor), experts, *tensor.shape[2:]) for name, tensor in a.items()}
+        return stack | add_prefix("gate", gate) | (add_prefix("rest", lora) if experts == 2 else {})
 
     def model(tensors: Adapter) -> Adapter:
         result = concat_ranks(select_prefix(tensors), select_prefix(tensors, "rest"))
-        return result | {
-            name: torch.cat([result[name], gate], dim=client_dims(gate))
-            for name, gate in select_prefix(tensors, "gate").items()
-        }
+        for name, gate in select_prefix(tensors, "gate").items():
+            result[name] = torch.cat([result[name], gate], dim=client_dims(gate))
+        return result
 
     return Algorithm(
         "FedALT",

@@ -13,44 +13,57 @@ zero). All functions take K stacks, such as ``[federated, local]``, and give a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
 from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import (
     Adapter,
+    CompleteAdapter,
+    CompleteStacks,
+    Stack,
     adapter_from_delta,
+    check_same_base,
     client_adapter,
+    count_clients,
     delta,
-    door,
     factor_names,
     factors,
     flatten,
     is_lora,
     layer_of,
     lora_layers,
-    numbers,
     unflatten,
 )
-from ..checks import function as any_function, named, refuse, several, unchecked
+from ..checks import Finite, Fraction, List, Named, Numbers, Positive, Seed, Share, Size, checked, invalid
 from ..federation.inputs import take
 from ..federation.split import Split
 from ..merging.merge import combine_adapters
 from ..training.train import check_clients, check_losses
 
+Fishers = List[Annotated[Tensor, Numbers("C P", least=0)]]  # a diagonal for every client's adapter, by model
+Grams = List[Named[Annotated[Tensor, Numbers("C ...")]]]  # a matrix (C, in, in) for every layer, by model
+TaskVectors = Annotated[Tensor, Numbers("K P|K C P|K C L P")]  # of K models
+DropRate = Annotated[Fraction, Field(lt=1)]
 
-@door()
-def task_arithmetic(models: Sequence[Adapter], coefficient: float) -> Adapter:
+
+@checked
+def task_arithmetic(models: List[CompleteAdapter], coefficient: Finite) -> Adapter:
     """``coefficient`` times the sum of the task vectors (Ilharco et al., ICLR 2023, arXiv 2212.04089); ``1 / K`` is the
     mean. Exact, of rank K r."""
+    models = check_same_base("models", models)
     return combine_adapters(models, [coefficient] * len(models))
 
 
-@door(fishers=several(numbers(2)))
-def fisher_merge(models: Sequence[Adapter], fishers: Sequence[Tensor]) -> Adapter:
+@checked
+def fisher_merge(models: CompleteStacks, fishers: Fishers) -> Adapter:
     """The mean of the models weighted, coordinate by coordinate, by their diagonal Fishers (Matena & Raffel, NeurIPS
     2022, arXiv 2111.09832).
 
@@ -60,74 +73,72 @@ def fisher_merge(models: Sequence[Adapter], fishers: Sequence[Tensor]) -> Adapte
 
     Raises ``ValueError`` for a negative Fisher or one of another shape.
     """
+    models = check_same_base("models", models)
     if len(fishers) != len(models):
         raise ValueError(f"fishers: {len(fishers)} of them for {len(models)} models")
     flat = torch.stack([flatten(model) for model in models])  # (K, C, P)
-    for fisher in fishers:
-        if fisher.shape != flat.shape[1:] or (fisher < 0).any():
-            raise ValueError(f"fishers: one of shape {tuple(flat.shape[1:])} without negative values is needed")
+    if fishers[0].shape != flat.shape[1:]:
+        invalid("fishers[0]", f"of shape {tuple(flat.shape[1:])}", fishers[0])
     weight = torch.stack(list(fishers)).to(flat)
     weight = torch.where(weight.sum(0) > 0, weight, 1.0)
     return unflatten((weight * flat).sum(0) / weight.sum(0), client_adapter(models[0], 0))
 
 
 @torch.no_grad()
-@door()
+@checked
 def layer_grams(
-    adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, batch_size: int = 128
+    adapted: AdaptedBackbone, adapters: Stack, split: Split, *, batch_size: Size = 128
 ) -> dict[str, Tensor]:
     """``XᵀX`` of the inputs of every adapted layer and of the head, ``(C, in, in)`` each, in float64.
 
-    ``X`` has a row per token of the client's examples, seen through the client's own model. Raises ``ValueError`` for
+    ``X`` has a row per token of the client's examples, as the client's own model sees them. Raises ``ValueError`` for
     convolutions.
     """
-    check_clients(adapted, adapters, split)
-    heads = [name for name, tensor in adapters.items() if not is_lora(name) and tensor.dim() == 3]
-    layers, grams = lora_layers(adapters) + [name.removesuffix(".weight") for name in heads], []
+    adapters = check_clients(adapted, adapters, split)
     for layer in lora_layers(adapters):
         if adapters[factor_names(layer)[0]].dim() != 3:
             raise ValueError(f"{layer}: RegMean is defined for linear layers only")
-    for client in range(len(split)):
-        x, _ = split.client(client)
-        total = dict.fromkeys(layers, 0.0)
+    layers = list(_widths(adapters))
+    total: dict[str, Tensor] = {}  # of one client
 
-        def listen(layer: str, total: dict = total):
-            def hook(module, inputs):
-                rows = inputs[0].flatten(0, -2).double()
-                total[layer] = total[layer] + rows.mT @ rows
+    def add_gram(layer: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        rows = inputs[0].flatten(0, -2).double()
+        total[layer] = total.get(layer, 0.0) + rows.mT @ rows
 
-            return adapted.model.get_submodule(layer).register_forward_pre_hook(hook)
-
-        handles = [listen(layer) for layer in layers]
-        try:
+    grams = []
+    with ExitStack() as hooks:
+        hooks.enter_context(adapted.state.lock)
+        for layer in layers:
+            module = adapted.model.get_submodule(layer)
+            hooks.enter_context(module.register_forward_pre_hook(partial(add_gram, layer)))
+        for client in range(len(split)):
+            total.clear()
+            x, _ = split.client(client)
             for start in range(0, int(split.sizes[client]), batch_size):
-                part = take(x, slice(start, start + batch_size))
-                adapted(unchecked(client_adapter)(adapters, client), part)
-        finally:
-            for handle in handles:
-                handle.remove()
-        grams.append(total)
-    stacks = {layer: torch.stack([total[layer] for total in grams]) for layer in layers}
+                adapted(client_adapter(adapters, client), take(x, slice(start, start + batch_size)))
+            grams.append(dict(total))
+    stacks = {layer: torch.stack([of_client[layer] for of_client in grams]) for layer in layers}
     for stack in stacks.values():
         check_losses(stack, split)
     return stacks
 
 
-@door(grams=several(named(numbers(3))))
-def regmean(models: Sequence[Adapter], grams: Sequence[dict[str, Tensor]], off_diagonal: float = 0.9) -> Adapter:
+@checked
+def regmean(models: CompleteStacks, grams: Grams, off_diagonal: Fraction = 0.9) -> Adapter:
     """The linear layers whose outputs are, in sum of squares over all the models' inputs, closest to each model's own
     on its inputs: ``W = (Σ_k W_k G_k)(Σ_k G_k)⁻¹`` (Jin et al., ICLR 2023, arXiv 2212.09849).
 
     ``grams``: of each model, from ``layer_grams``. ``off_diagonal`` shrinks what is off their diagonals, as published;
     1 solves the least squares exactly. The frozen weights cancel, so the same holds of the deltas, and
-    ``A_k -> A_k G_k (Σ G)⁻¹`` with the ranks stacked is that solution exactly. Where no input ever points, the delta is
-    zero (a pseudo-inverse). Weights without a Gram (biases) are averaged. Equal Grams give the mean.
+    ``A_k -> A_k G_k (Σ G)⁻¹`` with the ranks stacked is that solution exactly. In directions without inputs the delta
+    is zero (a pseudo-inverse). Weights without a Gram (biases) are averaged. Equal Grams give the mean.
     """
+    models = check_same_base("models", models)
     _check_grams(models, grams)
     # shrink: the Grams' entries off the diagonal
-    shrunk = [{n: _shrunk(g.double(), off_diagonal) for n, g in gram.items()} for gram in grams]
+    shrunk = [{layer: _shrunk(gram.double(), off_diagonal) for layer, gram in one.items()} for one in grams]
     # solve: G_k (Σ G)⁻¹ for every layer that has Grams
-    totals = {layer: sum(gram[layer] for gram in shrunk) for layer in shrunk[0]}
+    totals = {layer: sum(one[layer] for one in shrunk) for layer in shrunk[0]}
     inverses = {layer: torch.linalg.pinv(total, hermitian=True) for layer, total in totals.items()}
     # apply: to A and to the head's weight; B stays, everything else is averaged
     moved = [dict(model) for model in models]
@@ -146,22 +157,27 @@ def _shrunk(gram: Tensor, off_diagonal: float) -> Tensor:
     return off_diagonal * gram + (1 - off_diagonal) * diagonal
 
 
-def _check_grams(models: Sequence[Adapter], grams: Sequence[dict[str, Tensor]]) -> None:
+def _widths(stack: Adapter) -> dict[str, int]:
+    """How many inputs every adapted layer has, and every directly trained linear layer."""
+    widths = {layer: factors(stack, layer)[0].shape[-1] for layer in lora_layers(stack)}
+    heads = {name: tensor for name, tensor in stack.items() if not is_lora(name) and tensor.dim() == 3}
+    return widths | {name.removesuffix(".weight"): tensor.shape[-1] for name, tensor in heads.items()}
+
+
+def _check_grams(models: CompleteStacks, grams: Grams) -> None:
     """Raise ``ValueError`` unless each model has one, of the same layers, a square matrix of inputs per client."""
     if len(grams) != len(models):
         raise ValueError(f"grams: {len(grams)} of them for {len(models)} models")
-    first, clients = models[0], len(next(iter(models[0].values())))
-    widths = {layer: factors(first, layer)[0].shape[-1] for layer in lora_layers(first)}
-    widths |= {n.removesuffix(".weight"): t.shape[-1] for n, t in first.items() if not is_lora(n) and t.dim() == 3}
-    for i, gram in enumerate(grams):
-        for layer, tensor in gram.items():
+    clients, widths = count_clients(models[0]), _widths(models[0])
+    for i, one in enumerate(grams):
+        for layer, gram in one.items():
             width = widths.get(layer)
-            if tensor.shape != (clients, width, width) or gram.keys() != grams[0].keys():
+            if gram.shape != (clients, width, width) or one.keys() != grams[0].keys():
                 raise ValueError(f"grams[{i}] must have a matrix of each client's inputs to a layer, unlike {layer!r}")
 
 
-@door(function=any_function)
-def merge_deltas(models: Sequence[Adapter], scaling: dict[str, float], function: Callable[[Tensor], Tensor]) -> Adapter:
+@checked
+def merge_deltas(models: CompleteStacks, scaling: Named[Positive], function: Callable[[Tensor], Tensor]) -> Adapter:
     """``function`` of the task vectors, ``(K, C, P)`` to ``(C, P)``, as a stack of full-rank adapters, exactly.
 
     >>> one = {"l.lora_A.weight": torch.ones(1, 1, 2), "l.lora_B.weight": torch.ones(1, 3, 1)}
@@ -169,16 +185,17 @@ def merge_deltas(models: Sequence[Adapter], scaling: dict[str, float], function:
     >>> delta(mean, {"l": 2.0})["l.weight"][0, 0]
     tensor([2., 2.])
     """
+    models = check_same_base("models", models)
     changes = [delta(model, scaling) for model in models]
     vectors = torch.stack([flatten(change) for change in changes])
     merged = function(vectors)
     if not isinstance(merged, Tensor) or merged.shape != vectors.shape[1:]:
-        refuse("function", f"one to a tensor {tuple(vectors.shape[1:])}", merged)
+        invalid("function", f"one to a tensor {tuple(vectors.shape[1:])}", merged)
     return adapter_from_delta(unflatten(merged, client_adapter(changes[0], 0)), scaling, models[0])
 
 
-@door(vectors=numbers(2, 3, 4))
-def ties(vectors: Tensor, density: float = 0.2, coefficient: float = 1.0) -> Tensor:
+@checked
+def ties(vectors: TaskVectors, density: Share = 0.2, coefficient: Finite = 1.0) -> Tensor:
     """TIES: keep each vector's largest entries, elect a sign for each coordinate, average those that agree (Yadav et
     al., NeurIPS 2023, arXiv 2306.01708).
 
@@ -200,8 +217,8 @@ def ties(vectors: Tensor, density: float = 0.2, coefficient: float = 1.0) -> Ten
     return coefficient * (trimmed * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
-@door(vectors=numbers(2, 3, 4))
-def dare(vectors: Tensor, drop: float = 0.9, seed: int = 0) -> Tensor:
+@checked
+def dare(vectors: TaskVectors, drop: DropRate = 0.9, seed: Seed = 0) -> Tensor:
     """DARE: drop each entry of a task vector with probability ``drop`` and divide the rest by ``1 - drop`` (Yu et al.,
     ICML 2024, arXiv 2311.03099); the expectation stays.
 

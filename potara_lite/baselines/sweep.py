@@ -1,9 +1,9 @@
 """Methods × federations × seeds → one tidy table, method by method on disk.
 
-Every finished (federation, seed, method) is a CSV file of its own, a *cell*, put in place in one step: an interrupted
-sweep goes on where it stopped, nothing finished is computed again, and a half-written file is never read. A cell's
-first line has the digest of its rows and that of what made them: a damaged cell is refused, that of another method or
-version is computed anew. ``results`` reads such tables.
+Every finished (federation, seed, method) has a CSV file of its own, its *result file*, put in place in one step: an
+interrupted sweep goes on where it stopped, nothing finished is computed again, and a half-written file is never read.
+Its first line has the fingerprint of what made the rows and the digest of the rows: a damaged file is refused, that of
+another method or version is computed again. ``results`` reads such tables.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from io import StringIO
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..adapters.lora import AdaptedBackbone
-from ..checks import door, function, kind, named, several, whole
+from ..checks import Count, Flag, List, Named, PathLike, Seeds, Size, checked, invalid
 from ..experiment import Method, Run, prepare
 from ..federation.inputs import map_inputs
 from ..federation.split import Federation, Split
@@ -37,9 +37,9 @@ COLUMNS = ["federation", "method", "seed", "client", "accuracy", "loss", "union_
            "bytes_up", "bytes_down", "steps", "seconds"]  # fmt: skip
 
 
-@door(split=kind("Split"))
-def union(split: Split, per_client: int) -> Split:
-    """The first examples of every client, given to all of them: what a personalised model costs elsewhere.
+@checked
+def union(split: Split, per_client: Size) -> Split:
+    """The first examples of every client, given to all of them: they show what personalisation costs on others' data.
 
     Raises ``ValueError`` for ``per_client`` below 1.
     """
@@ -53,32 +53,32 @@ def union(split: Split, per_client: int) -> Split:
     return Split(x, y, torch.full_like(split.sizes, y.shape[1]), split.ids)
 
 
-@door(methods=named(function), settings=named(kind("Setting")), shard=several(whole(0), least=2))
+@checked
 def sweep(
-    methods: Mapping[str, Method],
-    settings: Mapping[str, Setting],
-    seeds: Sequence[int],
-    folder: str | Path,
+    methods: Named[Method],
+    settings: Named[Setting],
+    seeds: Seeds,
+    folder: PathLike,
     *,
     eval_split: Callable[[Federation], Split] = lambda federation: federation.test,
-    union_size: int = 25,
+    union_size: Size = 25,
     prepare: Callable[[Setting, int], tuple[AdaptedBackbone, Federation]] = prepare,
-    shard: tuple[int, int] = (0, 1),
-    progress: bool = False,
+    shard: List[Count] = (0, 1),
+    progress: Flag = False,
 ) -> pd.DataFrame:
-    """Run every method on every federation and seed that ``folder`` does not hold yet; all rows that it holds then.
+    """Run every method on every federation and seed that ``folder`` does not have yet; all rows that it has then.
 
     A row per client, in the order of ``COLUMNS``: accuracy and loss (nats) on the client's own examples and on the
     ``union`` of ``union_size`` examples of every client; the mixing weight, where there is one; what the client paid.
     ``eval_split`` picks the examples: the test split, or the calibration split to choose options by. ``shard=(i, n)``
-    does every n-th pair of federation and seed from the i-th (0 ≤ i < n), to share the work between processes. A cell
-    is computed anew when its method, ``prepare``, ``eval_split`` or the version of the library is another one
+    does every n-th pair of federation and seed from the i-th (0 ≤ i < n), to share the work between processes. A result
+    file is computed again when its method, ``prepare``, ``eval_split`` or the version of the library is another one
     (``fingerprint``).
 
-    Raises ``ValueError`` when the folder holds a federation of the same name and another setting or a damaged cell (a
+    Raises ``ValueError`` when the folder holds a federation of the same name and another setting or a damaged file (a
     ``FileError``), for names that would share a file or make none, for a seed given twice, and for no such shard.
 
-    A method of your own beside one of the field (LG-FedAvg shares the head and keeps the rest; arXiv 2001.01523):
+    A method of your own beside one of the comparison (LG-FedAvg shares the head and keeps the rest; arXiv 2001.01523):
 
     >>> import tempfile
     >>> from potara_lite import leaderboard
@@ -92,41 +92,43 @@ def sweep(
     [25800.0, 0.0]
     """
     _check_names(methods, settings)
-    if not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"shard {shard}: the first number must be at least 0 and below the second")
-    folder, cells = Path(folder), [(name, seed) for name in settings for seed in seeds][shard[0] :: shard[1]]
+    if len(shard) != 2 or shard[0] >= shard[1]:
+        invalid("shard", "(i, n), the first number below the second", shard)
+    folder = Path(folder)
     for name, setting in settings.items():
         _remember_setting(folder / _slug(name), setting, union_size)
     common = fingerprint((__version__, prepare, eval_split))
     keys = {method: fingerprint((common, function)) for method, function in methods.items()}
-    with tqdm(total=len(methods) * len(cells), disable=not progress, unit="run") as bar:
-        for name, seed in cells:
-            run, place = None, folder / _slug(name) / f"seed-{seed}"
-            place.mkdir(exist_ok=True)
+    runs = [(name, seed) for name in settings for seed in seeds][shard[0] :: shard[1]]
+    with tqdm(total=len(methods) * len(runs), disable=not progress, unit="run") as bar:
+        for name, seed in runs:
+            run = None
+            seed_folder = folder / _slug(name) / f"seed-{seed}"
+            seed_folder.mkdir(exist_ok=True)
             for method, function in methods.items():
-                path = place / f"{_slug(method)}.csv"
                 bar.set_description(f"{name}, seed {seed}, {method}")
-                if not path.is_file() or _read_cell(path)[0] != keys[method]:
+                path = seed_folder / f"{_slug(method)}.csv"
+                if not path.is_file() or _read_rows(path)[0] != keys[method]:
                     run = run or Run(*prepare(settings[name], seed), settings[name], seed)
                     rows = _rows(method, function, run, eval_split(run.federation), union_size)
-                    _write_cell(path, keys[method], rows.assign(federation=name)[COLUMNS])
+                    _write_rows(path, keys[method], rows.assign(federation=name)[COLUMNS])
                 bar.update()
     return read_results(folder)
 
 
-@door()
-def read_results(folder: str | Path) -> pd.DataFrame:
+@checked
+def read_results(folder: PathLike) -> pd.DataFrame:
     """All rows that a sweep's folder holds, by federation, seed and method.
 
-    Raises ``FileError`` (a ``ValueError``) for a damaged cell.
+    Raises ``FileError`` (a ``ValueError``) for a damaged file.
     """
-    frames = [_read_cell(path)[1] for path in sorted(Path(folder).glob("*/seed-*/*.csv"))]
+    frames = [_read_rows(path)[1] for path in sorted(Path(folder).glob("*/seed-*/*.csv"))]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
 
 
 def fingerprint(thing: object) -> str:
     """A digest of a function and of what it holds: its code, defaults, closure and arguments, as far as these are
-    numbers, strings, tuples, dictionaries, functions and dataclasses; not of the functions that it calls."""
+    numbers, strings, tuples, lists, dictionaries, functions and dataclasses; not of the functions that it calls."""
     return hashlib.sha256(repr(_contents(thing, ())).encode()).hexdigest()[:16]
 
 
@@ -145,7 +147,7 @@ def _contents(thing: object, above: tuple[int, ...]) -> object:
         parts = tuple(getattr(thing, field.name) for field in fields(thing))
     elif isinstance(thing, dict):
         parts = tuple(thing.items())
-    elif isinstance(thing, tuple):
+    elif isinstance(thing, tuple | list):
         parts = thing
     else:
         plain = str | bytes | int | float | complex | None
@@ -153,24 +155,24 @@ def _contents(thing: object, above: tuple[int, ...]) -> object:
     return tuple(_contents(part, (*above, id(thing))) for part in parts)
 
 
-def _write_cell(path: Path, key: str, rows: pd.DataFrame) -> None:
+def _write_rows(path: Path, key: str, rows: pd.DataFrame) -> None:
+    """Write a result file; ``key`` is the fingerprint of what made the rows."""
     text = rows.to_csv(index=False)
     write_atomically(path, f"# {key} {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
-def _read_cell(path: Path) -> tuple[str, pd.DataFrame]:
-    """The fingerprint of what made a cell, and its rows."""
+def _read_rows(path: Path) -> tuple[str, pd.DataFrame]:
+    """The fingerprint of what made a result file, and its rows."""
     with reading(path):
         first, _, text = path.read_text().partition("\n")
-        sign, _, rest = first.partition(" ")
-        key, _, digest = rest.partition(" ")
-        if sign != "#" or hashlib.sha256(text.encode()).hexdigest() != digest:
+        words = first.split(" ")
+        if len(words) != 3 or words[0] != "#" or words[2] != hashlib.sha256(text.encode()).hexdigest():
             raise FileError(f"{path} is damaged or was changed by hand: delete it, and it is computed again")
         rows = pd.read_csv(StringIO(text))
         federation, method, seed = rows.loc[0, ["federation", "method", "seed"]].astype(str)
         if path.parts[-3:] != (_slug(federation), f"seed-{seed}", f"{_slug(method)}.csv"):
-            raise FileError(f"{path} holds the rows of another cell: delete it, and it is computed again")
-    return key, rows
+            raise FileError(f"{path} holds the rows of another file: delete it, and it is computed again")
+    return words[1], rows
 
 
 def _slug(name: str) -> str:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from io import StringIO
-
 import ipywidgets
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..checks import door, finite
+from ..checks import Finite, checked
 from ..estimators.moments import Moments
 from ..plots import COLOURS
+from .widgets import add_to_svg, as_svg, explorer, positions_in, ring, slider
 
 TOP = 3.0  # the highest bound in the picture
 SIZES = [0.1 * k for k in range(1, 21)]  # what a and b may be
 CORRELATIONS = [0.05 * k for k in range(-10, 20)]  # what ρ = c / sqrt(a b) may be: below 1, so that a + b > 2c
-RING = '<circle cx="{:.1f}" cy="{:.1f}" r="6" fill="none" stroke="{}" stroke-width="2"/>'
-SQUARE = '<rect x="{:.1f}" y="{:.1f}" width="16" height="16" fill="none" stroke="#d00000"/>'
+RED = "#d00000"
 
 
-@door(a=finite, b=finite, rho=finite)
-def bound_explorer(a: float = 1.0, b: float = 0.6, rho: float = 0.2) -> ipywidgets.VBox:
+@checked
+def bound_explorer(a: Finite = 1.0, b: Finite = 0.6, rho: Finite = 0.2) -> ipywidgets.VBox:
     """Choose ``a``, ``b`` and the correlation ``ρ = c / sqrt(a b)`` of the errors; see λ* and the bound.
 
     Left the bound along λ: the ring is its minimum, which turns red where λ* leaves [0, 1] (the shaded strips), and
@@ -39,71 +38,61 @@ def bound_explorer(a: float = 1.0, b: float = 0.6, rho: float = 0.2) -> ipywidge
         _slider("b (local)", SIZES, b),
         _slider("ρ (correlation)", CORRELATIONS, rho),
     ]
-    text = ipywidgets.Label()
-    picture = ipywidgets.Image(format="svg+xml", layout={"width": "760px", "max_width": "98%"})
-    axes, on_curve, on_map = _axes()
+    figure = _axes()
+    svg = as_svg(figure)
 
-    def update(_=None) -> None:
-        a, b, rho = (slider.value for slider in sliders)
+    def show() -> tuple[str, str]:
+        a, b, rho = (one.value for one in sliders)
         c = rho * (a * b) ** 0.5
         free, moments = (b - c) / (a + b - 2 * c), Moments(a, b, c)
         weight, bound = float(moments.weight), float(moments.optimum)
-        text.value = f"c = {c:.2f}: λ* = {free:.2f}, "
         if c > min(a, b) + 1e-9:
-            text.value += f"outside [0, 1]; the best inside is {weight:.0f}, the better model alone: {bound:.2f}"
+            text = f"outside [0, 1]; the best inside is {weight:.0f}, the better model alone: {bound:.2f}"
         else:
-            text.value += f"bound {bound:.2f}; the better model alone has {min(a, b):.2f}"
-        picture.value = axes.replace("</svg>", _state(a, b, c, free, weight, on_curve, on_map) + "</svg>").encode()
+            text = f"bound {bound:.2f}; the better model alone has {min(a, b):.2f}"
+        return f"c = {c:.2f}: λ* = {free:.2f}, {text}", add_to_svg(svg, _shapes(a, b, c, free, weight, *figure.axes))
 
-    for slider in sliders:
-        slider.observe(update, names="value")
-    update()
-    return ipywidgets.VBox([*sliders, text, picture])
+    return explorer(sliders, show)
 
 
 def _slider(description: str, values: list[float], start: float) -> ipywidgets.SelectionSlider:
-    near = min(values, key=lambda value: abs(value - start))
-    if abs(near - start) > 1e-9:
+    nearest = min(values, key=lambda value: abs(value - start))
+    if abs(nearest - start) > 1e-9:
         raise ValueError(f"{description} must be one of {values[0]:.2f}, {values[1]:.2f} … {values[-1]:.2f}: {start}")
-    return ipywidgets.SelectionSlider(
-        options=[(f"{value:.2f}", value) for value in values],
-        value=near,
-        description=description,
-        style={"description_width": "110px"},
-        layout={"width": "520px", "max_width": "98%"},
-    )
+    options = [(f"{value:.2f}", value) for value in values]
+    return slider(description, options, width=520, description_width="110px", value=nearest)
 
 
-def _state(a: float, b: float, c: float, free: float, weight: float, on_curve, on_map) -> str:
-    """What one state adds to the axes: the parabola, its minimum, and the place of the moments on the map."""
+def _shapes(a: float, b: float, c: float, free: float, weight: float, left: Axes, right: Axes) -> list[str]:
+    """What one state adds to the axes: left the parabola and its minimum, right the moments on the map."""
 
     def bound(w):
         return w**2 * a + (1 - w) ** 2 * b + 2 * w * (1 - w) * c
 
     x = np.linspace(-0.5, 1.5, 201)
     x = x[bound(x) <= TOP]  # a parabola that opens upwards stays below a height on one interval
-    points = " ".join(f"{left:.1f},{down:.1f}" for left, down in on_curve(x, bound(x)))
-    outside = c > min(a, b) + 1e-9
-    colour = "#d00000" if outside else COLOURS["predicted"]
-    parts = [f'<polyline points="{points}" fill="none" stroke="#444444" stroke-width="2"/>']
-    for end, value, model in ((1, a, "federated"), (0, b, "local")):
-        left, down = on_curve([end], [value])[0]
-        parts.append(f'<circle cx="{left:.1f}" cy="{down:.1f}" r="5" fill="{COLOURS[model]}"/>')
+    points = " ".join(f"{across:.1f},{down:.1f}" for across, down in positions_in(left, x, bound(x)))
+    is_outside = c > min(a, b) + 1e-9
+    stroke = RED if is_outside else COLOURS["predicted"]
+    shapes = [f'<polyline points="{points}" fill="none" stroke="#444444" stroke-width="2"/>']
+    for (across, down), model in zip(positions_in(left, [1, 0], [a, b]), ("federated", "local")):
+        shapes.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="5" fill="{COLOURS[model]}"/>')
     if -0.5 <= free <= 1.5:
-        parts.append(RING.format(*on_curve([free], [bound(free)])[0], colour))
-    if outside:
-        left, down = on_curve([weight], [bound(weight)])[0]
-        parts.append(SQUARE.format(left - 8, down - 8))
-    parts.append(RING.format(*on_map([np.log2(b / a)], [c / (a * b) ** 0.5])[0], colour))
-    return "".join(parts)
+        shapes.append(ring(positions_in(left, [free], [bound(free)])[0], stroke, radius=6))
+    if is_outside:
+        across, down = positions_in(left, [weight], [bound(weight)])[0]
+        corner = f'x="{across - 8:.1f}" y="{down - 8:.1f}"'
+        shapes.append(f'<rect {corner} width="16" height="16" fill="none" stroke="{RED}"/>')
+    shapes.append(ring(positions_in(right, [np.log2(b / a)], [c / (a * b) ** 0.5])[0], stroke, radius=6))
+    return shapes
 
 
-def _axes():
-    """The empty picture as SVG, and for each panel what turns data into places in it."""
-    figure = Figure(figsize=(8, 3.1), layout="constrained", dpi=72)  # at 72 dpi a pixel is one unit of the SVG
+def _axes() -> Figure:
+    """The empty picture: the bound along λ, and the map of all moments."""
+    figure = Figure(figsize=(8, 3.1), layout="constrained", dpi=72)
     left, right = figure.subplots(1, 2)
     for strip in ((-0.5, 0), (1, 1.5)):
-        left.axvspan(*strip, color="#d00000", alpha=0.1, linewidth=0)
+        left.axvspan(*strip, color=RED, alpha=0.1, linewidth=0)
     left.set(
         xlim=(-0.5, 1.5),
         ylim=(0, TOP),
@@ -111,22 +100,12 @@ def _axes():
         ylabel="E‖error‖² (bound × 2 / β)",
     )
     x = np.linspace(-4.5, 4.5, 301)
-    right.fill_between(x, 2 ** (-np.abs(x) / 2), 1, color="#d00000", alpha=0.15, linewidth=0)
+    right.fill_between(x, 2 ** (-np.abs(x) / 2), 1, color=RED, alpha=0.15, linewidth=0)
     right.set(xlim=(-4.5, 4.5), ylim=(-0.6, 1), ylabel="correlation ρ of the errors", xlabel="b / a")
     right.set_xticks([-4, -2, 0, 2, 4], ["1/16", "1/4", "1", "4", "16"])
-    for place, name in ((-2.4, "λ* < 0"), (2.4, "λ* > 1")):
-        right.text(place, 0.85, name, ha="center", va="center", color="#a00000")
+    for across, name in ((-2.4, "λ* < 0"), (2.4, "λ* > 1")):
+        right.text(across, 0.85, name, ha="center", va="center", color="#a00000")
     right.text(0, -0.3, "0 ≤ λ* ≤ 1: the merge is below both", ha="center", va="center", color="#444444")
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file := StringIO(), format="svg", metadata={"Date": None})
-    height = figure.bbox.height
-
-    def places(panel):
-        def of(x, y):
-            across, up = panel.transData.transform(np.column_stack([x, y])).T
-            return np.column_stack([across, height - up])
-
-        return of
-
-    return file.getvalue(), places(left), places(right)
+    return figure

@@ -1,35 +1,26 @@
 """A linear head on frozen features with a ridge: a convex network, whose optimum is one point that can be computed.
 
-Everything is batched over problems (clients, repetitions): inputs ``(C, N, D)``, labels ``(C, N)``, heads
+Everything is computed for many problems at once (clients, repetitions): inputs ``(C, N, D)``, labels ``(C, N)``, heads
 ``(C, D, K)``, in float64. The loss is the mean cross-entropy in nats plus ``ridge / 2`` times the squared entries of
 the head. It has one minimiser, and its Hessian is known in closed form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..adapters.state import door, numbers
-from ..checks import not_negative, positive, refuse, whole
+from ..checks import NonNegative, Numbers, Positive, Seed, Size, checked
 
-X = numbers(3)
-
-
-def labels_of(name: str, value: Any, given: Mapping[str, Any]) -> Tensor:
-    """A label for each row of the inputs."""
-    found = numbers(2, whole=True, least=0)(name, value, given)
-    if found.shape != (shape := given["x"].shape[:2]):
-        refuse(name, f"of shape {tuple(shape)}, a label for each example of x", found)
-    return found.long()
+Inputs = Annotated[Tensor, Numbers("C N D")]
+Labels = Annotated[Tensor, Numbers("C N", whole=True, least=0)]
 
 
-@door(features=X)
-def head_inputs(features: Tensor) -> Tensor:
+@checked
+def head_inputs(features: Inputs) -> Tensor:
     """Features ``(C, N, D)`` with mean 0 and standard deviation 1 over all clients' examples, and a one for the bias.
 
     Returns ``(C, N, D + 1)``, float64. A feature that never changes becomes 0.
@@ -39,18 +30,18 @@ def head_inputs(features: Tensor) -> Tensor:
     return torch.cat([scaled, torch.ones_like(scaled[..., :1])], dim=-1)
 
 
-@door(x=X, y=labels_of, size=whole(None))
-def draw_sample(x: Tensor, y: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
+@checked
+def draw_sample(x: Inputs, y: Labels, size: Size, seed: Seed) -> tuple[Tensor, Tensor]:
     """``size`` examples of every client, drawn without replacement: ``(C, size, D)`` and ``(C, size)``.
 
     Raises ``ValueError`` when a client has fewer.
     """
     clients, examples = y.shape
-    if not 1 <= size <= examples:
+    if size > examples:
         raise ValueError(f"size: cannot draw {size} of a client's {examples} examples without replacement")
     generator = torch.Generator().manual_seed(seed)
     rows = torch.stack([torch.randperm(examples, generator=generator)[:size] for _ in range(clients)])
-    return x[torch.arange(clients).unsqueeze(1), rows], y.gather(1, rows)
+    return x[torch.arange(clients).unsqueeze(1), rows], y.long().gather(1, rows)
 
 
 def head_loss(heads: Tensor, x: Tensor, y: Tensor, ridge: float) -> Tensor:
@@ -59,8 +50,8 @@ def head_loss(heads: Tensor, x: Tensor, y: Tensor, ridge: float) -> Tensor:
     return loss + ridge / 2 * heads.square().sum((-1, -2))
 
 
-@door(x=X, y=labels_of, ridge=positive, tolerance=positive)
-def fit_heads(x: Tensor, y: Tensor, classes: int, ridge: float, tolerance: float = 1e-6) -> Tensor:
+@checked
+def fit_heads(x: Inputs, y: Labels, classes: Size, ridge: Positive, tolerance: Positive = 1e-6) -> Tensor:
     """The heads ``(C, D, classes)`` that minimise ``head_loss``: L-BFGS on the sum of the independent problems.
 
     No entry of the gradient is larger than ``tolerance`` at the end. Raises ``ValueError`` for a ridge that is not
@@ -68,15 +59,10 @@ def fit_heads(x: Tensor, y: Tensor, classes: int, ridge: float, tolerance: float
     """
     if (most := int(y.max())) >= classes:
         raise ValueError(f"classes must be more than the label {most}, not {classes}")
+    y = y.long()
     heads = torch.zeros(len(x), x.shape[-1], classes, dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS(
-        [heads],
-        max_iter=1000,
-        history_size=30,
-        tolerance_grad=tolerance,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
+    stop = dict(max_iter=1000, tolerance_grad=tolerance, tolerance_change=0)
+    search = torch.optim.LBFGS([heads], history_size=30, line_search_fn="strong_wolfe", **stop)
 
     def closure() -> Tensor:
         search.zero_grad()
@@ -98,13 +84,14 @@ def head_product(u: Tensor, v: Tensor, heads: Tensor, x: Tensor, ridge: float) -
     logits are linear in the head, so this is exact. ``u`` and ``v`` ``(..., C, D, K)`` may have leading dimensions,
     such as repetitions.
     """
-    p, a, b = (x @ heads).softmax(-1), x @ u, x @ v  # (..., C, N, K)
+    p = (x @ heads).softmax(-1)  # (..., C, N, K)
+    a, b = x @ u, x @ v
     within = (p * a * b).sum(-1) - (p * a).sum(-1) * (p * b).sum(-1)  # (..., C, N)
     return within.mean(-1) + ridge * (u * v).sum((-1, -2))
 
 
-@door(x=X, ridge=not_negative)
-def head_smoothness(x: Tensor, ridge: float) -> Tensor:
+@checked
+def head_smoothness(x: Inputs, ridge: NonNegative) -> Tensor:
     """A curvature ``(C,)`` that no direction exceeds anywhere: ``λ_max(xᵀx / N) / 2 + ridge``.
 
     ``diag(p) - p pᵀ`` has no eigenvalue above ½ for any ``p`` (Böhning, 1992).

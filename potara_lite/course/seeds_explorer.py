@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from html import escape
-from typing import Any
+from typing import Annotated
 
 import ipywidgets
 import numpy as np
 import pandas as pd
+from pydantic import AfterValidator
 
-from ..adapters.state import door, numbers
-from ..checks import table, whole
+from ..checks import Count, Numbers, checked, table
 from ..plots import colour
+from .widgets import explorer
 
 WIDTH, LINE, TOP = 760, 26, 44  # of the picture: its width, and the height of a line and of the headings
 LEFT, RIGHT = 250, 510  # where the lines between the two rankings begin and end
 
 
-def scores_of_seeds(name: str, value: Any, given: Mapping[str, Any]) -> pd.DataFrame:
-    """A row per method and a column per seed, all finite numbers."""
-    found = table()(name, value, given)
-    numbers(2)(name, found.to_numpy(), given)
-    return found
+def _check_numbers(scores: pd.DataFrame) -> pd.DataFrame:
+    Numbers("M S").check(scores.to_numpy())
+    return scores
 
 
-@door(scores=scores_of_seeds, chosen=whole(None))
-def seeds_explorer(scores: pd.DataFrame, chosen: int = 1) -> ipywidgets.VBox:
+@checked
+def seeds_explorer(
+    scores: Annotated[pd.DataFrame, table(), AfterValidator(_check_numbers)], chosen: Count = 1
+) -> ipywidgets.VBox:
     """Switch seeds on and off; methods are ranked by the chosen seeds at the left, by the others at the right.
 
     ``scores`` has a row per method and a column per seed: the clients' mean accuracy. The first ``chosen`` seeds are on
-    at the start. A line that is not level is a method that changes its place. Nothing is computed but means, so a
-    switch answers at once. The children of the box are the row of switches, the text and the picture.
+    at the start. A line that is not level is a method whose rank changes. Nothing is computed but means, so a switch
+    answers at once. The children of the box are the row of switches, the text and the picture.
 
     Raises ``ValueError`` for fewer than two seeds, or a start that leaves no seed on one of the two sides.
 
@@ -46,27 +46,21 @@ def seeds_explorer(scores: pd.DataFrame, chosen: int = 1) -> ipywidgets.VBox:
         ipywidgets.ToggleButton(value=i < chosen, description=f"seed {seed}", layout={"width": "90px"})
         for i, seed in enumerate(scores)
     ]
-    text = ipywidgets.Label()
-    picture = ipywidgets.Image(format="svg+xml", layout={"width": "760px", "max_width": "98%"})
 
-    def update(_=None) -> None:
+    def show() -> tuple[str, str | None]:
         on = np.array([switch.value for switch in switches])
         if on.all() or not on.any():
-            text.value = "leave at least one seed on and one off"
-            return
+            return "leave at least one seed on and one off", None
         left, right = (_ranking(scores.loc[:, side]) for side in (on, ~on))
         names = [_seeds(scores.columns[side]) for side in (on, ~on)]
         moved = sum(one != other for one, other in zip(left.index, right.index))
-        text.value = (
+        text = (
             f"best on {names[0]}: {left.index[0]}; best on {names[1]}: {right.index[0]}; "
             f"{moved} of {len(scores)} methods change places"
         )
-        picture.value = _draw(left, right, names).encode()
+        return text, _draw(left, right, names)
 
-    for switch in switches:
-        switch.observe(update, names="value")
-    update()
-    return ipywidgets.VBox([ipywidgets.HBox(switches), text, picture])
+    return explorer(switches, show, row=True)
 
 
 def _ranking(scores: pd.DataFrame) -> pd.Series:
@@ -78,7 +72,7 @@ def _seeds(seeds: pd.Index) -> str:
 
 
 def _draw(left: pd.Series, right: pd.Series, names: list[str]) -> str:
-    """Two rankings and a line for each method between its two places, as SVG."""
+    """Two rankings and a line for each method between its two ranks, as SVG."""
     height = TOP + LINE * len(left)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
@@ -87,8 +81,8 @@ def _draw(left: pd.Series, right: pd.Series, names: list[str]) -> str:
         f'<text x="{LEFT - 12}" y="20" text-anchor="end" fill="#666666">mean accuracy, {names[0]}</text>',
         f'<text x="{RIGHT + 12}" y="20" fill="#666666">mean accuracy, {names[1]}</text>',
     ]
-    for place, (method, score) in enumerate(left.items()):
-        start, end = (TOP + LINE * at for at in (place, right.index.get_loc(method)))
+    for rank, (method, score) in enumerate(left.items()):
+        start, end = (TOP + LINE * row for row in (rank, right.index.get_loc(method)))
         parts.append(
             f'<path d="M{LEFT} {start}L{RIGHT} {end}" stroke="{colour(method)}" stroke-width="3"/>'
             f'<text x="{LEFT - 12}" y="{start + 4}" text-anchor="end">{escape(method)}  {score:.3f}</text>'

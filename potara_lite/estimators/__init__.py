@@ -7,8 +7,8 @@ federated stack, local stack, federation) that picks its samples itself.
 from collections.abc import Callable
 
 from ..adapters.lora import AdaptedBackbone
-from ..adapters.state import Adapter, door
-from ..checks import function
+from ..adapters.state import Adapter, Stack
+from ..checks import checked
 from ..federation.split import Federation
 from .alternatives import (
     estimate_gradient,
@@ -29,26 +29,24 @@ from .paper import estimate_paper, fisher_moments
 Estimator = Callable[[AdaptedBackbone, Adapter, Adapter, Federation], Estimate]
 
 
-@door(estimate=function)
+def _on_samples(part: str, estimate: Callable[..., Estimate], options: dict) -> Estimator:
+    @checked
+    def estimator(adapted: AdaptedBackbone, federated: Stack, local: Stack, federation: Federation) -> Estimate:
+        return estimate(adapted, federated, local, getattr(federation, part), **options)
+
+    return estimator
+
+
+@checked
 def on_train(estimate: Callable[..., Estimate], **options) -> Estimator:
     """The estimator on each client's training samples, as the paper has it."""
-
-    @door()
-    def estimator(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, federation: Federation) -> Estimate:
-        return estimate(adapted, federated, local, federation.train, **options)
-
-    return estimator
+    return _on_samples("train", estimate, options)
 
 
-@door(estimate=function)
+@checked
 def on_calibration(estimate: Callable[..., Estimate], **options) -> Estimator:
     """The estimator on each client's calibration samples, which trained neither model."""
-
-    @door()
-    def estimator(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, federation: Federation) -> Estimate:
-        return estimate(adapted, federated, local, federation.calibration, **options)
-
-    return estimator
+    return _on_samples("calibration", estimate, options)
 
 
 ESTIMATORS: dict[str, Estimator] = {

@@ -1,74 +1,104 @@
-"""Estimators that only the benchmark of estimators uses: Laplace, mean gradients, James–Stein shrinkage."""
+"""Estimators that only the benchmark of estimators (``benchmarks/suite.py``) uses, in three sections.
+
+Laplace: the inverse Fisher of the paper's estimator, with the number of training examples and a prior. Gradient: the
+mean gradient at each model is its error times the curvature, so its length tells the bias, too. James–Stein: the local
+model is shrunk towards the federated one by its variance over their distance.
+"""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ..adapters.lora import AdaptedBackbone
-from ..adapters.state import Adapter, door, flatten, groups_of, interval, numbers, shaped_like, sizes_of
-from ..checks import not_negative, optional, several, unchecked
+from ..adapters.state import Stack, check_models
+from ..checks import Flag, NonNegative, Numbers, checked
 from ..federation.split import Split
-from ..merging.merge import merge_exact
 from ..training.gradients import directional_derivatives, per_sample_gradients
-from .estimate import Estimate, Grouping, from_moments, group_coordinates
-from .gauss_newton import example_mean
+from .estimate import (
+    Estimate,
+    Gradients,
+    Grouping,
+    Groups,
+    Interval,
+    Sizes,
+    TrainSizes,
+    Two,
+    from_moments,
+    group_coordinates,
+)
+from .gauss_newton import example_mean, segment_of
 from .moments import Moments
 from .paper import diagonal_moments, fisher_diagonals
 
 
-@door(sizes=sizes_of("g_f", 1), examples=several(sizes_of("g_f"), least=2), clip=interval, groups=groups_of("g_f"))
+def _check_train_sizes(train_sizes: Tensor, split: Split) -> None:
+    if len(train_sizes) != len(split):
+        raise ValueError(f"train_sizes: {len(train_sizes)} of them for {len(split)} clients")
+
+
+# Laplace.
+
+
+@checked
 def laplace_moments(
-    g_f: Tensor,
-    g_l: Tensor,
-    sizes: Tensor,
+    g_f: Gradients,
+    g_l: Gradients,
+    sizes: Sizes,
     *,
-    examples: tuple[Tensor, Tensor],
-    prior: float = 1.0,
-    clip: tuple[float, float] = (0.0, 1.0),
-    groups: Tensor | None = None,
+    examples: Two[TrainSizes],
+    prior: NonNegative = 1.0,
+    clip: Interval = (0.0, 1.0),
+    groups: Groups | None = None,
 ) -> Moments:
     """Laplace style: ``Σ = 1 / (n F + δ)``, with the ``examples`` (federated, local) ``(C,)`` that each model was
     trained on and the precision ``prior`` of a Gaussian prior, so that flat directions count by the prior alone."""
-    f_f, f_l, rho = unchecked(fisher_diagonals)(g_f, g_l, sizes)
+    f_f, f_l, rho = fisher_diagonals(g_f, g_l, sizes)
     var_f, var_l = (1 / (n.to(f).unsqueeze(1) * f + prior) for n, f in zip(examples, (f_f, f_l)))
     return diagonal_moments(var_f, var_l, rho.clamp(*clip), groups)
 
 
-@door()
+@checked
 def estimate_laplace(
     adapted: AdaptedBackbone,
-    federated: Adapter,
-    local: Adapter,
+    federated: Stack,
+    local: Stack,
     split: Split,
     *,
-    train_sizes: Tensor,
-    prior: float = 1.0,
+    train_sizes: TrainSizes,
+    prior: NonNegative = 1.0,
     by: Grouping | None = None,
 ) -> Estimate:
     """Posterior variances in the style of a diagonal Laplace approximation, ``Σ = (n F + δ I)⁻¹``.
 
     ``train_sizes`` ``(C,)``: what each local model was trained on; the federated one had them all. Equations:
-    ``laplace_moments``. Assumes what the Fisher estimator does, but lets the prior speak where the data are
-    silent. Cost: 2 gradients per sample.
+    ``laplace_moments``. Assumes what the Fisher estimator does, but where the data say nothing, the prior decides.
+    Cost: 2 gradients per sample.
     """
-    g_f, g_l = (unchecked(per_sample_gradients)(adapted, stack, split) for stack in (federated, local))
+    federated, local = check_models(adapted, split, federated=federated, local=local)
+    _check_train_sizes(train_sizes, split)
+    g_f, g_l = (per_sample_gradients(adapted, stack, split) for stack in (federated, local))
     examples = train_sizes.sum().expand(len(train_sizes)), train_sizes
-    groups = group_coordinates(local, by)[1]
-    moments = unchecked(laplace_moments)(g_f, g_l, split.sizes, examples=examples, prior=prior, groups=groups)
+    _, groups = group_coordinates(local, by)
+    moments = laplace_moments(g_f, g_l, split.sizes, examples=examples, prior=prior, groups=groups)
     return from_moments(moments, local, by)
 
 
-@door(sizes=sizes_of("g_f", 1), groups=groups_of("g_f"))
+# Gradient.
+
+
+@checked
 def gradient_moments(
-    g_f: Tensor,
-    g_l: Tensor,
-    sizes: Tensor,
+    g_f: Gradients,
+    g_l: Gradients,
+    sizes: Sizes,
     *,
-    unbiased: bool = False,
-    damping: float | None = None,
-    cross_fit: bool = False,
-    groups: Tensor | None = None,
+    unbiased: Flag = False,
+    damping: NonNegative | None = None,
+    cross_fit: Flag = False,
+    groups: Groups | None = None,
 ) -> Moments:
     """Moments from mean gradients: near the optimum ``ḡ(θ) ≈ H (θ - θ*)``, bias included.
 
@@ -82,30 +112,52 @@ def gradient_moments(
     """
     if cross_fit and damping is None:
         raise ValueError("there is no metric to cross-fit with damping=None")
-    if groups is not None:
-        if damping is not None:
-            raise ValueError("the metric couples the groups: use damping=None with groups")
-        parts = [unchecked(gradient_moments)(g_f[..., groups == k], g_l[..., groups == k], sizes, unbiased=unbiased)
-                 for k in range(int(groups.max()) + 1)]  # fmt: skip
-        return Moments(*(torch.stack([getattr(part, name) for part in parts], dim=1) for name in "abc"))
-    both = torch.cat([g_f, g_l], dim=1).double()
+    if groups is not None and damping is not None:
+        raise ValueError("the metric couples the groups: use damping=None with groups")
+
+    def both_models(coordinates: Tensor | slice = slice(None)) -> Tensor:
+        return torch.cat([g_f[..., coordinates], g_l[..., coordinates]], dim=1).double()  # (C, 2N, P)
+
+    if groups is None:
+        return _gradient_moments(both_models(), sizes, unbiased, damping, cross_fit)
+    parts = [_gradient_moments(both_models(groups == k), sizes, unbiased) for k in range(int(groups.max()) + 1)]
+    return Moments(*(torch.stack([getattr(part, name) for part in parts], dim=1) for name in "abc"))
+
+
+def _gradient_moments(
+    both: Tensor, sizes: Tensor, unbiased: bool, damping: float | None = None, cross_fit: bool = False
+) -> Moments:
+    """``gradient_moments`` of one group, from both models' gradients ``(C, 2N, P)``."""
     gram = both @ both.mT  # (C, 2N, 2N)
     if cross_fit:
         return _cross_fitted(gram, sizes, damping, both.shape[2])
     if damping is not None:
         count = 2 * sizes.to(gram).view(-1, 1, 1)
-        ridge = damping * gram.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1) / both.shape[2]  # count * mean(F)
+        ridge = damping * _trace(gram) / both.shape[2]  # count * damping * mean(F)
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         gram = count * _solved(gram + ridge.clamp_min(1e-30) * eye, gram, damping)
     n = sizes.to(gram)
-    half = g_f.shape[1]
-    blocks = gram[:, :half, :half], gram[:, half:, half:], gram[:, :half, half:]
     if unbiased:
         pairs = (n * (n - 1)).clamp_min(1)
-        a, b, c = (_off_diagonal_sum(block) / pairs for block in blocks)
+        a, b, c = (_off_diagonal_sum(block) / pairs for block in _blocks(gram))
     else:
-        a, b, c = (block.sum((1, 2)) / n**2 for block in blocks)
+        a, b, c = (block.sum((1, 2)) / n**2 for block in _blocks(gram))
     return Moments(a.clamp_min(0).cpu(), b.clamp_min(0).cpu(), c.cpu())
+
+
+def _blocks(products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the products of both models' samples ``(C, 2N, 2N)``: federated, local, and one with the other."""
+    half = products.shape[1] // 2
+    return products[:, :half, :half], products[:, half:, half:], products[:, :half, half:]
+
+
+def _trace(products: Tensor) -> Tensor:
+    return products.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
+
+
+def _off_diagonal_sum(block: Tensor) -> Tensor:
+    """The sum over the pairs of two different samples, ``(C, N, N)`` to ``(C,)``."""
+    return block.sum((1, 2)) - block.diagonal(dim1=1, dim2=2).sum(1)
 
 
 def _solved(metric: Tensor, right: Tensor, damping: float) -> Tensor:
@@ -116,11 +168,6 @@ def _solved(metric: Tensor, right: Tensor, damping: float) -> Tensor:
         raise ValueError(f"damping must be larger, not {damping}: the metric has no inverse") from None
 
 
-def _off_diagonal_sum(block: Tensor) -> Tensor:
-    """The sum over the pairs of two different samples, ``(C, N, N)`` to ``(C,)``."""
-    return block.sum((1, 2)) - block.diagonal(dim1=1, dim2=2).sum(1)
-
-
 def _cross_fitted(gram: Tensor, sizes: Tensor, damping: float, coordinates: int) -> Moments:
     """``gradient_moments`` from the Gram matrix ``(C, 2N, 2N)`` of both models' gradients, in two folds of samples.
 
@@ -128,34 +175,35 @@ def _cross_fitted(gram: Tensor, sizes: Tensor, damping: float, coordinates: int)
     ``g_iᵀ H⁻¹ g_j = (g_i · g_j - g_iᵀ G_Sᵀ (count δ I + G_S G_Sᵀ)⁻¹ G_S g_j) / δ``.
     """
     half = gram.shape[1] // 2
-    fold_of, totals, pairs = torch.arange(2 * half) % half % 2, 0.0, 0.0
+    fold_of = torch.arange(2 * half) % half % 2
+    totals, pairs = 0.0, 0.0
     for fold in (0, 1):
-        inside, other = torch.where(fold_of == fold)[0], torch.where(fold_of != fold)[0]
-        taken, given = ((sizes + 1 - k) // 2 for k in (fold, 1 - fold))  # real samples of the fold and of the other
-        cross, metric = gram[:, inside][:, :, other], gram[:, other][:, :, other]
-        trace = metric.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
-        ridge = (damping * trace / coordinates).clamp_min(1e-30)  # count * δ
+        inside = torch.where(fold_of == fold)[0]
+        other = torch.where(fold_of != fold)[0]
+        n_inside, n_other = ((sizes + 1 - k) // 2 for k in (fold, 1 - fold))  # real samples of each model
+        cross = gram[:, inside][:, :, other]
+        metric = gram[:, other][:, :, other]
+        ridge = (damping * _trace(metric) / coordinates).clamp_min(1e-30)  # count * δ
         eye = torch.eye(len(other), dtype=gram.dtype, device=gram.device)
         rest = gram[:, inside][:, :, inside] - cross @ _solved(metric + ridge * eye, cross.mT, damping)
-        inverse = 2 * given.to(gram).view(-1, 1, 1) / ridge * rest
-        n, middle = (taken * (taken - 1) * (given > 0)).to(gram), len(inside) // 2
-        blocks = inverse[:, :middle, :middle], inverse[:, middle:, middle:], inverse[:, :middle, middle:]
-        sums = torch.stack([_off_diagonal_sum(block) for block in blocks])
+        products = 2 * n_other.to(gram).view(-1, 1, 1) / ridge * rest
+        n = (n_inside * (n_inside - 1) * (n_other > 0)).to(gram)
+        sums = torch.stack([_off_diagonal_sum(block) for block in _blocks(products)])
         totals, pairs = totals + torch.where(n > 0, sums, 0.0), pairs + n
     a, b, c = totals / pairs.clamp_min(1)
     return Moments(a.clamp_min(0).cpu(), b.clamp_min(0).cpu(), c.cpu())
 
 
-@door(damping=optional(not_negative))
+@checked
 def estimate_gradient(
     adapted: AdaptedBackbone,
-    federated: Adapter,
-    local: Adapter,
+    federated: Stack,
+    local: Stack,
     split: Split,
     *,
-    unbiased: bool = True,
-    damping: float | None = 0.1,
-    cross_fit: bool = False,
+    unbiased: Flag = True,
+    damping: NonNegative | None = 0.1,
+    cross_fit: Flag = False,
     by: Grouping | None = None,
 ) -> Estimate:
     """Moments from the mean gradients of both models: bias included, in the metric of the inverse Fisher.
@@ -164,15 +212,20 @@ def estimate_gradient(
     optimum for the gradient to be linear in the error. The metric couples the groups, so ``by`` needs
     ``damping=None``. Cost: 2 gradients per sample.
     """
-    g_f, g_l = (unchecked(per_sample_gradients)(adapted, stack, split) for stack in (federated, local))
-    groups = group_coordinates(local, by)[1]
+    federated, local = check_models(adapted, split, federated=federated, local=local)
+    g_f, g_l = (per_sample_gradients(adapted, stack, split) for stack in (federated, local))
+    _, groups = group_coordinates(local, by)
     options = dict(unbiased=unbiased, damping=damping, cross_fit=cross_fit, groups=groups)
-    moments = unchecked(gradient_moments)(g_f, g_l, split.sizes, **options)
-    return from_moments(moments, local, by)
+    return from_moments(gradient_moments(g_f, g_l, split.sizes, **options), local, by)
 
 
-@door(variance=numbers(1, least=0), distance=shaped_like("variance", 1))
-def shrinkage_moments(variance: Tensor, distance: Tensor) -> Moments:
+# James–Stein.
+
+
+@checked
+def shrinkage_moments(
+    variance: Annotated[Tensor, Numbers("C", least=0)], distance: Annotated[Tensor, Numbers("C")]
+) -> Moments:
     """Positive-part James–Stein: shrink the local model towards the federated one by ``variance / distance``.
 
     ``distance = |θ_F - θ_L|²`` estimates ``a + b - 2c``; with small ``c``, ``b`` is the local model's ``variance``
@@ -182,15 +235,15 @@ def shrinkage_moments(variance: Tensor, distance: Tensor) -> Moments:
     return Moments((distance - variance).clamp_min(0), variance.clamp_min(0), torch.zeros_like(variance))
 
 
-@door()
+@checked
 def estimate_shrinkage(
     adapted: AdaptedBackbone,
-    federated: Adapter,
-    local: Adapter,
+    federated: Stack,
+    local: Stack,
     split: Split,
     *,
-    train_sizes: Tensor,
-    damping: float = 0.1,
+    train_sizes: TrainSizes,
+    damping: NonNegative = 0.1,
 ) -> Estimate:
     """Positive-part James–Stein shrinkage of the local model towards the federated one, in the metric of the loss.
 
@@ -199,13 +252,15 @@ def estimate_shrinkage(
     parameters (MacKay, 1992) on the given samples. Assumes a well-specified, converged local model and small ``c``.
     Cost: 1 gradient and 1 forward-mode product per sample.
     """
-    gradients = unchecked(per_sample_gradients)(adapted, local, split).double()
+    federated, local = check_models(adapted, split, federated=federated, local=local)
+    _check_train_sizes(train_sizes, split)
+    gradients = per_sample_gradients(adapted, local, split).double()
     gram = gradients @ gradients.mT  # (C, N, N)
-    values = torch.linalg.eigvalsh(gram).clamp_min(0)
-    ridge = (damping * gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) / gradients.shape[2]).clamp_min(1e-30)
-    effective = (values / (values + ridge)).sum(1)
-    origin, end = merge_exact(federated, local, 0.0), merge_exact(federated, local, 1.0)
-    _, curvature = unchecked(directional_derivatives)(adapted, origin, flatten(end) - flatten(origin), split)
+    eigenvalues = torch.linalg.eigvalsh(gram).clamp_min(0)
+    ridge = (damping * _trace(gram).squeeze(2) / gradients.shape[2]).clamp_min(1e-30)
+    effective = (eigenvalues / (eigenvalues + ridge)).sum(1)
+    start, direction = segment_of(federated, local)
+    _, curvature = directional_derivatives(adapted, start, direction, split)
     variance = (effective - 2).clamp_min(0) / train_sizes.to(effective)
     moments = shrinkage_moments(variance, example_mean(curvature, split))
     return Estimate(moments.weight, moments, {"effective": effective.cpu()})

@@ -1,61 +1,69 @@
-"""The default: every client's held-out curve, weighed against the clients' pool and ½, with head and body apart."""
+"""The default: each client's curve of held-out losses, weighed against all clients' and ½, with head and body apart."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..adapters.lora import AdaptedBackbone
-from ..adapters.state import Adapter, door, layer_of, numbers, shaped_like, sizes_of
-from ..checks import refuse, unchecked, whole
+from ..adapters.state import Adapter, Stack, check_models, layer_of
+from ..checks import Numbers, Positive, PositiveOrInf, Size, checked, invalid
 from ..federation.split import Split
 from ..merging.connectivity import weight_grid
 from ..merging.merge import merge_exact
 from .curve import client_losses, segment_losses
-from .estimate import Estimate, Grouping, head_and_body
+from .estimate import Estimate, Grouping, Losses, Sizes, head_and_body
 
 POINTS = 9  # weights of the grid
 STEP = 0.3  # how far apart head and body are tried
 
 
-@door()
-def estimate_calibrated(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split) -> Estimate:
+@checked
+def estimate_calibrated(adapted: AdaptedBackbone, federated: Stack, local: Stack, split: Split) -> Estimate:
     """``potara-calibrated``, this library's default: ``estimate_pooled`` with head and body apart.
 
     ``split``: each client's calibration samples, which trained neither model. Where no head is trained there is one
     weight. Why this one: ``docs/mixing_weight.md``. Cost: 12 forward passes per sample, 13 floats up and 3 down.
     """
     by = head_and_body if two_groups(local) else None
-    return unchecked(estimate_pooled)(adapted, federated, local, split, by=by)
+    return estimate_pooled(adapted, federated, local, split, by=by)
 
 
-@door(points=whole(3))
+@checked
 def estimate_pooled(
     adapted: AdaptedBackbone,
-    federated: Adapter,
-    local: Adapter,
+    federated: Stack,
+    local: Stack,
     split: Split,
     *,
-    points: int = POINTS,
-    step: float = STEP,
+    points: Annotated[Size, Field(ge=3)] = POINTS,
+    step: Positive = STEP,
     by: Grouping | None = None,
 ) -> Estimate:
     """Each client's held-out minimum against that of all clients and ½, by their precisions (``pooled_weight``).
 
-    Every client sends its mean loss at the ``points`` weights, hears where all clients' are lowest together, sends the
-    variance of its slopes there, and gets its weight. With ``by`` naming two groups, such as ``head_and_body``, the
-    clients also learn one offset between them together (``pooled_offset``), for three more floats up and one down: the
-    second group in the order of names gets half of it more, the first half of it less. Cost: ``points`` forward passes
-    per sample, with ``by`` three more.
+    Every client sends its mean loss at the ``points`` weights, receives the weight where all clients' losses are lowest
+    together, sends the variance of its slopes there, and gets its weight. With ``by`` naming two groups, such as
+    ``head_and_body``, the clients also learn one offset between them together (``pooled_offset``), from losses at the
+    offsets ``-step``, 0 and ``step``, for three more floats up and one down: the second group in the order of names
+    gets half of it more, the first half of it less. Cost: ``points`` forward passes per sample, with ``by`` three more.
     """
+    federated, local = check_models(adapted, split, federated=federated, local=local)
     weights = weight_grid(points)
     losses = segment_losses(adapted, federated, local, split, weights)
     weight, details = pooled_weight(weights, losses, split.sizes)
     details = {"weights": weights, **details}
     if by is None:
         return Estimate(weight, None, details, floats=(points + 1, 2))
-    three = (merge_exact(federated, local, offset_weights(local, weight, o, by)) for o in (-step, 0.0, step))
-    offset, more = pooled_offset(*(client_losses(adapted, one, split) for one in three), split.sizes, step=step)
+
+    def losses_at(offset: float) -> Tensor:
+        merged = merge_exact(federated, local, offset_weights(local, weight, offset, by))
+        return client_losses(adapted, merged, split)
+
+    offset, more = pooled_offset(losses_at(-step), losses_at(0.0), losses_at(step), split.sizes, step=step)
     weights = offset_weights(local, weight, offset, by)
     return Estimate(weights, None, {"client": weight, **details, **more}, floats=(points + 4, 3))
 
@@ -80,73 +88,93 @@ def offset_weights(
     return {layer_of(name): (weight + halves[by(name)]).clamp(0, 1) for name in adapter}
 
 
-@door(weights=numbers(1), losses=numbers(3), sizes=sizes_of("losses", 2))
+@checked
 def pooled_weight(
-    weights: Tensor, losses: Tensor, sizes: Tensor, *, tau: float = 0.1, sigma: float = 0.25
+    weights: Annotated[Tensor, Numbers("W")],
+    losses: Annotated[Tensor, Numbers("C W N")],
+    sizes: Sizes,
+    *,
+    tau: Positive = 0.1,
+    sigma: PositiveOrInf = 0.25,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Each client's weight ``(C,)`` from its held-out losses ``(C, W, N)`` at W ≥ 3 equally spaced ``weights``.
 
-    Padded samples must have loss zero. Around the point of the grid where the clients' mean losses, each as often as it
-    has samples, are lowest together (of the two ends their neighbours), ``parabolas`` gives each client's slope ``g``
-    and the pool's curvature ``h`` and variance ``v`` of a sample's slope. Then ``weigh``. Raises ``ValueError`` for
-    weights of another number or spacing.
+    Padded samples must have loss zero. ``parabolas`` are taken at the point of the grid where the mean loss of all
+    clients' samples is lowest, or next to it if it is an end of the grid. ``weigh`` makes the weights of them, with
+    the standard deviations ``tau`` and ``sigma``. Raises ``ValueError`` for weights of another number or spacing.
     """
-    steps = weights.double().diff()
-    if not 3 <= len(weights) == losses.shape[1] or not (steps > 0).all() or not torch.allclose(steps, steps[0]):
-        expected = f"{max(3, losses.shape[1])} equally spaced ones, as losses has, the smallest first"
-        refuse("weights", expected, weights.tolist())
+    spacings = weights.double().diff()
+    if len(weights) < 3 or not (spacings > 0).all() or not torch.allclose(spacings, spacings[0]):
+        invalid("weights", "3 or more equally spaced ones, the smallest first", weights.tolist())
     mean = losses.double().cpu().sum(2) / sizes.unsqueeze(1)
-    place = lowest_inside(mean, sizes)
-    three, step = losses[:, place - 1 : place + 2].unbind(1), float(weights[1] - weights[0])
-    weight, details = weigh(float(weights[place]), *parabolas(*three, sizes, step), sizes, tau=tau, sigma=sigma)
+    index = lowest_inside(mean, sizes)
+    low, middle, high = losses[:, index - 1 : index + 2].unbind(1)
+    spacing = float(weights[1] - weights[0])
+    slope, curvature, variance = parabolas(low, middle, high, sizes, spacing)
+    weight, details = weigh(float(weights[index]), slope, curvature, variance, sizes, tau=tau, sigma=sigma)
     return weight, {"loss": mean, **details}
 
 
 def lowest_inside(mean: Tensor, sizes: Tensor) -> int:
-    """The point, not one of the two ends, where the mean losses ``(C, W)`` of all samples together are lowest."""
+    """The index of the point where the mean losses ``(C, W)`` of all samples together are lowest, the two ends left
+    out."""
     return 1 + int((sizes.double() @ mean)[1:-1].argmin())
 
 
-def parabolas(
-    low: Tensor, middle: Tensor, high: Tensor, sizes: Tensor, step: float
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def parabolas(low: Tensor, middle: Tensor, high: Tensor, sizes: Tensor, step: float) -> tuple[Tensor, Tensor, Tensor]:
     """The parabola through three losses per sample ``(C, N)``, ``step`` apart: of each client the mean slope in the
     middle, the mean curvature, and the variance of a sample's slope, ``(C,)`` each. Padding is zero."""
     low, middle, high = (part.double().cpu() for part in (low, middle, high))
-    slopes, bends = (high - low) / (2 * step), (high + low - 2 * middle) / step**2
-    real = torch.arange(slopes.shape[1]) < sizes.unsqueeze(1)
-    slope, curvature = slopes.sum(1) / sizes, bends.sum(1) / sizes
-    excess = (slopes - slope.unsqueeze(1)) * real
-    return slope, curvature, excess.square().sum(1) / (sizes - 1).clamp_min(1)
+    slopes = (high - low) / (2 * step)
+    curvatures = (high + low - 2 * middle) / step**2
+    slope = slopes.sum(1) / sizes
+    is_real = torch.arange(slopes.shape[1]) < sizes.unsqueeze(1)
+    deviation = (slopes - slope.unsqueeze(1)) * is_real
+    return slope, curvatures.sum(1) / sizes, deviation.square().sum(1) / (sizes - 1).clamp_min(1)
 
 
 def weigh(
-    place: float, slope: Tensor, curvature: Tensor, variance: Tensor, sizes: Tensor, *,
-    tau: float = 0.1, sigma: float = 0.25,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Each client's weight ``(C,)`` from the parabolas at ``place``: three estimates, weighed by their precisions.
+    at: float,
+    slope: Tensor,
+    curvature: Tensor,
+    variance: Tensor,
+    sizes: Tensor,
+    *,
+    tau: float = 0.1,
+    sigma: float = 0.25,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Each client's weight ``(C,)`` from the parabolas at the weight ``at``: three estimates, weighed by precisions.
 
-    Of client i's best weight three things are known (Bates & Granger, 1969, for the combination)::
+    Client i's best weight has three estimates. A small variance means a precise estimate::
 
-        own_i   = place - g_i / h     variance s_i² = v / (n_i h²)   the minimum of its own parabola
-        centre                        variance τ², ``spread``        the clients scatter about a common prior_mean
-        ½                             variance σ², ``sigma``  the centre is not far from the middle
+        estimate                           variance              what it is
+        client_estimate_i = at - g_i / h   s_i² = v / (n_i h²)   the minimum of the client's own parabola
+        prior_mean                         τ², ``tau``²          the mean about which the best weights scatter
+        ½                                  σ², ``sigma``²        the middle, about which prior_mean scatters
 
-    So the centre is the mean of the ``own_i`` and ½ with weights ``1/(s_i² + τ²)`` and ``1/σ²``, and the client's
-    weight that of ``own_i`` and the centre with ``1/s_i²`` and ``1/τ²``. ``v`` is the clients' mean, and so is ``h``,
-    but at least ``v/4``: a calibrated model has ``h = v`` (Bartlett's identity), an over-confident one less, and a
-    curve that falls to one end may bend either way and still says to which. Without any slope or curve it is ½.
+    A precision is one over a variance, and the weights follow from them (Bates & Granger, 1969)::
+
+        prior_mean   mean of all client_estimate_i, with weights 1 / (s_i² + τ²), and of ½, with weight 1 / σ²
+        weight_i     mean of client_estimate_i, with weight 1 / s_i², and of prior_mean, with weight 1 / τ²
+                     = prior_mean + shrinkage_i (client_estimate_i - prior_mean),  shrinkage_i = τ² / (τ² + s_i²)
+
+    ``g_i`` is client i's slope and ``n_i`` its number of samples; ``v`` is the clients' mean variance of a sample's
+    slope, ``h`` their mean curvature, but at least ``v / 4``. A calibrated model has ``h = v`` (Bartlett's identity),
+    an over-confident one a smaller ``h``; where the losses fall towards one end, the curvature may even be negative,
+    but the slope still shows the direction. If both ``v`` and the curvature are zero, the weight is ½.
     """
     v = pooled_mean(variance, sizes - 1)
     h = max(pooled_mean(curvature, sizes), v / 4)
     if h <= 0:
         half = torch.full_like(slope, 0.5)
         return half, {"prior_mean": half[0], "shrinkage": torch.zeros_like(slope)}
-    own, sampling = place - slope / h, v / (sizes.double() * h**2)
-    precision = 1 / (sampling + tau**2)
-    centre = (precision @ own + 0.5 / sigma**2) / (precision.sum() + 1 / sigma**2)
-    share = tau**2 / (tau**2 + sampling)
-    return (centre + share * (own - prior_mean)).clamp(0, 1), {"prior_mean": prior_mean, "shrinkage": share}
+    client_estimate = at - slope / h
+    sampling_variance = v / (sizes.double() * h**2)
+    precision = 1 / (sampling_variance + tau**2)
+    prior_mean = (precision @ client_estimate + 0.5 / sigma**2) / (precision.sum() + 1 / sigma**2)
+    shrinkage = tau**2 / (tau**2 + sampling_variance)
+    weight = (prior_mean + shrinkage * (client_estimate - prior_mean)).clamp(0, 1)
+    return weight, {"prior_mean": prior_mean, "shrinkage": shrinkage}
 
 
 def pooled_mean(values: Tensor, counts: Tensor) -> float:
@@ -155,28 +183,31 @@ def pooled_mean(values: Tensor, counts: Tensor) -> float:
     return float(values @ counts / counts.sum().clamp_min(1))
 
 
-@door(low=numbers(2), middle=shaped_like("low", 2), high=shaped_like("low", 2), sizes=sizes_of("low", 1))
+@checked
 def pooled_offset(
-    low: Tensor, middle: Tensor, high: Tensor, sizes: Tensor, *, step: float = 0.3, tau: float = 0.2
+    low: Losses, middle: Losses, high: Losses, sizes: Sizes, *, step: Positive = STEP, tau: Positive = 0.2
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One offset between two groups of tensors for all clients, from three losses per held-out sample ``(C, N)``.
 
-    The losses are those at the offsets ``-probe``, 0 and ``probe``. Padded samples must have loss zero. See
+    The losses are those at the offsets ``-step``, 0 and ``step``. Padded samples must have loss zero. See
     ``weigh_offset``.
     """
     return weigh_offset(*parabolas(low, middle, high, sizes, step), sizes, step=step, tau=tau)
 
 
 def weigh_offset(
-    slope: Tensor, curvature: Tensor, variance: Tensor, sizes: Tensor, *, step: float = 0.3, tau: float = 0.2
+    slope: Tensor, curvature: Tensor, variance: Tensor, sizes: Tensor, *, step: float = STEP, tau: float = 0.2
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The offset ``()`` from the clients' parabolas ``(C,)``: the minimum of the pool's, against no offset.
+    """The offset ``()`` from the clients' parabolas ``(C,)``: the minimum of the mean parabola, weighed against 0.
 
-    It has sampling variance ``v / (n h²)`` (slope's variance, curvature, number of samples) and is weighed against a
-    prior ``N(0, spread²)`` by their precisions. Never more than twice the probe; 0 where the pool opens downwards.
+    The minimum has sampling variance ``v / (n h²)`` (slope's variance, number of samples, curvature) and is weighed by
+    its precision against a prior ``N(0, tau²)``. The offset is never more than twice the ``step``, and 0 where the
+    mean parabola opens downwards.
     """
-    h, v, n = pooled_mean(curvature, sizes), pooled_mean(variance, sizes - 1), float(sizes.sum())
-    share = tau**2 / (tau**2 + v / (n * h**2)) if h > 0 else 0.0
-    offset = -share * pooled_mean(slope, sizes) / h if h > 0 else 0.0
+    h = pooled_mean(curvature, sizes)
+    v = pooled_mean(variance, sizes - 1)
+    n = float(sizes.sum())
+    shrinkage = tau**2 / (tau**2 + v / (n * h**2)) if h > 0 else 0.0
+    offset = -shrinkage * pooled_mean(slope, sizes) / h if h > 0 else 0.0
     offset = torch.tensor(min(max(offset, -2 * step), 2 * step), dtype=torch.float64)
-    return offset, {"offset": offset, "offset_shrinkage": torch.tensor(share, dtype=torch.float64)}
+    return offset, {"offset": offset, "offset_shrinkage": torch.tensor(shrinkage, dtype=torch.float64)}

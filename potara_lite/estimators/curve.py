@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from ..adapters.lora import AdaptedBackbone
-from ..adapters.state import Adapter, door, numbers
-from ..checks import shown, unchecked
+from ..adapters.state import Stack, check_models
+from ..checks import Flag, Numbers, Size, checked, invalid
 from ..federation.split import Split
-from ..merging.connectivity import weight_grid
+from ..merging.connectivity import Weights, weight_grid
 from ..merging.merge import merge_exact
 from ..training.batching import Execution
 from ..training.loss import example_losses
@@ -19,15 +21,9 @@ from .gauss_newton import moments_from_slopes
 from .moments import Moments
 
 
-@door()
+@checked
 def estimate_curve(
-    adapted: AdaptedBackbone,
-    federated: Adapter,
-    local: Adapter,
-    split: Split,
-    *,
-    points: int = 9,
-    parabola: bool = False,
+    adapted: AdaptedBackbone, federated: Stack, local: Stack, split: Split, *, points: Size = 9, parabola: Flag = False
 ) -> Estimate:
     """Each client alone: the weight with the smallest mean loss on its samples, on a grid or by a fitted parabola.
 
@@ -35,6 +31,7 @@ def estimate_curve(
     for n samples where the models are calibrated, and more where they are over-confident. Cost: ``points``
     forward passes per sample.
     """
+    federated, local = check_models(adapted, split, federated=federated, local=local)
     weights = weight_grid(points)
     loss = segment_losses(adapted, federated, local, split, weights).double().sum(2).cpu() / split.sizes.unsqueeze(1)
     details = {"weights": weights, "loss": loss}
@@ -44,12 +41,11 @@ def estimate_curve(
     return Estimate(weights.double()[loss.argmin(1)], None, details)
 
 
-@door(weights=numbers(1), loss=numbers(2))
-def parabola_moments(weights: Tensor, loss: Tensor) -> Moments:
+@checked
+def parabola_moments(weights: Annotated[Tensor, Numbers("W")], loss: Annotated[Tensor, Numbers("C W")]) -> Moments:
     """Moments from the least-squares parabola through the loss ``(C, W)`` at the weights ``(W,)``, three or more."""
-    if not 3 <= len(weights.unique()) <= len(weights) == loss.shape[1]:
-        text = f"3 or more different ones, as many as the {loss.shape[1]} of loss"
-        raise ValueError(f"weights must be {text}, not {shown(weights.tolist())}")
+    if len(weights.unique()) < 3:
+        invalid("weights", "3 or more different ones", weights.tolist())
     design = torch.stack([weights**0, weights, weights**2], dim=1).double().cpu()
     _, slope, half = torch.linalg.lstsq(design, loss.double().cpu().mT).solution  # three (C,)
     slope = torch.where(half > 0, slope, slope + half)  # one that opens downwards: its lower end, by the chord
@@ -57,12 +53,13 @@ def parabola_moments(weights: Tensor, loss: Tensor) -> Moments:
 
 
 @torch.no_grad()
-@door()
-def client_losses(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
+@checked
+def client_losses(adapted: AdaptedBackbone, adapters: Stack, split: Split) -> Tensor:
     """Each example's loss ``(C, N)`` in nats (``training/loss.py``); zeros for padding.
 
     Raises ``ValueError`` for a client with a loss that is not finite.
     """
+    [adapters] = check_models(adapted, split, adapters=adapters)
     result = torch.zeros(split.y.shape[:2], dtype=adapted.dtype, device=adapted.device)
     for rows, columns, logits, y in batched_logits(adapted, adapters, split, batch_size=128, execution=Execution()):
         result[rows, columns] = example_losses(logits, y, leading=2)
@@ -70,21 +67,21 @@ def client_losses(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> 
     return result
 
 
-@door(weights=numbers(1, least=0, most=1))
-def segment_losses(
-    adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split, weights: Tensor
-) -> Tensor:
+@checked
+def segment_losses(adapted: AdaptedBackbone, federated: Stack, local: Stack, split: Split, weights: Weights) -> Tensor:
     """Each example's loss at each mixing weight of the exact merge, ``(C, W, N)``; zeros for padding."""
-    merge, measure = unchecked(merge_exact), unchecked(client_losses)
-    merges = (merge(federated, local, weight) for weight in weights.tolist())
-    return torch.stack([measure(adapted, merged, split) for merged in merges], dim=1)
+    federated, local = check_models(adapted, split, federated=federated, local=local)
+    merges = (merge_exact(federated, local, weight) for weight in weights.tolist())
+    return torch.stack([client_losses(adapted, merged, split) for merged in merges], dim=1)
 
 
 @torch.no_grad()
-@door()
-def client_logits(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Tensor:
+@checked
+def client_logits(adapted: AdaptedBackbone, adapters: Stack, split: Split) -> Tensor:
     """Every client's logits on its own examples, ``(C, N, ..., classes)``."""
-    options, result = dict(batch_size=split.y.shape[1], execution=Execution()), None
+    [adapters] = check_models(adapted, split, adapters=adapters)
+    result = None
+    options = dict(batch_size=split.y.shape[1], execution=Execution())
     for rows, columns, logits, _ in batched_logits(adapted, adapters, split, **options):
         result = logits.new_empty(*split.y.shape[:2], *logits.shape[2:]) if result is None else result
         result[rows, columns] = logits

@@ -10,19 +10,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor
 
 from ..adapters.lora import AdaptedBackbone
-from ..adapters.state import Adapter, delta, door, factor_names, is_lora, layer_of, lora_layers, numbers
-from ..checks import check_fields, kind, named, several, unchecked, whole
+from ..adapters.state import Adapter, Stack, check_models, delta, factor_names, is_lora, layer_of, lora_layers
+from ..checks import Count, Finite, Named, Numbers, checked, invalid
 from ..federation.split import Split
 from .moments import Moments
 
-Grouping = Callable[[str], str]
+T = TypeVar("T")
+Grouping = Callable[[str], str]  # from the name of a tensor to the name of its group
 
 
+def _two(value: Any) -> tuple:
+    return tuple(value) if isinstance(value, tuple | list) and len(value) == 2 else invalid("", "a pair", value)
+
+
+def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
+    return ends if ends[0] <= ends[1] else invalid("", "two numbers, the smaller one first", ends)
+
+
+# Types in the signatures of estimators: C clients, N samples of the largest client, P coordinates of an adapter.
+Gradients = Annotated[Tensor, Numbers("C N P")]  # of each sample's loss; zero for padding
+Losses = Annotated[Tensor, Numbers("C N")]  # of each sample; zero for padding
+Sizes = Annotated[Tensor, Numbers("C", whole=True, least=1, most="N")]  # each client's number of samples
+TrainSizes = Annotated[Tensor, Numbers("C", whole=True, least=1)]  # how many examples each model was trained on
+Groups = Annotated[Tensor, Numbers("P", whole=True, least=0, most="P")]  # the number of each coordinate's group
+ClientWeights = Annotated[Tensor, Numbers("C", least=0, most=1)]
+Two = Annotated[tuple[T, T], BeforeValidator(_two)]
+Interval = Annotated[Two[Finite], AfterValidator(_ordered)]
+
+
+@checked
 @dataclass(frozen=True)
 class Estimate:
     """A mixing weight per client ``(C,)``, or with groups a dictionary of them that ``merge_exact`` takes as it is.
@@ -33,19 +56,13 @@ class Estimate:
     dictionary of them without ``client``.
     """
 
-    weight: Tensor | dict[str, Tensor]
+    weight: ClientWeights | Named[ClientWeights]
     moments: Moments | None = None
-    details: dict[str, Tensor] = field(default_factory=dict)
-    floats: tuple[int, int] = (0, 0)
+    details: dict[str, Any] = field(default_factory=dict)
+    floats: Two[Count] = (0, 0)
 
     def __post_init__(self):
-        one = numbers(1, least=0, most=1)
-        by_group = isinstance(self.weight, dict)
-        pair = several(whole(0), least=2)
-        weight = named(one) if by_group else one
-        check_fields(self, weight=weight, moments=kind("Moments"), details=kind("dict"), floats=pair)
-        object.__setattr__(self, "floats", tuple(self.floats))
-        if by_group and "client" not in self.details:
+        if isinstance(self.weight, dict) and "client" not in self.details:
             raise ValueError("details must have the weights that stand for the groups' as 'client'")
 
     @property
@@ -75,7 +92,7 @@ def group_coordinates(
         if len({by(name) for name in factor_names(layer)}) > 1:
             raise ValueError(f"both factors of a layer must be in one group: {layer!r}")
     if on_delta:
-        adapters = unchecked(delta)(adapters, dict.fromkeys(lora_layers(adapters), 1.0))
+        adapters = delta(adapters, dict.fromkeys(lora_layers(adapters), 1.0))
     parts = [torch.full((tensor[0].numel(),), labels.index(by(name))) for name, tensor in adapters.items()]
     return labels, torch.cat(parts).to(next(iter(adapters.values())).device)
 
@@ -84,7 +101,7 @@ def group_sum(values: Tensor, groups: Tensor | None) -> Tensor:
     """Coordinates ``(C, P)`` summed to ``(C,)``, or to ``(C, G)`` with ``groups`` ``(P,)`` of numbers below G."""
     if groups is None:
         return values.sum(1)
-    return values.new_zeros(len(values), int(groups.max()) + 1).index_add(1, groups, values)
+    return values.new_zeros(len(values), int(groups.max()) + 1).index_add(1, groups.long(), values)
 
 
 def from_moments(moments: Moments, adapters: Adapter, by: Grouping | None) -> Estimate:
@@ -96,7 +113,8 @@ def from_moments(moments: Moments, adapters: Adapter, by: Grouping | None) -> Es
     return Estimate(weight, moments, {"client": moments.weight.mean(1)})
 
 
-@door()
-def estimate_uniform(adapted: AdaptedBackbone, federated: Adapter, local: Adapter, split: Split) -> Estimate:
+@checked
+def estimate_uniform(adapted: AdaptedBackbone, federated: Stack, local: Stack, split: Split) -> Estimate:
     """Weight ½ for every client: hard to beat when moments are badly estimated. Costs nothing."""
+    check_models(adapted, split, federated=federated, local=local)
     return Estimate(torch.full((len(split),), 0.5, dtype=torch.float64))

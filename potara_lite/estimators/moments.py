@@ -3,20 +3,20 @@
 With the errors ``e_F`` and ``e_L`` of the two models about the client's own optimum, ``a = E|e_F|²``, ``b = E|e_L|²``
 and ``c = E[e_F · e_L]``, the merged model's expected squared error is ``λ² a + (1-λ)² b + 2 λ (1-λ) c``. The paper's
 variance-trace bound on the expected loss is β/2 times this; its minimiser is ``λ = (b - c) / (a + b - 2c)``, the
-combination of forecasts of Bates & Granger (1969). The weight λ is on the federated model. Where the moments come from
-is the business of ``estimators``.
+combination of forecasts of Bates & Granger (1969). The weight λ is on the federated model. The other files of this
+folder estimate the moments.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from ..adapters.state import door, numbers
-from ..checks import as_numbers, refuse
+from ..checks import Flag, Numbers, as_numbers, checked, invalid
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,7 @@ class Moments:
 
     def __post_init__(self):
         for name in "abc":
-            value = torch.atleast_1d(as_numbers(f"moment {name}", getattr(self, name)).double())
-            if value.dim() > 2 or not value.numel():
-                refuse(f"moment {name}", "of shape (C,) or (C, groups)", value)
-            if value.isnan().any():
-                raise ValueError(f"moment {name} is NaN for client {int(value.isnan().nonzero()[0, 0])}")
-            if name != "c" and (value < 0).any():
-                raise ValueError(f"moment {name} is negative for client {int((value < 0).nonzero()[0, 0])}")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, _checked_moment(name, getattr(self, name)))
         if len(shapes := {value.shape for value in (self.a, self.b, self.c) if value.numel() > 1}) > 1:
             raise ValueError(f"moments a, b and c must be of one shape, not {sorted(map(tuple, shapes))}")
         infinite = self.a.isinf() | self.b.isinf()
@@ -59,20 +52,20 @@ class Moments:
         """The minimiser of ``bound`` in [0, 1]."""
         a, b, c = self.a, self.b, self.c
         weight = (b - c) / (a + b - 2 * c)
-        flat = ~(a + b - 2 * c > 1e-12 * (a + b))  # the bound does not curve upwards: the better model, or ½
-        equal = (a - b).abs() <= 1e-9 * (a + b)
-        weight = torch.where(flat, torch.where(equal, 0.5, (a < b).double()), weight)
+        is_flat = ~(a + b - 2 * c > 1e-12 * (a + b))  # the bound does not curve upwards: the better model, or ½
+        is_equal = (a - b).abs() <= 1e-9 * (a + b)
+        weight = torch.where(is_flat, torch.where(is_equal, 0.5, (a < b).double()), weight)
         weight = torch.where(a.isinf() | b.isinf(), 0.5 + 0.5 * b.isinf().double() - 0.5 * a.isinf().double(), weight)
         return weight.clamp(0, 1)
 
-    @door(weight=numbers(0, 1, 2))
-    def bound(self, weight: Tensor | float) -> Tensor:
+    @checked
+    def bound(self, weight: Annotated[Tensor | float, Numbers("|W|C G")]) -> Tensor:
         """``λ² a + (1-λ)² b + 2 λ (1-λ) c``: twice the loss bound in units of the smoothness β."""
         weight = torch.as_tensor(weight, dtype=torch.float64)
         try:
             torch.broadcast_shapes(weight.shape, self.a.shape)
         except RuntimeError:
-            refuse("weight", f"a number or of shape {tuple(self.a.shape)}, as the moments", weight)
+            invalid("weight", f"a number or of shape {tuple(self.a.shape)}, as the moments", weight)
         parts = (weight**2, self.a), ((1 - weight) ** 2, self.b), (2 * weight * (1 - weight), self.c)
         return sum(torch.where(factor == 0, 0.0, factor * moment) for factor, moment in parts)
 
@@ -83,16 +76,33 @@ class Moments:
         return self.bound(self.weight)
 
 
-@door(moments=numbers(2, 3, 4))
-def combination_weights(moments: Tensor, *, nonnegative: bool = False) -> Tensor:
+def _checked_moment(name: str, value: Tensor) -> Tensor:
+    """A moment in float64, a number as ``(1,)``; it may be infinite, so that it is no argument of type ``Numbers``."""
+    try:
+        moment = torch.atleast_1d(as_numbers(value).double())
+    except ValueError as error:
+        raise ValueError(f"moment {name} {error}") from None
+    if moment.dim() > 2 or not moment.numel():
+        invalid(f"moment {name}", "of shape (C,) or (C, groups)", moment)
+    if moment.isnan().any():
+        raise ValueError(f"moment {name} is NaN for client {int(moment.isnan().nonzero()[0, 0])}")
+    if name != "c" and (moment < 0).any():
+        raise ValueError(f"moment {name} is negative for client {int((moment < 0).nonzero()[0, 0])}")
+    return moment
+
+
+@checked
+def combination_weights(
+    moments: Annotated[Tensor, Numbers("K K|C K K|C G K K")], *, nonnegative: Flag = False
+) -> Tensor:
     """The weights ``(..., K)``, adding up to 1, that minimise ``wᵀ M w`` for moment matrices ``(..., K, K)``.
 
     ``w = M⁻¹1 / (1ᵀM⁻¹1)``; for K = 2 this is the closed form above without its clipping. ``nonnegative`` searches the
     best face of the simplex (all 2^K of them: K is small). Raises ``ValueError`` for a singular or non-finite ``M``.
     """
     moments = moments.double()
-    if moments.shape[-1] != moments.shape[-2] or not torch.allclose(moments, moments.mT, rtol=1e-6, atol=0):
-        refuse("moments", "a symmetric matrix for each client", moments)
+    if not torch.allclose(moments, moments.mT, rtol=1e-6, atol=0):
+        invalid("moments", "a symmetric matrix for each client", moments)
     try:
         return _best_face(moments) if nonnegative else _unconstrained(moments)
     except torch.linalg.LinAlgError as error:
@@ -113,6 +123,7 @@ def _best_face(moments: Tensor) -> Tensor:
         weights = torch.zeros_like(best)
         weights[..., subset] = _unconstrained(moments[..., subset, :][..., subset])
         value = torch.einsum("...i,...ij,...j->...", weights, moments, weights)
-        better = (weights >= 0).all(-1) & (value < least)
-        best, least = torch.where(better.unsqueeze(-1), weights, best), torch.where(better, value, least)
+        is_better = (weights >= 0).all(-1) & (value < least)
+        best = torch.where(is_better.unsqueeze(-1), weights, best)
+        least = torch.where(is_better, value, least)
     return best

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import door, one_or_several, seed as valid_seed, whole
+from ..checks import Count, List, Seed, Size, checked
 
 
-@door(size=whole(1), seed=one_or_several(valid_seed))
-def batch_indices(size: int, start: int, steps: int, batch_size: int, seed: int | Sequence[int]) -> Tensor:
+@checked
+def batch_indices(size: Size, start: Count, steps: Count, batch_size: Size, seed: Seed | List[Seed]) -> Tensor:
     """The examples of steps ``start … start + steps - 1`` of one client, ``(steps, batch_size)``.
 
     The stream is one permutation of the client's examples after another; epoch ``e`` has the seed ``(*seed, e)``. It
     can be entered at any step, so rounds of 5 steps see the same batches as one run over all of them.
     """
-    seed = [seed] if isinstance(seed, int) else list(seed)
-    first, last = start * batch_size, (start + steps) * batch_size
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    first = start * batch_size
+    last = (start + steps) * batch_size
     epochs = range(first // size, -(-last // size))
     if steps == 0:
         return torch.zeros(0, batch_size, dtype=torch.int64)
-    stream = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(size) for epoch in epochs])
+    stream = np.concatenate([np.random.default_rng([*seeds, epoch]).permutation(size) for epoch in epochs])
     offset = epochs.start * size
     return torch.from_numpy(stream[first - offset : last - offset].reshape(steps, batch_size))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..checks import refuse, shown
+from ..checks import invalid, shown
 
 Inputs = Tensor | dict[str, Tensor]  # one tensor, or by name what the network is called with (token ids and their mask)
 
@@ -35,36 +35,47 @@ def any_tensor(inputs: Inputs) -> Tensor:
     return inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
 
 
-def check_examples(client: int, x: Inputs, y: Tensor) -> None:
-    """Raise ``ValueError`` for a client without examples, other than as many inputs as labels, inputs that are no
-    numbers, whole-numbered images, labels that are no whole numbers of 0 or more, empty texts and ignored targets."""
+def check_examples(client: int | str, x: Inputs, y: Tensor) -> None:
+    """Raise ``ValueError``, which names the client (or what it is called), for anything but examples: as many inputs as
+    labels, one at least; inputs of finite floating numbers, or token ids; labels of whole numbers from 0 on, one for
+    each input or a target per token."""
+    name = client if isinstance(client, str) else f"client {client}"
     tensors = list(x.values()) if isinstance(x, dict) and x else [x]
-    for name, found in (("labels", [y]), ("inputs", tensors)):
+    for part, found in (("labels", [y]), ("inputs", tensors)):
         if odd := [one for one in found if not isinstance(one, Tensor) or one.dim() == 0]:
-            raise ValueError(f"client {client}: {name} must be tensors with an example a row, not {shown(odd[0])}")
+            raise ValueError(f"{name}: {part} must be tensors with an example a row, not {shown(odd[0])}")
     if len(y) == 0:
-        raise ValueError(f"client {client} has no examples")
+        raise ValueError(f"{name} has no examples")
     for tensor in tensors:
         if len(tensor) != len(y):
-            raise ValueError(f"client {client} has {len(tensor)} inputs and {len(y)} labels")
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
-            raise ValueError(f"client {client}: inputs must hold their numbers, not {tensor.layout} on {tensor.device}")
-        if tensor.dtype == torch.bool or tensor.is_complex() or (tensor.dim() > 2 and not tensor.is_floating_point()):
-            raise ValueError(f"client {client}: images must be floats, scaled to [0, 1] say, not {tensor.dtype}")
-        if tensor.is_floating_point() and not tensor.sum().isfinite():  # or so many that only their sum is infinite
-            if not (fine := tensor.isfinite().reshape(len(y), -1).all(1)).all():
-                raise ValueError(f"client {client}: input {int((~fine).nonzero()[0])} is not finite")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.is_sparse or y.is_meta:
-        raise ValueError(f"client {client}: labels must be whole numbers, not {y.dtype}")
-    a_column = isinstance(x, Tensor) and y.shape[1:] == (1,)
-    if y.dim() > 2 or (y.dim() == 2 and (a_column or y.shape[1:] != tensors[0].shape[1:2])):
-        raise ValueError(f"client {client}: labels must be of shape ({len(y)},), or a target per token, not {shown(y)}")
-    if (bad := y[(y < 0) & ((y != PADDING) | (y.dim() == 1))]).numel():
-        raise ValueError(f"client {client}: label {int(bad[0])} is below 0")
+            raise ValueError(f"{name} has {len(tensor)} inputs and {len(y)} labels")
+        _check_input(name, tensor)
+    _check_labels(name, x, y, tensors[0])
     if isinstance(x, dict) and MASK in x and (empty := (x[MASK].flatten(1) == 0).all(1)).any():
-        raise ValueError(f"client {client}: example {int(empty.nonzero()[0])} is empty: its {MASK} is 0 everywhere")
+        raise ValueError(f"{name}: example {int(empty.nonzero()[0])} is empty: its {MASK} is 0 everywhere")
+
+
+def _check_input(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        raise ValueError(f"{name}: inputs must hold their numbers, not {tensor.layout} on {tensor.device}")
+    if tensor.dtype == torch.bool or tensor.is_complex() or (tensor.dim() > 2 and not tensor.is_floating_point()):
+        raise ValueError(f"{name}: images must be floats, scaled to [0, 1] say, not {tensor.dtype}")
+    if tensor.is_floating_point() and not tensor.sum().isfinite():  # or so many that only their sum is infinite
+        finite = tensor.isfinite().reshape(len(tensor), -1).all(1)
+        if not finite.all():
+            raise ValueError(f"{name}: input {int((~finite).nonzero()[0])} is not finite")
+
+
+def _check_labels(name: str, x: Inputs, y: Tensor, first: Tensor) -> None:
+    if not _is_whole(y):
+        raise ValueError(f"{name}: labels must be whole numbers, not {y.dtype}")
+    is_column = isinstance(x, Tensor) and y.shape[1:] == (1,)
+    if y.dim() > 2 or (y.dim() == 2 and (is_column or y.shape[1:] != first.shape[1:2])):
+        raise ValueError(f"{name}: labels must be of shape ({len(y)},), or a target per token, not {shown(y)}")
+    if (bad := y[(y < 0) & ((y != PADDING) | (y.dim() == 1))]).numel():
+        raise ValueError(f"{name}: label {int(bad[0])} is below 0")
     if y.dim() > 1 and (ignored := (y == PADDING).flatten(1).all(1)).any():
-        raise ValueError(f"client {client}: all targets of example {int(ignored.nonzero()[0])} are {PADDING}, ignored")
+        raise ValueError(f"{name}: all targets of example {int(ignored.nonzero()[0])} are {PADDING}, ignored")
 
 
 def kind_of(x: Inputs) -> dict[str, str]:
@@ -103,9 +114,9 @@ def pad_stack(tensors: Sequence[Tensor], value: int) -> Tensor:
 def check_pairs(name: str, examples: Sequence[Examples]) -> None:
     """Raise ``ValueError`` unless it is a list of a pair of inputs and labels for each client, one at least."""
     if isinstance(examples, str) or not isinstance(examples, Sequence) or not examples:
-        refuse(name, "inputs and labels of 1 client or more", examples)
+        invalid(name, "inputs and labels of 1 client or more", examples)
     if odd := [one for one in examples if not isinstance(one, list | tuple) or len(one) != 2]:
-        refuse(f"{name}[{list(map(id, examples)).index(id(odd[0]))}]", "a pair of inputs and labels", odd[0])
+        invalid(f"{name}[{list(map(id, examples)).index(id(odd[0]))}]", "a pair of inputs and labels", odd[0])
 
 
 def _is_whole(tensor: Tensor) -> bool:

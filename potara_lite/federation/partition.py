@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ..checks import door, one_or_several, refuse, whole
+from ..checks import Count, Flag, List, PositiveOrInf, Seed, Size, checked, invalid
 from .inputs import Examples, _is_real, check_examples, check_pairs, take
 from .split import Federation, Split
 
@@ -18,8 +19,8 @@ class SupplyError(ValueError):
     """The clients ask for more examples of a class than there are."""
 
 
-@door()
-def dirichlet_proportions(clients: int, classes: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
+@checked
+def dirichlet_proportions(clients: Size, classes: Size, alpha: PositiveOrInf, rng: np.random.Generator) -> np.ndarray:
     """Class proportions ``(C, K)`` of each client, from a symmetric Dirichlet (Hsu et al., 2019).
 
     Small ``alpha``: few classes per client; ``alpha=inf``: all classes alike. Raises ``ValueError`` for alpha ≤ 0.
@@ -59,72 +60,71 @@ def draw(
     return [rng.permutation(np.concatenate(parts)) for parts in picked]
 
 
-@door(client=whole(0))
-def shift_images(x: Tensor, client: int, clients: int) -> Tensor:
+@checked
+def shift_images(x: Any, client: Count, clients: Size) -> Tensor:
     """Images in [0, 1] seen through client ``client``'s own domain: turned by 360° · client / clients, and inverted
     (1 - x) for odd clients. Client 0 keeps the originals."""
     from torchvision.transforms.functional import InterpolationMode, rotate
 
     if not isinstance(x, Tensor) or x.dim() != 4 or not _is_real(x) or not len(x):
-        refuse("x", "images (n, channels, height, width), floats", x)
+        invalid("x", "images (n, channels, height, width), floats", x)
     if client:
         x = rotate(x, 360 * client / clients, interpolation=InterpolationMode.BILINEAR)
     return 1 - x if client % 2 else x
 
 
-def _check_partition(pool, test_pool, sizes, calibration_size, test_size, clients, classes, proportions, shift) -> None:
-    """Raise ``ValueError`` for what ``partition`` refuses."""
-    for name, (_, labels) in (("pool", pool), ("test_pool", test_pool)):
-        if labels.dim() == 1 and (labels >= classes).any():
+def _check_pools(pool: Examples, test_pool: Examples, classes: int, shift: bool) -> None:
+    """Raise ``ValueError`` for pools that are no examples, or that cannot be dealt by their labels."""
+    for name, examples in (("pool", pool), ("test_pool", test_pool)):
+        check_pairs(name, [examples])
+        check_examples(name, *examples)
+        labels = examples[1]
+        if labels.dim() > 1:
+            raise ValueError("examples are dealt by their labels, and token-level targets have none: use from_tensors")
+        if (labels >= classes).any():
             raise ValueError(f"{name} has label {int(labels.max())}, which is outside 0 … {classes - 1}")
     if shift and isinstance(pool[0], dict):
         raise ValueError("shift=True is for images, not for a mapping of tensors")
-    if pool[1].dim() > 1 or test_pool[1].dim() > 1:
-        raise ValueError("examples are dealt by their labels, and token-level targets have none: use from_tensors")
-    if len(sizes) != clients:
-        raise ValueError(f"train_size names {len(sizes)} clients, not {clients}")
-    if proportions is not None:
-        try:
-            proportions = np.asarray(proportions, dtype=float)
-        except (ValueError, TypeError, RuntimeError):  # rows of different lengths, text, a tensor that has a gradient
-            refuse("proportions", f"numbers, a row for each of {clients} clients", proportions)
-        if np.shape(proportions) != (clients, classes):
-            raise ValueError(f"proportions are of shape {np.shape(proportions)}, not a row for each of {clients}")
-        if not np.isfinite(proportions).all() or np.min(proportions) < 0 or not np.sum(proportions, 1).all():
-            raise ValueError("proportions must be finite, at least 0 and not all 0 for a client")
-    wanted = sum(sizes) + clients * calibration_size, clients * test_size
-    for part, asked, there in zip(("training and calibration", "test"), wanted, (len(pool[1]), len(test_pool[1]))):
-        if asked > there:  # before a hundred draws that cannot succeed
+
+
+def _check_supply(pool: Examples, test_pool: Examples, wanted: int, wanted_test: int, clients: int) -> None:
+    """Raise ``SupplyError`` for more examples than there are, before a hundred draws that cannot succeed."""
+    parts = ("training and calibration", wanted, len(pool[1])), ("test", wanted_test, len(test_pool[1]))
+    for part, asked, there in parts:
+        if asked > there:
             raise SupplyError(
                 f"the pool runs out: {clients} clients ask for {asked} {part} examples, there are {there}; take fewer "
                 "clients or smaller sizes"
             )
 
 
-def pool_of_examples(name: str, value: Examples, given: object) -> Examples:
-    """Inputs and labels to deal out. Raises ``ValueError`` for what ``check_examples`` does."""
-    check_pairs(name, [value])
+def _proportions(value: Any, clients: int, classes: int) -> np.ndarray:
+    """Class proportions ``(C, K)``. Raises ``ValueError`` for another shape, and for rows below 0 or all 0."""
     try:
-        check_examples(0, *value)
-    except ValueError as error:
-        raise ValueError(str(error).replace("client 0", name, 1)) from None
-    return value
+        found = np.asarray(value, dtype=float)
+    except (ValueError, TypeError, RuntimeError):  # rows of different lengths, text, a tensor that has a gradient
+        invalid("proportions", f"numbers, a row for each of {clients} clients", value)
+    if found.shape != (clients, classes):
+        raise ValueError(f"proportions are of shape {found.shape}, not a row for each of {clients}")
+    if not np.isfinite(found).all() or found.min() < 0 or not found.sum(1).all():
+        raise ValueError("proportions must be finite, at least 0 and not all 0 for a client")
+    return found
 
 
-@door(pool=pool_of_examples, test_pool=pool_of_examples, train_size=one_or_several(whole(1)))
+@checked
 def partition(
-    pool: Examples,
-    test_pool: Examples,
-    classes: int,
+    pool: Any,
+    test_pool: Any,
+    classes: Size,
     *,
-    clients: int = 8,
-    train_size: int | Sequence[int] = 100,
-    calibration_size: int = 30,
-    test_size: int = 250,
-    alpha: float = 0.5,
-    proportions: np.ndarray | None = None,
-    shift: bool = False,
-    seed: int = 0,
+    clients: Size = 8,
+    train_size: Size | List[Size] = 100,
+    calibration_size: Size = 30,
+    test_size: Size = 250,
+    alpha: PositiveOrInf = 0.5,
+    proportions: Any = None,
+    shift: Flag = False,
+    seed: Seed = 0,
     name: str = "federation",
 ) -> Federation:
     """Deal two pools of examples out to clients: train and calibration from ``pool``, test from ``test_pool``.
@@ -141,7 +141,12 @@ def partition(
     """
     rng = np.random.default_rng([seed, 2602_18658])
     sizes = [train_size] * clients if isinstance(train_size, int) else list(train_size)
-    _check_partition(pool, test_pool, sizes, calibration_size, test_size, clients, classes, proportions, shift)
+    _check_pools(pool, test_pool, classes, shift)
+    if len(sizes) != clients:
+        raise ValueError(f"train_size names {len(sizes)} clients, not {clients}")
+    if proportions is not None:
+        proportions = _proportions(proportions, clients, classes)
+    _check_supply(pool, test_pool, sum(sizes) + clients * calibration_size, clients * test_size, clients)
     for attempt in range(DRAWS):
         shares = dirichlet_proportions(clients, classes, alpha, rng) if proportions is None else proportions
         try:

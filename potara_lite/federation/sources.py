@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..checks import door, options_of, unchecked
+from ..checks import Flag, PathLike, Seed, Size, checked
 from ..files import check_file, data_path, reading
 from .inputs import Examples, check_examples, check_pairs, take
 from .partition import partition
 from .split import Federation, Split
 
 
-@door(options=options_of(partition))
+@checked
 def fashion_mnist(**options) -> Federation:
     """A federation of the Fashion-MNIST subset in ``data/`` (20,000 train and 10,000 test images): no download.
 
@@ -35,11 +35,11 @@ def fashion_mnist(**options) -> Federation:
             if labels.max(initial=0) > 9:
                 raise ValueError(f"{part} has label {labels.max()}, which is outside 0 … 9")
             pools.append((torch.from_numpy(images).unsqueeze(1) / 255, torch.from_numpy(labels).long()))
-    return unchecked(partition)(*pools, classes=10, **{"name": "Fashion-MNIST", **options})
+    return partition(*pools, classes=10, **{"name": "Fashion-MNIST", **options})
 
 
-@door(options=options_of(partition))
-def from_torchvision(dataset: str, root: str, *, download: bool = True, **options) -> Federation:
+@checked
+def from_torchvision(dataset: str, root: PathLike, *, download: Flag = True, **options) -> Federation:
     """A federation of the full ``"FashionMNIST"``, ``"CIFAR10"`` or ``"CIFAR100"``, downloaded by torchvision.
 
     ``options`` are those of ``partition``. Images are ``(channels, height, width)`` in [0, 1], kept in memory.
@@ -58,15 +58,15 @@ def from_torchvision(dataset: str, root: str, *, download: bool = True, **option
     return partition(*pools, classes=kinds[dataset], **{"name": dataset, **options})
 
 
-@door()
+@checked
 def from_tensors(
     train: Sequence[Examples],
     test: Sequence[Examples],
     *,
     calibration: Sequence[Examples] | None = None,
-    calibration_size: int = 30,
-    classes: int | None = None,
-    seed: int = 0,
+    calibration_size: Size = 30,
+    classes: Size | None = None,
+    seed: Seed = 0,
     name: str = "federation",
 ) -> Federation:
     """A federation of your own: for each client a pair of inputs ``(n, ...)`` and labels ``(n,)`` (see ``Split``).

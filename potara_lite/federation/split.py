@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import check_fields, door, function, kind, refuse, several, shown, whole
+from ..checks import AnyList, Count, Device, Size, checked, invalid, shown
 from .inputs import (
     PADDING,
     Examples,
@@ -30,11 +30,7 @@ from .inputs import (
 )
 
 
-def rows_of(count: int, index: slice | Sequence[int]) -> slice | list[int]:
-    """Rows of so many clients. Raises ``ValueError`` for what are none."""
-    return index if isinstance(index, slice) else several(whole(0, count - 1), least=0)("index", index, {})
-
-
+@checked
 @dataclass(frozen=True)
 class Split:
     """One split of every client, padded to the largest: ``x`` (C, N, ...), ``y`` (C, N) with label -100 as padding.
@@ -49,24 +45,24 @@ class Split:
     x: Inputs
     y: Tensor
     sizes: Tensor
-    ids: tuple[int, ...]
+    ids: AnyList[Count]
 
     def __post_init__(self):
         tensors = [self.x] if isinstance(self.x, Tensor) else list(self.x.values()) if isinstance(self.x, dict) else []
         if not isinstance(self.y, Tensor) or self.y.dim() not in (2, 3) or not _is_whole(self.y):
-            refuse("y", "labels (C, N) or (C, N, T), whole numbers", self.y)
+            invalid("y", "labels (C, N) or (C, N, T), whole numbers", self.y)
         if not tensors or any(not isinstance(one, Tensor) or one.shape[:2] != self.y.shape[:2] for one in tensors):
-            refuse("x", f"tensors of shape ({', '.join(map(str, self.y.shape[:2]))}, …) like y", self.x)
+            invalid("x", f"tensors of shape ({', '.join(map(str, self.y.shape[:2]))}, …) like y", self.x)
         if odd := [one for one in tensors if not (_is_whole(one) or _is_real(one)) or one.dim() > 3 and _is_whole(one)]:
-            refuse("x", "of floating numbers, or token ids", odd[0])
+            invalid("x", "of floating numbers, or token ids", odd[0])
         if not isinstance(self.sizes, Tensor) or self.sizes.shape != self.y.shape[:1] or not _is_whole(self.sizes):
-            refuse("sizes", f"a whole number for each of {len(self.y)} clients", self.sizes)
+            invalid("sizes", f"a whole number for each of {len(self.y)} clients", self.sizes)
         if len(self.sizes) and not 1 <= int(self.sizes.min()) <= int(self.sizes.max()) <= self.y.shape[1]:
             raise ValueError(f"sizes must be in [1, {self.y.shape[1]}], not {self.sizes.tolist()}")
         real = torch.arange(self.y.shape[1], device=self.y.device) < self.sizes.to(self.y.device).unsqueeze(1)
         if self.y.dim() == 2 and (real & (self.y < 0)).any():
             raise ValueError(f"y must be at least 0 for the examples that count, unlike {shown(self.y.tolist())}")
-        object.__setattr__(self, "ids", tuple(several(whole(0), least=0)("ids", self.ids, {})))
+        object.__setattr__(self, "ids", tuple(self.ids))
         if len(self.ids) != len(self.y) or len(set(self.ids)) < len(self.ids):
             raise ValueError(f"ids must be {len(self.y)} different numbers, one for each client, not {shown(self.ids)}")
 
@@ -95,35 +91,41 @@ class Split:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def client(self, i: int) -> Examples:
+    @checked
+    def client(self, i: Count) -> Examples:
         """Inputs ``(n, ...)`` and labels ``(n,)`` of the client in row ``i``, without the padded examples."""
-        i = whole(0, len(self) - 1)("i", i, {})
+        if i >= len(self):
+            invalid("i", f"at most {len(self) - 1}", i)
         n = int(self.sizes[i])
         return take(self.x, (i, slice(n))), self.y[i, :n]
 
-    def rows(self, index: slice | Sequence[int]) -> Split:
+    @checked
+    def rows(self, index: slice | AnyList[Count]) -> Split:
         """The clients in these rows, as a split of their own."""
-        rows = rows_of(len(self), index)
-        if isinstance(rows, slice):
-            return Split(take(self.x, rows), self.y[rows], self.sizes[rows], self.ids[rows])  # a view, no copy
-        pick = torch.tensor(rows, device=self.y.device)
-        return Split(take(self.x, pick), self.y[pick], self.sizes[pick.cpu()], tuple(self.ids[r] for r in rows))
+        if isinstance(index, slice):
+            return Split(take(self.x, index), self.y[index], self.sizes[index], self.ids[index])  # a view, no copy
+        for i, row in enumerate(index):
+            if row >= len(self):
+                invalid(f"index[{i}]", f"at most {len(self) - 1}", row)
+        pick = torch.tensor(index, device=self.y.device, dtype=torch.int64)
+        return Split(take(self.x, pick), self.y[pick], self.sizes[pick.cpu()], tuple(self.ids[r] for r in index))
 
     @torch.no_grad()
-    @door(function=function)
-    def map(self, function: Callable[[Inputs], Inputs], batch_size: int = 512) -> Split:
+    @checked
+    def map(self, function: Callable, batch_size: Size = 512) -> Split:
         """The same split with ``function``, from ``(B, ...)`` to ``(B, ...)``, applied to its inputs."""
         clients, n = self.y.shape[:2]
         flat = map_inputs(lambda tensor: tensor.flatten(0, 1), self.x)
         parts = [function(take(flat, slice(i, i + batch_size))) for i in range(0, clients * n, batch_size)]
         return replace(self, x=map_inputs(lambda *tensors: torch.cat(tensors).unflatten(0, (clients, n)), *parts))
 
-    @door()
-    def to(self, device: str | torch.device) -> Split:
+    @checked
+    def to(self, device: Device) -> Split:
         """The same split on ``device`` (the sizes stay on the CPU)."""
         return Split(map_inputs(lambda tensor: tensor.to(device), self.x), self.y.to(device), self.sizes, self.ids)
 
 
+@checked
 @dataclass(frozen=True)
 class Federation:
     """C clients with a ``train``, a ``calibration`` and a ``test`` split each. Calibration examples train nothing.
@@ -135,11 +137,10 @@ class Federation:
     train: Split
     calibration: Split
     test: Split
-    classes: int
+    classes: Size
     name: str = "federation"
 
     def __post_init__(self):
-        check_fields(self, **dict.fromkeys(("train", "calibration", "test"), kind("Split")))
         for part in ("train", "calibration", "test"):
             split = getattr(self, part)
             if kind_of(split.x) != kind_of(self.train.x):
@@ -160,8 +161,8 @@ class Federation:
     def __len__(self) -> int:
         return len(self.train)
 
-    @door()
-    def to(self, device: str | torch.device) -> Federation:
+    @checked
+    def to(self, device: Device) -> Federation:
         """The same federation on ``device``."""
         return self._each(lambda split: split.to(device))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_fields, door, options_of, path, several, shown, text
+from ..checks import AnyList, Flag, List, PathLike, Seed, Size, checked, shown
 from ..files import FileError, check_file, data_path, reading
 from .inputs import Examples
 from .partition import partition
@@ -34,8 +34,8 @@ DOMAINS = {  # supersenses that belong together
 }  # fmt: skip
 
 
-@door(texts=several(text))
-def with_tokens(federation: Federation, texts: Sequence[str], tokenizer: Callable, longest: int = 32) -> Federation:
+@checked
+def with_tokens(federation: Federation, texts: List[str], tokenizer: Callable, longest: Size = 32) -> Federation:
     """The federation whose examples are the numbers of ``texts``, with their tokens (see ``encode_texts``) instead."""
 
     def split(numbers: Split) -> Split:
@@ -63,16 +63,16 @@ def read_glosses() -> tuple[list[str], list[str], Tensor]:
     return names, list(texts), torch.tensor([names.index(sense) for sense in senses])
 
 
-@door(names=several(text))
-def domain_proportions(names: Sequence[str], clients: int) -> np.ndarray:
+@checked
+def domain_proportions(names: List[str], clients: Size) -> np.ndarray:
     """Class proportions ``(C, K)``: client i has the classes of one of the ``DOMAINS``, which take turns, alike."""
     domains = [[name in own for name in names] for own in DOMAINS.values()]
     rows = np.array([domains[client % len(domains)] for client in range(clients)], dtype=float)
     return rows / rows.sum(1, keepdims=True)
 
 
-@door(options=options_of(partition))
-def wordnet_glosses(tokenizer: Callable, *, longest: int = 32, domains: bool = False, **options) -> Federation:
+@checked
+def wordnet_glosses(tokenizer: Callable, *, longest: Size = 32, domains: Flag = False, **options) -> Federation:
     """A federation of the WordNet glosses in ``data/``: which of 24 supersenses is a noun of? No download.
 
     ``tokenizer``: the backbone's own, of Hugging Face. ``options`` are those of ``partition``; with ``domains`` each
@@ -92,6 +92,7 @@ def wordnet_glosses(tokenizer: Callable, *, longest: int = 32, domains: bool = F
     return with_tokens(dealt, texts, tokenizer, longest)
 
 
+@checked
 @dataclass(frozen=True)
 class Question:
     """A prompt with its right ``answer``; ``options`` are the answers to choose from, none for free text.
@@ -101,11 +102,10 @@ class Question:
 
     prompt: str
     answer: str
-    options: tuple[str, ...] = ()
+    options: AnyList[str] = ()
     task: str = ""
 
     def __post_init__(self):
-        check_fields(self, options=several(text, least=0))
         object.__setattr__(self, "options", tuple(self.options))
         if not self.prompt.strip() or not self.answer.strip():
             raise ValueError("its prompt or its answer is empty")
@@ -115,8 +115,8 @@ class Question:
             raise ValueError(f"its answer {shown(self.answer)} is none of its options {shown(list(self.options))}")
 
 
-@door(path=path)
-def read_task(path: str | Path, seed: int = 0) -> list[Question]:
+@checked
+def read_task(path: PathLike, seed: Seed = 0) -> list[Question]:
     """The examples in a JSON array or a JSON-lines file, shuffled by ``seed``, for many files are in order of class.
 
     A record has the fields of one of these formats:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..checks import door, refuse, several, text, whole
+from ..checks import AnyList, Count, List, Size, checked, invalid
 from .inputs import MASK, PADDING
 
 
-@door(rows=several(several(whole(0), least=0)))
-def pad_tokens(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+@checked
+def pad_tokens(rows: List[AnyList[Count]]) -> dict[str, Tensor]:
     """Token ids of texts of any lengths as ``input_ids`` and ``attention_mask`` ``(n, T)``, 0 behind their ends.
 
     >>> pad_tokens([[5, 6, 7], [8]])["attention_mask"].tolist()
@@ -28,8 +28,8 @@ def pad_tokens(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, MASK: mask}
 
 
-@door(texts=several(text))
-def encode_texts(tokenizer, texts: Sequence[str], max_length: int = 64) -> dict[str, Tensor]:
+@checked
+def encode_texts(tokenizer: Callable, texts: List[str], max_length: Size = 64) -> dict[str, Tensor]:
     """Texts as an encoder reads them, with its special tokens, cut to ``max_length`` tokens.
 
     Raises ``ValueError`` for an empty text.
@@ -39,9 +39,9 @@ def encode_texts(tokenizer, texts: Sequence[str], max_length: int = 64) -> dict[
     return pad_tokens([tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts])
 
 
-@door(prompts=several(text), answers=several(text))
+@checked
 def encode_answers(
-    tokenizer, prompts: Sequence[str], answers: Sequence[str], max_length: int = 256
+    tokenizer: Callable, prompts: List[str], answers: List[str], max_length: Size = 256
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Prompts and the answers that follow them, for a causal language model: its inputs, and targets ``(n, T)`` that
     are the answers' tokens alone.
@@ -79,9 +79,9 @@ def next_tokens(input_ids: Tensor, is_target: Tensor) -> Tensor:
     """
     kinds = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in kinds:
-        refuse("input_ids", "token ids (n, T)", input_ids)
+        invalid("input_ids", "token ids (n, T)", input_ids)
     if not isinstance(is_target, Tensor) or is_target.shape != input_ids.shape:
-        refuse("is_target", f"a tensor of shape {tuple(input_ids.shape)} like input_ids", is_target)
+        invalid("is_target", f"a tensor of shape {tuple(input_ids.shape)} like input_ids", is_target)
     targets = torch.full_like(input_ids, PADDING)
     targets[:, :-1] = torch.where(is_target.bool(), input_ids, PADDING)[:, 1:]
     return targets

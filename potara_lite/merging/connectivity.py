@@ -2,67 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..adapters.lora import AdaptedBackbone
-from ..adapters.state import Adapter, door, numbers
-from ..checks import options_of, shown, unchecked
+from ..adapters.state import Adapter, Stack, check_models
+from ..checks import Numbers, Size, checked, shown
 from ..federation.split import Split
 from ..training.train import evaluate
-from .merge import combine_adapters, merge_exact
+from .merge import merge_exact, stack_ranks
+
+Weights = Annotated[Tensor, Numbers("W", least=0, most=1)]  # mixing weights; a list becomes a tensor
 
 
-@door()
-def weight_grid(points: int = 11) -> Tensor:
+@checked
+def weight_grid(points: Annotated[Size, Field(ge=2)] = 11) -> Tensor:
     """Evenly spaced mixing weights from 0 (local) to 1 (federated), both included: 2 points at least."""
     return torch.linspace(0, 1, points)
 
 
-@door(weights=numbers(1, least=0, most=1), options=options_of(evaluate))
+@checked
 def along_segment(
     adapted: AdaptedBackbone,
-    federated: Adapter,
-    local: Adapter,
+    federated: Stack,
+    local: Stack,
     split: Split,
-    weights: Tensor | Sequence[float],
-    merge=merge_exact,
+    weights: Weights,
+    merge: Callable[[Adapter, Adapter, float], Adapter] = merge_exact,
     **options,
 ) -> tuple[Tensor, Tensor]:
     """Loss (nats) and accuracy of every client at every mixing weight: two ``(C, W)``.
 
     ``federated`` and ``local`` are stacks. ``options`` go to ``evaluate``.
     """
-    merge, score = unchecked(merge), unchecked(evaluate)
-    points = [score(adapted, merge(federated, local, float(w)), split, **options) for w in weights]
+    federated, local = check_models(adapted, split, federated=federated, local=local)
+    points = [evaluate(adapted, merge(federated, local, float(weight)), split, **options) for weight in weights]
     loss, accuracy = (torch.stack(column, dim=1) for column in zip(*points))
     return loss, accuracy
 
 
-@door(loss=numbers(2), weights=numbers(1, least=0, most=1))
-def barrier(loss: Tensor, weights: Tensor) -> Tensor:
+@checked
+def barrier(loss: Annotated[Tensor, Numbers("C W")], weights: Weights) -> Tensor:
     """How far the loss rises above the straight line between its two ends, ``(C,)`` nats, from ``loss`` ``(C, W)``.
 
     Zero where the segment never rises above the line: linear mode connectivity (Frankle et al., 2020). ``weights``
     start at 0 and end at 1. Raises ``ValueError`` for others.
     """
-    if len(weights) != loss.shape[1] or weights[0] != 0 or weights[-1] != 1:
-        raise ValueError(f"weights must be {loss.shape[1]}, from 0 to 1, like loss, not {shown(weights.tolist())}")
+    if weights[0] != 0 or weights[-1] != 1:
+        raise ValueError(f"weights must go from 0 to 1, unlike {shown(weights.tolist())}")
     weights = weights.to(loss)
     line = (1 - weights) * loss[:, :1] + weights * loss[:, -1:]
     return (loss - line).amax(dim=1)
 
 
-@door(x=numbers(1), y=numbers(1), options=options_of(evaluate))
+@checked
 def along_plane(
     adapted: AdaptedBackbone,
-    federated: Adapter,
-    local: Adapter,
+    federated: Stack,
+    local: Stack,
     split: Split,
-    x: Tensor | Sequence[float],
-    y: Tensor | Sequence[float],
+    x: Annotated[Tensor, Numbers("X")],
+    y: Annotated[Tensor, Numbers("Y")],
     **options,
 ) -> tuple[Tensor, Tensor]:
     """Loss (nats) and accuracy of every client over the plane ``x * dW_F + y * dW_L``: two ``(C, Y, X)``.
@@ -71,11 +75,9 @@ def along_plane(
     one (0, 1); the segment between the two is where ``x + y = 1``. Every point is an adapter of rank 2r, exactly (see
     ``combine_adapters``). ``federated`` and ``local`` are stacks. ``options`` go to ``evaluate``.
     """
-    combine, score = unchecked(combine_adapters), unchecked(evaluate)
+    models = check_models(adapted, split, federated=federated, local=local)
     points = [
-        score(adapted, combine([federated, local], [float(right), float(up)]), split, **options)
-        for up in y
-        for right in x
+        evaluate(adapted, stack_ranks(models, (float(right), float(up))), split, **options) for up in y for right in x
     ]
     loss, accuracy = (torch.stack(column, dim=1).unflatten(1, (len(y), len(x))) for column in zip(*points))
     return loss, accuracy

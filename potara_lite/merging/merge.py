@@ -2,49 +2,65 @@
 
 The exact merge works on the deltas, ``weight * dW_F + (1 - weight) * dW_L``, by stacking ranks: the result is an
 ordinary LoRA adapter of rank 2r. The factor merge mixes A and B separately, as the paper's implementation is reported
-to do; its product has cross terms that the theory says nothing about.
+to do; its product has cross terms that the theory does not cover.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
+from pydantic import SkipValidation
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..adapters.state import (
     Adapter,
+    CompleteAdapter,
+    Weight,
     adapter_from_delta,
+    check_count,
+    check_same_base,
+    check_weight,
+    count_clients,
     delta,
-    door,
     factor_names,
     factors,
     is_lora,
+    is_stack,
     layer_of,
     lora_layers,
-    mixing_weights,
-    models,
-    numbers,
+    match_adapter,
     rank_dim,
-    whole_adapter,
 )
-from ..checks import all_finite, unchecked, whole
+from ..checks import List, Numbers, Size, all_finite, checked, invalid
 
-Weight = float | Tensor | dict[str, Tensor]
+AnyWeight = SkipValidation[Weight]  # check_weight checks it, with the adapter at hand
 
 
 def _weight_for(name: str, tensor: Tensor, weight: Weight) -> float | Tensor:
     """The weight of one tensor, shaped to multiply it: a number, or ``(C, 1, …)`` for a stack ``(C, ...)``."""
-    if isinstance(weight, dict):
+    if isinstance(weight, Mapping):
         weight = weight[layer_of(name)]
     if not isinstance(weight, Tensor) or weight.dim() == 0:
         return weight
     return weight.to(tensor).view(-1, *[1] * (tensor.dim() - 1))
 
 
-@door(adapters=models, weights=mixing_weights)
-def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Adapter:
+def stack_ranks(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Adapter:
+    """What ``combine_adapters`` computes, without its checks: for use inside ``vmap``."""
+    merged: Adapter = {}
+    for name, first in adapters[0].items():
+        tensors = [adapter[name] for adapter in adapters]
+        if not is_lora(name, "A"):
+            tensors = [_weight_for(name, tensor, weight) * tensor for tensor, weight in zip(tensors, weights)]
+        merged[name] = torch.cat(tensors, dim=rank_dim(name, first)) if is_lora(name) else sum(tensors)
+    return merged
+
+
+@checked
+def combine_adapters(adapters: List[CompleteAdapter], weights: List[AnyWeight]) -> Adapter:
     """The adapter whose delta is exactly ``sum_k weights[k] * delta(adapters[k])``, by stacking ranks.
 
     ``A = [A_1; A_2; …]`` and ``B = [w_1 B_1, w_2 B_2, …]``; directly trained weights are summed. Takes adapters or
@@ -56,45 +72,61 @@ def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> 
     >>> combine_adapters([one, one], [0.5, 0.5])["l.lora_B.weight"].shape
     torch.Size([3, 2])
     """
-    merged: Adapter = {}
-    for name, first in adapters[0].items():
-        tensors = [adapter[name] for adapter in adapters]
-        if not is_lora(name, "A"):
-            tensors = [_weight_for(name, tensor, weight) * tensor for tensor, weight in zip(tensors, weights)]
-        merged[name] = torch.cat(tensors, dim=rank_dim(name, first)) if is_lora(name) else sum(tensors)
-        if not all_finite(merged[name]):
-            raise ValueError(f"weights: their sum is too large for {merged[name].dtype} in {name!r}")
+    adapters = check_same_base("adapters", adapters)
+    if len(weights) != len(adapters):
+        raise ValueError(f"weights: {len(adapters)} adapters, {len(weights)} weights")
+    unbounded = (None, None)
+    weights = [check_weight(one, adapters[0], f"weights[{i}]", unbounded) for i, one in enumerate(weights)]
+    merged = stack_ranks(adapters, weights)
+    for name, tensor in merged.items():
+        if not all_finite(tensor):
+            raise ValueError(f"weights: their sum is too large for {tensor.dtype} in {name!r}")
     return merged
 
 
+def _check_pair(federated: Adapter, local: Adapter, weight: Weight) -> tuple[Adapter, Adapter, Weight]:
+    """Both models in one order of tensors, and the weight.
+
+    Raises ``ValueError`` for models of different bases, ranks or numbers of clients and a weight that does not fit.
+    """
+    stacked = bool(is_stack(federated))
+    first = {name: tensor[0] for name, tensor in federated.items()} if stacked else federated
+    local = match_adapter("local", local, first, stacked=stacked, same_rank=True)
+    if stacked:
+        check_count("local", local, count_clients(federated))
+    return federated, local, check_weight(weight, federated)
+
+
 def _complement(weight: Weight) -> Weight:
-    return {name: 1 - value for name, value in weight.items()} if isinstance(weight, dict) else 1 - weight
+    return {name: 1 - value for name, value in weight.items()} if isinstance(weight, Mapping) else 1 - weight
 
 
-@door()
-def merge_exact(federated: Adapter, local: Adapter, weight: Weight) -> Adapter:
+@checked
+def merge_exact(federated: CompleteAdapter, local: CompleteAdapter, weight: AnyWeight) -> Adapter:
     """``weight * dW_F + (1 - weight) * dW_L``, exactly, as an adapter of rank 2r. Shapes: see ``combine_adapters``.
 
     Raises ``ValueError`` for a weight outside [0, 1] and models that do not go together.
     """
-    return unchecked(combine_adapters)([federated, local], [weight, _complement(weight)])
+    federated, local, weight = _check_pair(federated, local, weight)
+    return stack_ranks([federated, local], [weight, _complement(weight)])
 
 
-@door()
-def merge_factors(federated: Adapter, local: Adapter, weight: Weight) -> Adapter:
+@checked
+def merge_factors(federated: CompleteAdapter, local: CompleteAdapter, weight: AnyWeight) -> Adapter:
     """A and B mixed separately, rank r: ``(w B_F + (1-w) B_L)(w A_F + (1-w) A_L)``. Not the mix of the deltas.
 
     It depends on the basis of the factors: (B, A) and (B M, M⁻¹ A) are the same model but merge differently.
     """
+    federated, local, weight = _check_pair(federated, local, weight)
     merged = {}
     for name, tensor in federated.items():
-        share = _weight_for(name, tensor, weight)
-        merged[name] = share * tensor + (1 - share) * local[name]
+        tensor_weight = _weight_for(name, tensor, weight)
+        merged[name] = tensor_weight * tensor + (1 - tensor_weight) * local[name]
     return merged
 
 
-@door(adapter=whole_adapter, matrix=numbers(2))
-def change_basis(adapter: Adapter, matrix: Tensor) -> Adapter:
+@checked
+def change_basis(adapter: CompleteAdapter, matrix: Annotated[Tensor, Numbers("r r")]) -> Adapter:
     """The same model with other factors: ``(B M, M⁻¹ A)`` in every adapted layer; the head stays.
 
     ``matrix``: ``(r, r)``, invertible. Takes an adapter or a stack. A rotation keeps the lengths of the factors, the
@@ -104,8 +136,6 @@ def change_basis(adapter: Adapter, matrix: Tensor) -> Adapter:
     >>> change_basis(one, torch.tensor([[-2.0]]))["l.lora_A.weight"]
     tensor([[-0.5000, -0.5000]])
     """
-    if matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"matrix must be square, not of shape {tuple(matrix.shape)}")
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.double()
     inverse, failed = torch.linalg.inv_ex(matrix)
@@ -116,34 +146,34 @@ def change_basis(adapter: Adapter, matrix: Tensor) -> Adapter:
         if not is_lora(name):
             continue
         dim = rank_dim(name, tensor)
-        if matrix.shape != (rank := tensor.shape[dim], rank):
-            raise ValueError(f"{name}: a basis of rank {rank} is changed by a square matrix of as many rows")
-        turn = inverse.mT if is_lora(name, "A") else matrix  # along the rank: Aᵀ M⁻ᵀ and B M
-        result[name] = torch.tensordot(tensor, turn.to(tensor), dims=([dim], [0])).movedim(-1, dim)
+        if (rank := tensor.shape[dim]) != len(matrix):
+            invalid("matrix", f"of shape ({rank}, {rank}), the rank of {name!r}", matrix)
+        along_rank = inverse.mT if is_lora(name, "A") else matrix  # Aᵀ M⁻ᵀ and B M
+        result[name] = torch.tensordot(tensor, along_rank.to(tensor), dims=([dim], [0])).movedim(-1, dim)
     return result
 
 
-@door(adapter=whole_adapter, rank=whole(None))
-def compress(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Tensor]]:
+@checked
+def compress(adapter: CompleteAdapter, rank: Size) -> tuple[Adapter, dict[str, Tensor]]:
     """The best adapter of rank ``rank`` (Eckart–Young), and each layer's relative error ``|dW - dW_r| / |dW|``.
 
     The SVD is taken of the small core ``R_B R_Aᵀ`` of two QR factorisations; ``dW`` itself is never formed. Takes
-    adapters or stacks; the errors have shape ``()`` or ``(C,)``.
+    adapters or stacks; the errors have shape ``()`` or ``(C,)``. Raises ``ValueError`` for a rank above the adapter's.
     """
     result, errors = dict(adapter), {}
     for layer in lora_layers(adapter):
         a, b = (factor.double() for factor in factors(adapter, layer))  # (..., k, in), (..., out, k)
-        if not 1 <= rank <= a.shape[-2]:
-            raise ValueError(f"rank must be between 1 and {a.shape[-2]}, not {rank}")
+        if rank > a.shape[-2]:
+            invalid("rank", f"at most {a.shape[-2]}", rank)
         qa, ra = torch.linalg.qr(a.mT)
         qb, rb = torch.linalg.qr(b)
         u, s, vh = torch.linalg.svd(rb @ ra.mT, full_matrices=False)  # core (..., k, k)
         root = s[..., :rank].sqrt()
         new_a = root.unsqueeze(-1) * (vh[..., :rank, :] @ qa.mT)  # (..., rank, in)
         new_b = qb @ u[..., :rank] * root.unsqueeze(-2)  # (..., out, rank)
-        if (spare := rank - new_a.shape[-2]) > 0:  # the layer is narrower than the rank
-            new_a, new_b = pad(new_a, (0, 0, 0, spare)), pad(new_b, (0, spare))
-        for name, matrix in zip(factor_names(layer), (new_a, new_b)):
+        missing = rank - new_a.shape[-2]  # above 0 where the layer is narrower than the rank
+        factor_pair = pad(new_a, (0, 0, 0, missing)), pad(new_b, (0, missing))
+        for name, matrix in zip(factor_names(layer), factor_pair):
             shape = list(adapter[name].shape)
             shape[rank_dim(name, adapter[name])] = rank
             result[name] = matrix.to(adapter[name].dtype).reshape(shape)
@@ -162,10 +192,12 @@ def concat_ranks(adapter: Adapter, other: Adapter) -> Adapter:
 
 def limit_rank(adapter: Adapter) -> Adapter:
     """The same deltas with no rank above the smaller side of the layer: there, one factor is the identity."""
-    wide = {}
+    too_wide = {}
     for layer in lora_layers(adapter):
         a, b = factors(adapter, layer)
         if a.shape[-2] > min(a.shape[-1], b.shape[-2]):
-            wide |= {name: adapter[name] for name in factor_names(layer)}
-    unscaled = dict.fromkeys(lora_layers(wide), 1.0)
-    return adapter | adapter_from_delta(unchecked(delta)(wide, unscaled), unscaled, wide)
+            too_wide |= {name: adapter[name] for name in factor_names(layer)}
+    if not too_wide:
+        return adapter
+    unscaled = dict.fromkeys(lora_layers(too_wide), 1.0)
+    return adapter | adapter_from_delta(delta(too_wide, unscaled), unscaled, too_wide)

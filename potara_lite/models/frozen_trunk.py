@@ -1,9 +1,9 @@
-"""The frozen blocks below the first adapted one: what they make of an example is computed once.
+"""The frozen trunk, all blocks before the first adapted one: its features of an example are computed once.
 
-A network with its blocks in a list (torchvision's ViTs, BERT-like encoders, Llama-like language models) computes the
-same in its lower blocks for every adapter that begins above them. ``run_frozen_blocks`` computes it; ``call_network`` runs
-the network from there: the blocks below are passed by, what stands before and after them (embedding, masks, norm, head)
-runs as ever.
+In a network with its blocks in a list (torchvision's ViTs, BERT-like encoders, Llama-like language models), the blocks
+before the first adapted one compute the same for every adapter. ``run_frozen_blocks`` computes their features once;
+``call_network`` runs the network from there: it skips these blocks and runs everything before and after them (embedding,
+masks, norm, head) as usual.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..checks import door, whole
+from ..checks import Size, checked
 from ..federation.inputs import Inputs
 
 ALONE = "(input)"  # the name of an only tensor, where it goes together with HIDDEN
 LINEAR = nn.Linear, Conv1D  # the second is GPT-2's, of ``transformers``: its weight is (in, out)
-HIDDEN = "(hidden)"  # the name of what the blocks below make of an example
+HIDDEN = "(hidden)"  # the name of what the blocks frozen make of an example
 
 
 class _Reached(Exception):
-    """The blocks below are done: there is no need to run the rest."""
+    """The frozen blocks are done: there is no need to run the rest."""
 
 
 def frozen_blocks(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
-    """The blocks below the first of ``layers``: those before it in the outermost list of modules that holds it."""
+    """The blocks before the first of ``layers``: those before it in the outermost list of modules that holds it."""
     for layer in layers:
         names = layer.split(".")
         for depth in range(1, len(names)):
@@ -42,8 +42,8 @@ def frozen_blocks(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
     return []
 
 
-@door(last=whole(None))
-def linear_layers(network: nn.Module, last: int | None = None) -> list[str]:
+@checked
+def linear_layers(network: nn.Module, last: Size | None = None) -> list[str]:
     """The names of the linear layers in the blocks of a network, of the ``last`` so many or of all: targets of LoRA.
 
     GPT-2's ``Conv1D``, a linear layer with its weight the other way round, is one of them. The network's blocks are the
@@ -60,7 +60,7 @@ def linear_layers(network: nn.Module, last: int | None = None) -> list[str]:
 def call_network(call: Callable, x: Inputs, frozen: Sequence[nn.Module]) -> Tensor:
     """The logits of ``call``, a network or a function that runs it, on a batch.
 
-    A mapping's tensors are keyword arguments. With ``HIDDEN`` among them the blocks ``below`` hand it on. Of a Hugging
+    A mapping's tensors are keyword arguments. With ``HIDDEN`` among them the ``frozen`` blocks return it. Of a Hugging
     Face ``ModelOutput`` the logits are taken.
     """
     if isinstance(x, Tensor):
@@ -68,7 +68,7 @@ def call_network(call: Callable, x: Inputs, frozen: Sequence[nn.Module]) -> Tens
     else:
         named = dict(x)
         hidden, args = named.pop(HIDDEN, None), [named.pop(ALONE)] if ALONE in named else []
-        passing = {} if hidden is None else {block: lambda *args, **kwargs: hidden for block in below}
+        passing = {} if hidden is None else {block: lambda *args, **kwargs: hidden for block in frozen}
         with replaced_forwards(passing):
             output = call(*args, **named)
     return getattr(output, "logits", output)
@@ -88,9 +88,9 @@ def check_names(network: nn.Module, x: Inputs) -> None:
 def run_frozen_blocks(
     network: nn.Module, x: Inputs, frozen: Sequence[nn.Module], trained: Sequence[nn.Module]
 ) -> Inputs:
-    """``x`` together with what the blocks ``below`` make of it, as ``HIDDEN``; ``x`` itself where there are none, where
+    """``x`` together with the features of the ``frozen`` blocks, as ``HIDDEN``; ``x`` itself where there are none, where
     one of the ``trained`` modules is called before they are done, or where a block returns more than a tensor."""
-    if not below:
+    if not frozen:
         return x
     found: list[Tensor] = []
 
@@ -99,7 +99,7 @@ def run_frozen_blocks(
             found.append(output)
         raise _Reached
 
-    hooks = [below[-1].register_forward_hook(reach), *(module.register_forward_pre_hook(reach) for module in trained)]
+    hooks = [frozen[-1].register_forward_hook(reach), *(module.register_forward_pre_hook(reach) for module in trained)]
     try:
         call_network(network, x, [])
     except _Reached:

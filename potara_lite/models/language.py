@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checks import door
+from ..checks import PathLike, Size, checked
 from ..federation.inputs import Inputs
 from ..files import reading
 
@@ -47,8 +47,8 @@ class TextClassifier(nn.Module):
         return self.head(self.features(input_ids, attention_mask).to(self.head.weight.dtype))
 
 
-@door()
-def text_encoder(name_or_path: str | Path, classes: int, **options) -> TextClassifier:
+@checked
+def text_encoder(name_or_path: PathLike, classes: Size, **options) -> TextClassifier:
     """An encoder like BERT or MiniLM with a new zero head on the mean of its tokens, in eval mode; of an encoder with a
     decoder (T5) the encoder.
 
@@ -61,8 +61,8 @@ def text_encoder(name_or_path: str | Path, classes: int, **options) -> TextClass
     return TextClassifier(network.get_encoder() if network.config.is_encoder_decoder else network, classes).eval()
 
 
-@door()
-def causal_lm(name_or_path: str | Path, **options) -> nn.Module:
+@checked
+def causal_lm(name_or_path: PathLike, **options) -> nn.Module:
     """A causal language model as ``transformers`` has it, without a cache, in eval mode.
 
     An adapter of it loads into the same model in stock PEFT. ``options`` go to ``AutoModelForCausalLM.from_pretrained``
@@ -105,8 +105,8 @@ def installed_minilm() -> Path:
     return Path(found.origin).parent / "model"
 
 
-@door()
-def text_tokenizer(name_or_path: str | Path):
+@checked
+def text_tokenizer(name_or_path: PathLike):
     """The tokenizer of Hugging Face that goes with a backbone. Raises ``FileError`` for what cannot be loaded."""
     return _load("AutoTokenizer", name_or_path, {})
 

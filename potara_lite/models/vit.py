@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checks import door, optional, shown, text
+from ..checks import PathLike, Size, checked, shown
 from ..files import check_file, data_path, reading
 
 LAB_VIT_FILE = "lab_vit.safetensors"
@@ -103,8 +103,8 @@ class LabViT(nn.Module):
         return self.head(self.features(x))
 
 
-@door()
-def lab_vit(classes: int = 10, *, checkpoint: str | Path | None = None) -> LabViT:
+@checked
+def lab_vit(classes: Size = 10, *, checkpoint: PathLike | None = None) -> LabViT:
     """The lab ViT, pre-trained on CIFAR-10 in grey (``data/pretrain_lab_vit.py``), with a new zero head.
 
     ``checkpoint`` defaults to the one shipped in ``data/``, whose SHA-256 is checked, as is that of any other with a
@@ -135,8 +135,8 @@ def lab_vit(classes: int = 10, *, checkpoint: str | Path | None = None) -> LabVi
     return model.eval()
 
 
-@door(weights=optional(text))
-def torchvision_vit(name: str = "vit_b_16", classes: int = 10, *, weights: str | None = "DEFAULT") -> nn.Module:
+@checked
+def torchvision_vit(name: str = "vit_b_16", classes: Size = 10, *, weights: str | None = "DEFAULT") -> nn.Module:
     """A torchvision vision transformer with a new zero head; it resizes images in [0, 1] itself.
 
     ``weights`` are downloaded by torchvision; ``None`` gives a random network. LoRA targets of its blocks:

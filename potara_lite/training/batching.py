@@ -1,7 +1,7 @@
 """One function for every client: vectorised by ``vmap``, one after another where it cannot be, in chunks that fit.
 
-``map_clients`` does it and ``plan_execution`` decides how. To decide, ``plan_execution`` runs the function once on one client and two
-examples. ``Execution`` is what a caller may want of it.
+``map_clients`` does it and ``plan_execution`` decides how; to decide, it runs the function once on one client and two
+examples. ``Execution`` has the caller's options.
 """
 
 from __future__ import annotations
@@ -10,44 +10,38 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vmap
 
 from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import Adapter, flatten, repeat_adapter, unflatten
-from ..checks import check_fields, kind
+from ..checks import Flag, Positive, Size, checked
 from ..federation.inputs import Inputs, any_tensor, map_inputs
-from .grouped_lora import MOST_KINDS, GroupedLoRA, group_lora
+from .grouped_lora import GroupedLoRA, group_lora, measured_once
 
 CPU_MEMORY = 2**28  # bytes of a chunk on the CPU
-TRIALS: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was measured, while the model lives
 Forward = Callable[[Adapter, Inputs], Tensor]
 
 
+@checked
 @dataclass(frozen=True)
 class Execution:
-    """How the clients are run: it changes seconds and bytes, and no result beyond rounding.
+    """How the clients are run. It changes time and memory, and no result beyond rounding.
 
     ``chunk_size``: clients (for per-sample gradients, examples) at a time, by default as many as fit in
     ``memory_bytes`` (256 MiB, on a GPU half of its memory). ``vectorize``: whether a chunk is one batched program; by
     default wherever ``vmap`` takes the backbone, else the clients run one after another and a warning says why.
     ``autocast=torch.bfloat16`` computes in bf16 where that is safe. ``compile`` gives the training step to
-    ``torch.compile``: seconds at first for each new combination of shapes, less for every step.
-
-    Raises ``ValueError`` for a ``chunk_size`` below 1 or ``memory_bytes`` that are not positive.
+    ``torch.compile``, which takes seconds for each new combination of shapes and then makes each step faster.
     """
 
-    chunk_size: int | None = None
-    memory_bytes: float | None = None
-    vectorize: bool | None = None
+    chunk_size: Size | None = None
+    memory_bytes: Positive | None = None
+    vectorize: Flag | None = None
     autocast: torch.dtype | None = None
-    compile: bool = False
-
-    def __post_init__(self):
-        check_fields(self, autocast=kind("dtype"))
+    compile: Flag = False
 
     def memory_on(self, device: torch.device) -> float:
         """The bytes that a chunk may take on this device."""
@@ -58,8 +52,11 @@ class Execution:
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """What ``plan_execution`` decided: whether to vectorise, the chunks, the backbone in the form that this takes, and how many
-    of the ``batch_size`` examples of one client fit."""
+    """What ``plan_execution`` decided.
+
+    ``vectorize``: whether a chunk is one batched program. ``chunks``: the clients of each. ``forward``: the backbone in
+    the form that this takes. ``examples``: how many of the ``batch_size`` examples of one client fit.
+    """
 
     vectorize: bool
     chunks: list[slice]
@@ -68,7 +65,7 @@ class ExecutionPlan:
 
 
 def map_clients(function: Callable[..., Tensor], *stacks: Inputs, vectorize: bool = True) -> Tensor:
-    """``function`` of every client's own tensors, ``(C, ...)``: one batched program, or one client after another.
+    """``function`` of each client's tensors, ``(C, ...)``: one batched program, or one client after another.
 
     ``stacks``: the function's arguments, tensors or dictionaries of tensors with the clients on dim 0.
     """
@@ -84,7 +81,7 @@ def _unbind(stack: Inputs) -> Iterable[Inputs]:
 
 
 def with_autocast(adapted: AdaptedBackbone | GroupedLoRA, dtype: torch.dtype | None) -> Forward:
-    """``adapted`` with matrix products and convolutions in ``dtype`` (bf16, say) and logits in the adapter's own.
+    """``adapted`` with matrix products and convolutions in ``dtype`` (bf16, say) and logits in the adapter's dtype.
 
     PyTorch's autocast chooses which operations are safe; weights, gradients and the optimiser keep their dtype. With
     ``None`` it is ``adapted`` itself.
@@ -113,15 +110,15 @@ def plan_execution(
 ) -> ExecutionPlan:
     """Whether to vectorise over the clients, and in which chunks, so that a chunk takes about its memory.
 
-    The program will see stacks of ``adapters`` and ``batch_size`` examples of ``x`` ``(C, N, ...)`` for each.
-    ``function(adapter, x)`` is what it does with them, if it is more than the backbone's forward. Bytes of one client:
-    what autograd keeps, plus four times the largest tensor for what is alive in between, plus ten ``adapter_copies``
-    for gradients and the optimiser; without ``backward``, eight times the largest tensor and two copies. These are
-    bytes in use, on the large side; what a C library keeps of freed memory can double them, and the data and the
-    results for all clients come on top. Clients that cannot be vectorised come one by one.
+    The program gets stacks of ``adapters`` and ``batch_size`` examples of ``x`` ``(C, N, ...)`` for each client.
+    ``function(adapter, x)`` is what it computes, if that is more than the backbone's forward pass. The bytes of one
+    client are estimated as what autograd keeps, plus four times the largest tensor for temporary results, plus ten
+    ``adapter_copies`` for gradients and the optimiser; without ``backward``, eight times the largest tensor and two
+    copies. The estimate is of bytes in use, and rather too large; freed memory that a C library keeps can double it,
+    and the data and the results of all clients are not in it. Clients that cannot be vectorised run one by one.
 
-    ``vectorize=None`` tries ``vmap`` and, where it fails, warns why; ``True`` lets its error through, and so does a
-    random operation, by which one client's result would depend on the others.
+    ``vectorize=None`` tries ``vmap`` and, where it fails, warns why. ``True`` raises the error of ``vmap`` instead. A
+    random operation is always an error, because one client's result would depend on the others.
     """
     vectorize, chunk, examples = execution.vectorize, execution.chunk_size, batch_size
     if vectorize is None or (vectorize and chunk is None):
@@ -135,12 +132,13 @@ def plan_execution(
             _warn_of_loop(function or with_autocast(adapted, execution.autocast), one, few, error)
             vectorize = False
         else:
-            example = (kept + 4 * largest if backward else 8 * largest) / any_tensor(few).shape[1]
+            vectorize = True
+            example_bytes = (kept + 4 * largest if backward else 8 * largest) / any_tensor(few).shape[1]
             copy_bytes = sum(tensor.numel() * tensor.element_size() for tensor in one.values())
             copies = copy_bytes * (adapter_copies or (10 if backward else 2))
             memory = execution.memory_on(adapted.device)
-            vectorize, chunk = True, chunk or max(1, int(memory // (example * batch_size + copies)))
-            examples = max(1, min(batch_size, int((memory - copies) // example)))
+            chunk = chunk or max(1, int(memory // (example_bytes * batch_size + copies)))
+            examples = max(1, min(batch_size, int((memory - copies) // example_bytes)))
     chunks = _even_chunks(len(any_tensor(x)), chunk if vectorize else 1, exact=execution.chunk_size is not None)
     forward = group_lora(adapted) if vectorize else adapted
     return ExecutionPlan(vectorize, chunks, with_autocast(forward, execution.autocast), examples)
@@ -156,14 +154,14 @@ def _even_chunks(clients: int, most: int, exact: bool) -> list[slice]:
 
 def _warn_of_loop(function: Forward, one: Adapter, few: Inputs, error: RuntimeError) -> None:
     with torch.no_grad():
-        map_clients(function, one, few, vectorize=False)  # a backbone that fails alone fails here, in its own words
+        map_clients(function, one, few, vectorize=False)  # a backbone that fails without vmap raises its error here
     reason = str(error).strip().splitlines()[0]
     text = f"the clients run one after another: vmap cannot take this backbone ({reason})"
     warnings.warn(text, stacklevel=_caller_level())
 
 
 def _caller_level() -> int:
-    """How far up the stack the code is that called this package: there a warning should point."""
+    """How far up the stack the code is that called this package; a warning points there."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(__package__.partition(".")[0]):
         level, frame = level + 1, frame.f_back
@@ -175,8 +173,8 @@ def _measure(
 ) -> tuple[int, int]:
     """Bytes that autograd keeps for one client, in all and in the largest tensor. Raises what ``vmap`` does.
 
-    The backbone's own are remembered for each kind of input. A function that differentiates by itself
-    (``torch.func.grad`` in an objective) lets nobody look; it is taken to need four times what the backbone does.
+    Those of the backbone are remembered for each kind of input. A function that differentiates (``torch.func.grad`` in
+    an objective) does not allow this measurement; it is estimated at four times the backbone's bytes.
     """
     if function is not None:
         try:
@@ -184,14 +182,10 @@ def _measure(
         except RuntimeError:
             map_clients(function, one, few)
             return tuple(4 * size for size in _measure(adapted, repeat_adapter(adapted.initial, 1), few, None, None))
-    inputs, known = few if isinstance(few, dict) else {"": few}, TRIALS.setdefault(adapted.model, {})
+    inputs = few if isinstance(few, dict) else {"": few}
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in [*one.items(), *inputs.items()])
-    key = shapes, autocast, any_tensor(few).device, adapted.model.training
-    if key not in known:
-        if len(known) >= MOST_KINDS:
-            known.pop(next(iter(known)))
-        known[key] = _saved_bytes(adapted, with_autocast(adapted, autocast), one, few)
-    return known[key]
+    key = ("bytes of a client", shapes, autocast, any_tensor(few).device, adapted.model.training)
+    return measured_once(adapted, key, lambda: _saved_bytes(adapted, with_autocast(adapted, autocast), one, few))
 
 
 @torch.enable_grad()
@@ -206,9 +200,9 @@ def _saved_bytes(adapted: AdaptedBackbone, forward: Forward, one: Adapter, x: In
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in shared:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # not the tensor itself, which would hold the graph that holds it
+        return tensor.detach()  # the tensor itself would make a reference cycle with its graph
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         like = {name: tensor[0] for name, tensor in one.items()}
-        logits = map_clients(forward, unflatten(flat, like), x)  # alive until here: no address is counted twice
+        logits = map_clients(forward, unflatten(flat, like), x)  # keeps the graph, so that no address is used twice
     return sum(sizes.values()), max(sizes.values(), default=logits.untyped_storage().nbytes())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -16,63 +17,73 @@ from torch.func import jvp
 from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import (
     Adapter,
+    Stack,
     adapter_from_delta,
+    check_models,
     delta,
-    direction,
-    door,
     flatten,
     is_dense_factor,
     is_lora,
     layer_of,
-    numbers,
-    sizes_of,
     unflatten,
 )
-from ..checks import all_finite, options_of, unchecked
-from ..federation.inputs import Inputs, map_inputs, take
+from ..checks import Numbers, all_finite, checked, invalid
+from ..federation.inputs import PADDING, Inputs, map_inputs, take
 from ..federation.split import Split
 from .batching import Execution, ExecutionPlan, map_clients, plan_execution
 from .grouped_lora import GroupedLoRA, group_lora
 from .loss import checked_logits, example_losses, token_mean
 from .train import check_clients, check_labels, check_losses, losses
 
+Labels = Annotated[Tensor, Numbers("C N|C N T", whole=True, least=PADDING)]
 
-@door()
+
+@checked
 def per_sample_gradients(
     adapted: AdaptedBackbone,
-    adapters: Adapter,
+    adapters: Stack,
     split: Split,
     *,
-    labels: Tensor | None = None,
+    labels: Labels | None = None,
     execution: Execution = Execution(),
 ) -> Tensor:
-    """The gradient of each example's own loss at its client's adapter, ``(C, N, P)``; zero rows for padding.
+    """The gradient of each example's loss at its client's adapter, ``(C, N, P)``; zero rows for padding.
 
-    ``chunk_size`` of ``execution`` counts examples; the result itself comes on top of the memory. ``P`` runs over the
-    tensors in the adapter's order (see ``flatten``). ``labels`` of the shape of the split's own replace them.
+    ``chunk_size`` of ``execution`` counts examples; the memory of the result is not included. ``P`` runs over the
+    tensors in the backbone's order (see ``flatten``). ``labels`` replace those of the split and have their shape.
 
     Where only linear layers are adapted, one backward pass for a block of examples and a product per example
-    (``one_batch.py``). Anywhere else: an example's gradient is the gradient of a client that owns this example alone,
-    so this is one pass of the training engine over ``C * N`` clients of one example.
+    (``grouped_lora.py``). Anywhere else: an example's gradient is the gradient of a client that has this example alone,
+    so this is one training pass over ``C * N`` clients of one example.
     """
-    check_clients(adapted, adapters, split)
-    y = split.y if labels is None else labels
+    adapters = check_clients(adapted, adapters, split)
+    y = split.y if labels is None else _checked_labels(labels, split)
     check_labels(adapted, adapters, split, labels)
-    flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
+    flat = flatten(adapters).detach()
+    like = {name: tensor[0] for name, tensor in adapters.items()}
     gradients = flat.new_empty(*y.shape[:2], flat.shape[1])
-    chosen = _plan_examples(adapted, adapters, split.x, execution)
-    for block in _blocks(*y.shape[:2], chosen.chunks[0].stop):
+    execution_plan = _plan_examples(adapted, adapters, split.x, execution)
+    for block in _blocks(*y.shape[:2], execution_plan.chunks[0].stop):
         stack = unflatten(flat[block[0]].to(adapted.device), like)
         x = map_inputs(lambda tensor, block=block: tensor[block].to(adapted.device), split.x)
         batch = stack, x, y[block].to(adapted.device)  # K clients of M examples
-        if isinstance(chosen.forward, GroupedLoRA):
-            part = chosen.forward.per_sample_gradients(*batch)
+        if isinstance(execution_plan.forward, GroupedLoRA):
+            part = execution_plan.forward.per_sample_gradients(*batch)
         else:
-            part = _client_per_example(chosen, *batch)
+            part = _client_per_example(execution_plan, *batch)
         gradients[block] = part.to(gradients)
     if not all_finite(gradients):
         check_losses(gradients, split)
     return gradients
+
+
+def _checked_labels(labels: Tensor, split: Split) -> Tensor:
+    """The labels. Raises ``ValueError`` unless they have the shape of the split's, and are 0 or more or ignored."""
+    if labels.shape != split.y.shape:
+        invalid("labels", f"of shape {tuple(split.y.shape)}, as those of split", labels)
+    if (odd := labels[(labels < 0) & (labels != PADDING)]).numel():
+        raise ValueError(f"labels must be at least 0, or {PADDING} where one is ignored, not {int(odd[0])}")
+    return labels.long()
 
 
 def _one_by_one(x: Inputs) -> Inputs:
@@ -81,25 +92,32 @@ def _one_by_one(x: Inputs) -> Inputs:
 
 
 def _plan_examples(adapted: AdaptedBackbone, adapters: Adapter, x: Inputs, execution: Execution) -> ExecutionPlan:
-    """The plan for all examples, each a client of its own; ``forward`` is a ``GroupedLoRA`` only where that is exact."""
-    examples, options = _one_by_one(x), dict(batch_size=1, backward=True, execution=execution)
+    """The plan for all examples, each as one client; ``forward`` is a ``GroupedLoRA`` only where that is exact."""
+    examples = _one_by_one(x)
+    options = dict(batch_size=1, backward=True, execution=execution)
     copies = 2 if isinstance(group_lora(adapted), GroupedLoRA) else None
-    chosen = plan_execution(adapted, adapters, examples, adapter_copies=copies, **options)
-    if not isinstance(chosen.forward, GroupedLoRA):
-        return chosen
+    execution_plan = plan_execution(adapted, adapters, examples, adapter_copies=copies, **options)
+    if not isinstance(execution_plan.forward, GroupedLoRA):
+        return execution_plan
     first = {name: tensor[:1].to(adapted.device) for name, tensor in adapters.items()}
-    if chosen.forward.matches_vmap(first, map_inputs(lambda tensor: tensor[:2].to(adapted.device), examples)):
-        return chosen
+    two_examples = map_inputs(lambda tensor: tensor[:2].to(adapted.device), examples)
+    if execution_plan.forward.matches_vmap(first, two_examples):
+        return execution_plan
     return replace(plan_execution(adapted, adapters, examples, **options), forward=adapted)
 
 
-def _client_per_example(chosen: ExecutionPlan, stack: Adapter, x: Inputs, y: Tensor) -> Tensor:
-    """The gradients ``(K, M, P)`` of ``x`` ``(K, M, ...)``, by the training engine."""
+def _client_per_example(execution_plan: ExecutionPlan, stack: Adapter, x: Inputs, y: Tensor) -> Tensor:
+    """The gradients ``(K, M, P)`` of ``x`` ``(K, M, ...)``, with a client for every example."""
     rows = flatten(stack).repeat_interleave(y.shape[1], 0).requires_grad_()  # (K M, P)
     like = {name: tensor[0] for name, tensor in stack.items()}
-    examples = _one_by_one(x), _one_by_one(y)
-    values = losses(chosen.forward, unflatten(rows, like), *examples, _summed, vectorize=chosen.vectorize)
+    batch = _one_by_one(x), _one_by_one(y)
+    vectorize = execution_plan.vectorize
+    values = losses(execution_plan.forward, unflatten(rows, like), *batch, _sum_of_losses, vectorize=vectorize)
     return torch.autograd.grad(values.sum(), rows)[0].view(*y.shape[:2], -1)
+
+
+def _sum_of_losses(logits: Tensor, y: Tensor) -> Tensor:
+    return example_losses(logits, y).sum()  # a padded example adds zero, not NaN
 
 
 def _blocks(clients: int, n: int, most: int) -> Iterator[tuple[slice, slice]]:
@@ -110,39 +128,43 @@ def _blocks(clients: int, n: int, most: int) -> Iterator[tuple[slice, slice]]:
             yield slice(client, min(client + together, clients)), slice(sample, min(sample + most, n))
 
 
-@door(options=options_of(per_sample_gradients))
-def delta_gradients(
-    adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, labels: Tensor | None = None, **options
-) -> Tensor:
+@checked
+def delta_gradients(adapted: AdaptedBackbone, adapters: Stack, split: Split, **options) -> Tensor:
     """The gradient of each example's loss in the deltas and the directly trained weights, ``(C, N, P)``.
 
-    ``P`` runs over the tensors of ``delta(adapters)`` in their order, the entries of every adapted layer's weight among
-    them: far more than the adapter has. ``options`` go to ``per_sample_gradients``.
+    ``P`` runs over the tensors of ``delta(adapters)`` in their order, all entries of every adapted layer's weight: far
+    more than the adapter has. ``options`` (``labels``, ``execution``) go to ``per_sample_gradients``.
     """
+    (adapters,) = check_models(adapted, split, adapters=adapters)
     dense = adapter_from_delta(delta(adapters, adapted.scaling), adapted.scaling, adapters)
-    rows = unchecked(per_sample_gradients)(adapted, dense, split, labels=labels, **options)
+    rows = per_sample_gradients(adapted, dense, split, **options)
     parts = dict(zip(dense, rows.split([tensor[0].numel() for tensor in dense.values()], dim=2)))
     in_layers = [part / adapted.scaling[layer_of(name)] for name, part in parts.items() if is_dense_factor(name, dense)]
     return torch.cat(in_layers + [part for name, part in parts.items() if not is_lora(name)], dim=2)
 
 
-def _summed(logits: Tensor, y: Tensor) -> Tensor:
-    return example_losses(logits, y).sum()  # a padded example counts zero, not NaN
-
-
-@door(gradients=numbers(3), sizes=sizes_of("gradients", 1))
-def diagonal_fisher(gradients: Tensor, sizes: Tensor) -> Tensor:
+@checked
+def diagonal_fisher(
+    gradients: Annotated[Tensor, Numbers("C N P")],
+    sizes: Annotated[Tensor, Numbers("C", whole=True, least=1, most="N")],
+) -> Tensor:
     """The mean of the squared per-sample gradients ``(C, N, P)``, coordinate by coordinate: ``(C, P)``.
 
-    With the data's labels this is the empirical Fisher, with labels drawn from the model the Fisher (Kunstner et al.,
-    2019). The square stands inside the mean: the squared gradient of the batch is something else.
+    ``sizes``: the real examples of each client. With the data's labels this is the empirical Fisher, with labels drawn
+    from the model the Fisher (Kunstner et al., 2019). The square is inside the mean: the squared gradient of the batch
+    is something else.
     """
     return gradients.square().sum(1) / sizes.to(gradients).unsqueeze(1)
 
 
-@door(direction=direction)
+@checked
 def directional_derivatives(
-    adapted: AdaptedBackbone, adapters: Adapter, direction: Tensor, split: Split, *, execution: Execution = Execution()
+    adapted: AdaptedBackbone,
+    adapters: Stack,
+    direction: Annotated[Tensor, Numbers("C P")],
+    split: Split,
+    *,
+    execution: Execution = Execution(),
 ) -> tuple[Tensor, Tensor]:
     """Slope and Gauss–Newton curvature of each example's loss along ``direction`` ``(C, P)``: two ``(C, N)``.
 
@@ -150,9 +172,12 @@ def directional_derivatives(
     ``(p - onehot(y)) · u`` and the curvature ``uᵀ (diag(p) - p pᵀ) u``, the variance of ``u`` under ``p``; both are
     means over the targets of an example that has several. Padded examples give zeros.
     """
-    check_clients(adapted, adapters, split)
+    adapters = check_clients(adapted, adapters, split)
     check_labels(adapted, adapters, split)
-    flat, like = flatten(adapters).detach(), {name: tensor[0] for name, tensor in adapters.items()}
+    flat = flatten(adapters).detach()
+    if direction.shape != flat.shape:
+        invalid("direction", f"of shape {tuple(flat.shape)}, a row for each client's adapter", direction)
+    like = {name: tensor[0] for name, tensor in adapters.items()}
 
     def logits_and_tangents(row: Tensor, tangent: Tensor, x: Inputs) -> Tensor:
         def logits(row: Tensor) -> Tensor:
@@ -160,22 +185,26 @@ def directional_derivatives(
 
         return torch.stack(jvp(logits, (row,), (tangent,)))  # (2, N, classes)
 
-    chosen = plan_execution(adapted, adapters, split.x, batch_size=split.y.shape[1], backward=True, execution=execution)
+    options = dict(batch_size=split.y.shape[1], backward=True, execution=execution)
+    execution_plan = plan_execution(adapted, adapters, split.x, **options)
     parts = []
-    for rows in chosen.chunks:
+    for rows in execution_plan.chunks:
         stacks = flat[rows], direction.to(flat)[rows], take(split.x, rows)
         with torch.no_grad():
-            z, u = map_clients(logits_and_tangents, *stacks, vectorize=chosen.vectorize).unbind(1)  # (K, N, classes)
-            parts.append(torch.stack(_slope_and_curvature(z, u, split.y[rows])))
-    found = torch.cat(parts, dim=1)
-    check_losses(found.transpose(0, 1), split)
-    slope, curvature = found
+            found = map_clients(logits_and_tangents, *stacks, vectorize=execution_plan.vectorize)
+            logits, tangents = found.unbind(1)  # (K, N, classes)
+            parts.append(torch.stack(_slope_and_curvature(logits, tangents, split.y[rows])))
+    derivatives = torch.cat(parts, dim=1)  # (2, C, N)
+    check_losses(derivatives.transpose(0, 1), split)
+    slope, curvature = derivatives
     return slope, curvature
 
 
 def _slope_and_curvature(z: Tensor, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Of each example's loss, ``(K, N)`` each, from logits and tangents ``(K, N, classes)`` or token by token."""
-    p, u, real = checked_logits(z, y).softmax(-1), checked_logits(u, y), y >= 0
+    p = checked_logits(z, y).softmax(-1)
+    u = checked_logits(u, y)
+    real = y >= 0
     mean = (p * u).sum(-1)
     slope = (mean - u.gather(-1, y.clamp_min(0).unsqueeze(-1)).squeeze(-1)) * real
     curvature = (p * (u - mean.unsqueeze(-1)).square()).sum(-1) * real

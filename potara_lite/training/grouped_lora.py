@@ -1,41 +1,54 @@
 """Every client in one batch of one network: frozen layers see all examples, LoRA layers a group of rows per client.
 
-``vmap`` gives each operation a client dimension, frozen layers and all. Where only linear layers are adapted there is a
-shorter way, because the frozen layers are the same for everybody: the clients' batches become one batch of ``C * B``
-examples, the network runs on it as it is, and only its adapted layers tell the clients apart,
+``vmap`` gives each operation a client dimension, also in the frozen layers. Where only linear layers are adapted there
+is a shorter way, because the frozen layers are the same for all clients: the clients' batches become one batch of
+``C * B`` examples, the network runs on it as it is, and only its adapted layers treat the clients separately,
 
-    y_i = W0 x_i + B_i (A_i x_i)          with A (C, r, in), B (C, out, r), the scaling in B, and x (C, rows, in),
+    y_i = W0 x_i + B_i (A_i x_i)          with A (C, r, in), B (C, out, r), the scaling in B, and x (C, rows, in).
 
-where what LoRA adds is added in place, forwards and backwards. The same view gives per-sample gradients without a copy
-of the adapter for every sample: an example's gradient in ``B`` is the product of the gradient in ``y`` with ``A x``
-over that example's own rows (Goodfellow, 2015, arXiv 1510.01799).
+The LoRA term is added in place, in the forward and in the backward pass. The same view gives per-sample gradients
+without a copy of the adapter for every sample: an example's gradient in ``B`` is the product of the gradient in ``y``
+with ``A x`` over that example's rows (Goodfellow, 2015, arXiv 1510.01799).
 
 It is exact for networks whose logits of an example do not depend on the rest of its batch. ``group_lora`` refuses
-what it knows not to be one, and the first result for each kind of input is compared with that of ``vmap``.
+networks that are known not to be so, and the first result for each kind of input is compared with that of ``vmap``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
-from weakref import WeakKeyDictionary
+from typing import TypeVar
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import Adapter, factor_names, is_lora
+from ..compat import has_hooks, tree_flatten, tree_unflatten
 from ..federation.inputs import Inputs, any_tensor, map_inputs, take
 from ..models.frozen_trunk import LINEAR, call_network, replaced_forwards
 from .loss import example_losses
 
-OnBackward = Callable[[str, Tensor, Tensor, Tensor | None], None]  # (layer, input, gradient of output, that times B)
-MOST_KINDS = 64  # of inputs, remembered for a model
-COMPARED: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what was compared, while the model lives
+T = TypeVar("T")
+OnBackward = Callable[[str, Tensor, Tensor, Tensor | None], None]  # (layer, activations, grad_output, grad_hidden)
+MOST_KINDS = 64  # measurements that are kept for a backbone
+
+
+def measured_once(adapted: AdaptedBackbone, key: tuple, measure: Callable[[], T]) -> T:
+    """The result of ``measure()``, kept with the backbone: the same ``key`` does not measure again."""
+    measured = adapted.state.measured
+    with adapted.state.lock:
+        if key not in measured:
+            result = measure()
+            if len(measured) >= MOST_KINDS:
+                measured.pop(next(iter(measured)))
+            measured[key] = result
+        return measured[key]
 
 
 def group_lora(adapted: AdaptedBackbone) -> AdaptedBackbone | GroupedLoRA:
@@ -45,31 +58,28 @@ def group_lora(adapted: AdaptedBackbone) -> AdaptedBackbone | GroupedLoRA:
     """
     model = adapted.model
     owners = {model.get_submodule(parameter.rpartition(".")[0]) for parameter in adapted.parameter_names.values()}
-    layers = [model.get_submodule(layer) for layer in adapted.scaling]
-    simple = (
-        not model.training
-        and all(type(module) is nn.Linear for module in owners)
-        and all(
-            type(layer) is LoraLinear
-            and type(layer.base_layer) in LINEAR
-            and layer.active_adapters == ["default"]
-            and not (layer.merged or layer.disable_adapters or layer.lora_variant)
-            and not _hooked(layer, layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
-            for layer in layers
-        )
+    all_linear = all(type(module) is nn.Linear for module in owners)
+    all_plain = all(_is_plain_lora(model.get_submodule(layer)) for layer in adapted.scaling)
+    return GroupedLoRA(adapted) if all_linear and all_plain and not model.training else adapted
+
+
+def _is_plain_lora(layer: nn.Module) -> bool:
+    """Whether a layer computes ``W0 x + scaling * B A x`` and nothing else."""
+    return (
+        type(layer) is LoraLinear
+        and type(layer.base_layer) in LINEAR
+        and layer.active_adapters == ["default"]
+        and not (layer.merged or layer.disable_adapters or layer.lora_variant)
+        and not has_hooks(layer, layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
     )
-    return GroupedLoRA(adapted) if simple else adapted
-
-
-def _hooked(*modules: nn.Module) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 class GroupedLoRA:
     """``adapted`` for use under ``vmap`` over the clients, where all of them go through the network in one batch."""
 
     def __init__(self, adapted: AdaptedBackbone):
-        self.adapted, self.initial = adapted, adapted.initial
+        self.adapted = adapted
+        self.initial = adapted.initial
         self.layers = {layer: adapted.model.get_submodule(layer) for layer in adapted.scaling}
         self.linears = {  # the directly trained layers, by the name of their tensors
             name.rpartition(".")[0]: adapted.model.get_submodule(parameter.rpartition(".")[0])
@@ -89,33 +99,39 @@ class GroupedLoRA:
         return self.grouped_logits(stack, x) if self.matches_vmap(stack, x) else vmap(self.adapted)(stack, x)
 
     def grouped_logits(self, stack: Adapter, x: Inputs, on_backward: OnBackward | None = None) -> Tensor:
-        """The logits ``(C, B, classes)``; in the backward pass every adapted layer calls ``on_backward``."""
+        """The logits ``(C, B, classes)``; in the backward pass every adapted layer calls ``on_backward``.
+
+        It replaces functions of the model that all adapters share, so it holds the backbone's lock.
+        """
         stack = {name: tensor.to(self.initial[name].dtype) for name, tensor in stack.items()}
-        for layer, scaling in self.adapted.scaling.items():  # B is small, what it writes is not
+        for layer, scaling in self.adapted.scaling.items():  # B is small, its output is not
             name_b = factor_names(layer)[1]
             stack[name_b] = stack[name_b] * scaling
         batch = map_inputs(lambda tensor: tensor.flatten(0, 1), x)
-        with replaced_forwards(self._forwards(stack, on_backward)):
+        lock = nullcontext() if torch.compiler.is_compiling() else self.adapted.state.lock
+        with lock, replaced_forwards(self._forwards(stack, on_backward)):
             logits = call_network(self.adapted.model, batch, self.adapted.frozen_blocks)
         return logits.unflatten(0, any_tensor(x).shape[:2])
 
     def _forwards(self, stack: Adapter, on_backward: OnBackward | None) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-        """The forward of every module that has weights of its own for each client."""
+        """The forward of every module whose weights differ between clients."""
 
         def lora(name: str, layer: LoraLinear) -> Callable[[Tensor], Tensor]:
-            (a, b), base = (stack[factor] for factor in factor_names(name)), layer.base_layer
+            a, b = (stack[factor] for factor in factor_names(name))
+            base = layer.base_layer
             weight = base.weight.mT if layer.fan_in_fan_out else base.weight
             callback = on_backward and partial(on_backward, name)
             return lambda x: _LoRA.apply(*_autocast(x, weight, base.bias, a, b), callback)
 
         def linear(name: str) -> Callable[[Tensor], Tensor]:
-            weight, bias = stack[f"{name}.weight"], stack.get(f"{name}.bias")
+            weight = stack[f"{name}.weight"]
+            bias = stack.get(f"{name}.bias")
 
             def forward(x: Tensor) -> Tensor:
                 y = _by_client(x, weight) @ weight.mT
                 y = (y if bias is None else y + bias.unsqueeze(1)).reshape(*x.shape[:-1], -1)
                 if on_backward is not None:
-                    y.register_hook(lambda grad: on_backward(name, x.detach(), grad, None))
+                    y.register_hook(lambda grad_output: on_backward(name, x.detach(), grad_output, None))
                 return y
 
             return forward
@@ -130,25 +146,25 @@ class GroupedLoRA:
         kind of input. A network that does not keep the batch on dim 0, or lets examples see each other, fails here."""
         some = take(x, (slice(2), slice(2)))
         leaves, structure = tree_flatten(some)
-        known, two = COMPARED.setdefault(self.adapted.model, {}), len(leaves[0])
-        kinds = tuple((leaf.shape[2:], leaf.dtype) for leaf in leaves)
-        key = (tuple(stack), str(structure), kinds, leaves[0].device, two)
-        if key not in known:
-            if len(known) >= MOST_KINDS:
-                known.pop(next(iter(known)))
+        clients = len(leaves[0])
+
+        def compare() -> bool:
             generator = torch.Generator().manual_seed(0)
             random = {
-                name: torch.randn(two, *t.shape[1:], generator=generator).to(t) / t[0, 0].numel() ** 0.5
+                name: torch.randn(clients, *t.shape[1:], generator=generator).to(t) / t[0, 0].numel() ** 0.5
                 for name, t in stack.items()
             }
             with torch.autocast(leaves[0].device.type, enabled=False):
-                alone = vmap(self.adapted)(random, some)  # what vmap refuses, such as a branch on values, is not for us
+                expected = vmap(self.adapted)(random, some)  # an error of vmap, such as a branch on values, is raised
                 try:
-                    apart = (self.grouped_logits(random, some) - alone).abs().max()
-                    known[key] = bool(apart <= 3 * torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max())
+                    difference = (self.grouped_logits(random, some) - expected).abs().max()
                 except RuntimeError:  # of shapes or dtypes
-                    known[key] = False
-        return known[key]
+                    return False
+                return bool(difference <= 3 * torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max())
+
+        kinds = tuple((leaf.shape[2:], leaf.dtype) for leaf in leaves)
+        key = ("grouped equals vmap", tuple(stack), str(structure), kinds, leaves[0].device, clients)
+        return measured_once(self.adapted, key, compare)
 
     def per_sample_gradients(self, stack: Adapter, x: Inputs, y: Tensor) -> Tensor:
         """Each example's gradient of its own loss (``example_losses``), ``(C, N, P)``.
@@ -157,39 +173,41 @@ class GroupedLoRA:
         there. It stands on ``grouped_logits``: ask ``matches_vmap`` first.
         """
         sizes = [tensor[0].numel() for tensor in stack.values()]
-        out = next(iter(stack.values())).new_zeros(*y.shape[:2], sum(sizes))
-        place, examples = dict(zip(stack, out.split(sizes, dim=2))), y.shape[0] * y.shape[1]
+        gradients = next(iter(stack.values())).new_zeros(*y.shape[:2], sum(sizes))
+        columns = dict(zip(stack, gradients.split(sizes, dim=2)))
+        examples = y.shape[0] * y.shape[1]
 
-        def add(name: str, grad: Tensor) -> None:  # also where a layer is called twice
-            place[name] += grad.view(place[name].shape)
+        def add(name: str, grad: Tensor) -> None:  # a layer that is called twice adds twice
+            columns[name] += grad.view(columns[name].shape)
 
-        def on_backward(name: str, read: Tensor, grad: Tensor, back: Tensor | None) -> None:
-            read, grad = (t.reshape(examples, -1, t.shape[-1]) for t in (read, grad))  # (C N, T, in), (C N, T, out)
-            if back is None:
-                add(f"{name}.weight", grad.mT @ read)
-                if f"{name}.bias" in place:
-                    add(f"{name}.bias", grad.sum(1))
+        def on_backward(name: str, activations: Tensor, grad_output: Tensor, grad_hidden: Tensor | None) -> None:
+            activations = activations.reshape(examples, -1, activations.shape[-1])  # (C N, T, in)
+            grad_output = grad_output.reshape(examples, -1, grad_output.shape[-1])  # (C N, T, out)
+            if grad_hidden is None:  # a directly trained layer
+                add(f"{name}.weight", grad_output.mT @ activations)
+                if f"{name}.bias" in columns:
+                    add(f"{name}.bias", grad_output.sum(1))
             else:
                 name_a, name_b = factor_names(name)
-                a = stack[name_a].to(read.dtype) * self.adapted.scaling[name]
-                hidden = (_by_client(read, a) @ a.mT).view(examples, -1, a.shape[1])  # (C N, T, r)
-                add(name_a, back.view(hidden.shape).to(read.dtype).mT @ read)
-                add(name_b, grad.mT @ hidden)
+                a = stack[name_a].to(activations.dtype) * self.adapted.scaling[name]
+                hidden = (_by_client(activations, a) @ a.mT).view(examples, -1, a.shape[1])  # (C N, T, r)
+                add(name_a, grad_hidden.view(hidden.shape).to(activations.dtype).mT @ activations)
+                add(name_b, grad_output.mT @ hidden)
 
-        with torch.enable_grad():
-            trained = {n: t.detach().requires_grad_(is_lora(n, "B")) for n, t in stack.items()}  # so that all is asked
+        with torch.enable_grad():  # one factor of each layer is enough for on_backward to be called
+            trained = {name: tensor.detach().requires_grad_(is_lora(name, "B")) for name, tensor in stack.items()}
             logits = self.grouped_logits(trained, x, on_backward)
             example_losses(logits.flatten(0, 1), y.flatten(0, 1)).sum().backward()
-        return out
+        return gradients
 
 
 def _by_client(x: Tensor, stack: Tensor) -> Tensor:
-    """``x`` of ``(C * B, ..., n)`` with the clients apart: ``(C, rows, n)``."""
+    """``x`` of ``(C * B, ..., n)`` with the clients on dim 0: ``(C, rows, n)``."""
     return x.reshape(len(stack), -1, x.shape[-1])
 
 
 def _autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
-    """What autocast would do to the operands of a matrix product."""
+    """The operands of a matrix product in the dtype that autocast gives them."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -197,10 +215,11 @@ def _autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
 
 
 class _LoRA(torch.autograd.Function):
-    """``x W0ᵀ + bias + (x Aᵀ) Bᵀ`` with A and B of each client's own; both additions write into what is there.
+    """``x W0ᵀ + bias + (x Aᵀ) Bᵀ`` with each client's A and B; both additions are in place.
 
-    ``on_backward(x, grad, grad B)`` replaces the gradients in A and B where it is given. Where the frozen layer
-    computes in bf16 and the adapter in float32, what LoRA adds is made in float32, as in PEFT.
+    Where ``on_backward`` is given it is called with ``(x, grad_output, grad_output B)``, and there are no gradients in
+    A and B. Where the frozen layer computes in bf16 and the adapter in float32, the LoRA term is computed in float32,
+    as in PEFT.
     """
 
     @staticmethod
@@ -218,23 +237,27 @@ class _LoRA(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad_output):
         x, weight, a, b = ctx.saved_tensors
-        rows, grad, need = _by_client(x, a), _by_client(grad, b), ctx.needs_input_grad
-        back = grad.to(b.dtype) @ b  # (C, rows, r)
-        grad_a = grad_b = None
+        activations = _by_client(x, a)
+        grad_output = _by_client(grad_output, b)
+        grad_hidden = grad_output.to(b.dtype) @ b  # (C, rows, r)
+        grad_x = grad_a = grad_b = None
         if ctx.on_backward is not None:
-            ctx.on_backward(x, grad, back)
+            ctx.on_backward(x, grad_output, grad_hidden)
         else:
-            rows = rows.to(a.dtype)
-            grad_a = back.mT @ rows if need[3] else None
-            grad_b = grad.to(b.dtype).mT @ (rows @ a.mT) if need[4] else None
-        grad_x = (grad @ weight).baddbmm_(back.to(x.dtype), a.to(x.dtype)).view(x.shape) if need[0] else None
+            activations = activations.to(a.dtype)
+            if ctx.needs_input_grad[3]:
+                grad_a = grad_hidden.mT @ activations
+            if ctx.needs_input_grad[4]:
+                grad_b = grad_output.to(b.dtype).mT @ (activations @ a.mT)
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_output @ weight).baddbmm_(grad_hidden.to(x.dtype), a.to(x.dtype)).view(x.shape)
         return grad_x, None, None, grad_a, grad_b, None
 
 
 class _GroupedFunction(torch.autograd.Function):
-    """The backbone with a rule of its own for ``vmap``: there all clients are at hand, and autograd follows the rule.
+    """The backbone with its own rule for ``vmap``: the rule gets all clients at once, and autograd differentiates it.
 
     Under other transforms, such as a ``torch.func.grad`` in an objective, derivatives are those of the backbone.
     """
@@ -252,14 +275,15 @@ class _GroupedFunction(torch.autograd.Function):
     @staticmethod
     def _function(ctx) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """The logits as a function of the adapter's tensors, and these."""
-        tensors, x = ctx.saved_tensors[: ctx.trained], ctx.saved_tensors[ctx.trained :]
+        tensors = ctx.saved_tensors[: ctx.trained]
+        x = ctx.saved_tensors[ctx.trained :]
         return lambda *tensors: ctx.runner.adapted(*tree_unflatten([*tensors, *x], ctx.structure)), tensors
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad_output):
         function, tensors = _GroupedFunction._function(ctx)
         no_gradients = [None] * (len(ctx.saved_tensors) - ctx.trained)
-        return None, None, None, *vjp(function, *tensors)[1](grad), *no_gradients
+        return None, None, None, *vjp(function, *tensors)[1](grad_output), *no_gradients
 
     @staticmethod
     def jvp(ctx, runner, structure, trained, *tangents):

@@ -1,28 +1,28 @@
-"""One engine: train a stack of adapters, every client at once, through ``torch.func``.
+"""Train and evaluate a stack of adapters, all clients at once, through ``torch.func``.
 
 All clients share one frozen backbone, so one step for all of them is one batched program: ``vmap`` of the forward
-pass over the stacked adapters, the sum of the clients' losses, one backward pass. A client's loss does not see the
-other clients' adapters, so the gradient of the sum is, row by row, each client's own gradient.
+pass over the stacked adapters, the sum of the clients' losses, one backward pass. A client's loss does not depend on
+the other clients' adapters, so each row of the gradient of the sum is the gradient of one client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapters.lora import AdaptedBackbone
-from ..adapters.state import Adapter, door, fitting, flatten, select_clients, trained_stack, unflatten
-from ..checks import one_or_several, seed as one_seed, unchecked
+from ..adapters.state import Adapter, Stack, check_count, check_models, flatten, select_clients, unflatten
+from ..checks import Count, Flag, List, NonNegative, Positive, Seed, Size, checked
 from ..federation.batches import batch_indices
 from ..federation.inputs import Inputs, map_inputs, take
 from ..federation.split import Split
-from .batching import Execution, Forward, map_clients, plan_execution, with_autocast
+from .batching import Execution, ExecutionPlan, Forward, map_clients, plan_execution, with_autocast
+from .grouped_lora import measured_once
 from .loss import example_accuracies, example_losses, mean_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -32,8 +32,8 @@ Objective = Callable[[Callable[[Adapter], Tensor], Adapter], Tensor]  # (loss of
 class DivergedError(ValueError):
     """A client's training loss is no longer a finite number: the first such ``client`` and its first such ``step``.
 
-    ``trained`` is the run, which goes on to its end before this is raised: every other client's adapter and losses
-    there are what they would be without this client.
+    ``trained`` is the finished run: training goes on to the last step before this is raised, and the other clients'
+    adapters and losses are those that they would have without this client.
     """
 
     def __init__(self, client: int, step: int, trained: Trained):
@@ -55,21 +55,24 @@ class OptimizerState:
 
     def rows(self, index: Tensor | slice) -> OptimizerState:
         """The state of some clients, by their rows (on any device)."""
-        return self._each(lambda tensor: tensor[index if isinstance(index, slice) else index.to(tensor.device)])
+        return OptimizerState(**select_clients(vars(self), index))
 
     def to(self, device: str | torch.device) -> OptimizerState:
         """The same state on ``device``."""
-        return self._each(lambda tensor: tensor.to(device))
+        return OptimizerState(*(tensor.to(device) for tensor in vars(self).values()))
 
     def replace_rows(self, index: Tensor, rows: OptimizerState) -> OptimizerState:
         """This state with the rows of some clients replaced."""
         index = index.to(self.steps.device)
-        return OptimizerState(
-            *(old.index_copy(0, index, new) for old, new in zip(vars(self).values(), vars(rows).values()))
-        )
+        pairs = zip(vars(self).values(), vars(rows).values())
+        return OptimizerState(*(old.index_copy(0, index, new) for old, new in pairs))
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> OptimizerState:
-        return OptimizerState(function(self.mean), function(self.square), function(self.steps))
+    def check(self, clients: int, size: int) -> None:
+        """Raise ``ValueError`` unless it is of so many clients and ``size`` numbers for each."""
+        if len(self.steps) != clients:
+            raise ValueError(f"state: the state of {len(self.steps)} clients for {clients}")
+        if not self.mean.shape == self.square.shape == (clients, size):
+            raise ValueError(f"state must have {size} numbers for each client, not shape {tuple(self.mean.shape)}")
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,9 @@ def losses(
     *,
     vectorize: bool = True,
 ) -> Tensor:
-    """The loss ``(C,)`` of each client's adapter on its own batch, ``x`` of ``(C, B, ...)`` and ``y`` of ``(C, B)``.
+    """The loss ``(C,)`` of each client's adapter on its batch, ``x`` of ``(C, B, ...)`` and ``y`` of ``(C, B)``.
 
-    ``objective(f, tensors)`` makes a client's tensors into its loss; ``f`` is the loss of an adapter on the batch.
+    ``objective(f, tensors)`` is the loss of a client's tensors, where ``f`` is the loss of an adapter on the batch.
     """
 
     def client_loss(tensors: Adapter, client_x: Inputs, client_y: Tensor) -> Tensor:
@@ -131,121 +134,141 @@ def compiled_losses() -> Callable[..., Tensor]:
     return torch.compile(losses, dynamic=False)
 
 
-def check_clients(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> None:
-    """Raise ``ValueError`` unless there is an adapter for every client, whose inputs the backbone can take."""
-    if (count := len(next(iter(adapters.values())))) != len(split):
-        raise ValueError(f"{count} adapters for {len(split)} clients")
+def check_clients(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> Adapter:
+    """The stack in the order of the backbone's tensors.
+
+    Raises ``ValueError`` unless there is an adapter of this backbone for every client, whose inputs the backbone takes.
+    """
+    (adapters,) = check_models(adapted, split, adapters=adapters)
     adapted.check_inputs(split.x, split.ids)
-
-
-CLASSES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # as many logits as a model has, while it lives
+    return adapters
 
 
 @torch.no_grad()
 def check_labels(adapted: AdaptedBackbone, adapters: Adapter, split: Split, labels: Tensor | None = None) -> None:
     """Raise ``ValueError`` for a label, of the split or of ``labels`` instead, that the backbone has no logit of.
 
-    How many logits a model has is seen once, on the first client's first example.
+    The number of logits is measured once, on the first client's first example.
     """
-    if adapted.model not in CLASSES:
+
+    def count_logits() -> int:
         one = {name: tensor[0].to(adapted.device) for name, tensor in adapters.items()}
-        x = map_inputs(lambda tensor: tensor[0, :1].to(adapted.device), split.x)
-        CLASSES[adapted.model] = adapted(one, x).shape[-1]
-    largest, classes = int((split.y if labels is None else labels).max()), CLASSES[adapted.model]
+        return adapted(one, map_inputs(lambda tensor: tensor[0, :1].to(adapted.device), split.x)).shape[-1]
+
+    classes = measured_once(adapted, ("classes",), count_logits)
+    largest = int((split.y if labels is None else labels).max())
     if largest >= classes:
         name = "split has" if labels is None else "labels:"
         raise ValueError(f"{name} label {largest}, the backbone has classes 0 … {classes - 1}")
 
 
-@door(adapters=trained_stack, seed=one_or_several(one_seed))
+@checked
 def train(
     adapted: AdaptedBackbone,
-    adapters: Adapter,
+    adapters: Stack,
     split: Split,
     *,
-    steps: int,
-    batch_size: int = 8,
-    lr: float = 1e-3,
-    weight_decay: float = 0.0,
-    clip: float | None = None,
-    seed: int | Sequence[int] = 0,
-    start: int = 0,
+    steps: Count,
+    batch_size: Size = 8,
+    lr: Positive = 1e-3,
+    weight_decay: NonNegative = 0.0,
+    clip: Positive | None = None,
+    seed: Seed | List[Seed] = 0,
+    start: Count = 0,
     state: OptimizerState | None = None,
     loss: Loss = mean_loss,
     objective: Objective = plain_loss,
-    fixed: Adapter | None = None,
+    fixed: Mapping[str, Tensor] | None = None,
     execution: Execution = Execution(),
-    progress: bool = False,
+    progress: Flag = False,
 ) -> Trained:
     """Train each client's adapter on its own examples with AdamW, all clients in one batched program.
 
     ``adapters``: a stack, a row per client of ``split``. ``steps`` optimiser steps of ``batch_size`` examples each;
-    ``start`` says how many steps of the batch stream are already behind (see ``batch_indices``), ``state`` goes on
-    with an earlier optimiser state. ``clip`` bounds each client's gradient norm. A client's batches depend on
-    ``(seed, split.ids[client])`` alone. ``objective`` is that of ``losses``; it also sees the tensors of the stack
-    ``fixed``, which do not train. Adapters, data and state may lie on the CPU and visit the backbone's device chunk by
-    chunk (see ``Execution``).
+    ``start``: the steps of the batch stream that are already done (see ``batch_indices``); ``state``: the optimiser
+    state of an earlier run to go on from. ``clip`` bounds each client's gradient norm. A client's batches depend on
+    ``(seed, split.ids[client])`` alone. ``objective`` is that of ``losses``; it also gets the tensors of the stack
+    ``fixed``, which do not train. Adapters, data and state may be on the CPU; each chunk of clients is moved to the
+    backbone's device for its steps (see ``Execution``).
 
-    Raises ``ValueError`` for adapters, data, a state or numbers that do not fit, and ``DivergedError`` (one, too)
+    Raises ``ValueError`` for adapters, data, a state or numbers that do not fit, and ``DivergedError`` (a subclass)
     naming the client and the step when a loss is not finite; the result for the other clients is in its ``trained``.
     """
-    is_adapter = objective is plain_loss and not fixed
-    if is_adapter:
-        adapters = fitting("adapters", adapters, adapted)
-    check_clients(adapted, adapters, split)
-    if is_adapter and loss is mean_loss:
-        check_labels(adapted, adapters, split)
-    flat, like = flatten(adapters).detach().to(adapted.dtype), {name: tensor[0] for name, tensor in adapters.items()}
+    if objective is plain_loss and not fixed:
+        adapters = check_clients(adapted, adapters, split)
+        if loss is mean_loss:
+            check_labels(adapted, adapters, split)
+    else:  # what trains need not be an adapter of the backbone
+        check_models(adapted, split)
+        adapted.check_inputs(split.x, split.ids)
+        for name, stack in dict(adapters=adapters, fixed=fixed).items():
+            if stack:
+                check_count(name, stack, len(split))
+    flat = flatten(adapters).detach().to(adapted.dtype)
+    like = {name: tensor[0] for name, tensor in adapters.items()}
+    if state is not None:
+        state.check(*flat.shape)
     state = OptimizerState.zeros(flat) if state is None else state.rows(torch.arange(len(split)))  # a copy
     curves = flat.new_zeros(len(split), steps)
     fixed = {name: tensor.detach() for name, tensor in (fixed or {}).items()}
-    chosen, step_losses = _plan_training(adapted, adapters | fixed, split, batch_size, loss, objective, execution)
+    execution_plan, step_losses = _plan_training(
+        adapted, adapters | fixed, split, batch_size, loss, objective, execution
+    )
     with tqdm(total=steps * len(split), disable=not progress, unit="step", desc="training") as bar:
-        for chunk in chosen.chunks:
-            held = {name: tensor.to(adapted.device) for name, tensor in select_clients(fixed, chunk).items()}
-            now, now_state = flat[chunk].to(adapted.device), state.rows(chunk).to(adapted.device)
-            for step, (x, y) in enumerate(
-                _batches(split.rows(chunk).to(adapted.device), seed, start, steps, batch_size)
-            ):
+        for chunk in execution_plan.chunks:
+            chunk_fixed = {name: tensor.to(adapted.device) for name, tensor in select_clients(fixed, chunk).items()}
+            now = flat[chunk].to(adapted.device)
+            now_state = state.rows(chunk).to(adapted.device)
+            batches = _batches(split.rows(chunk).to(adapted.device), seed, start, steps, batch_size)
+            for step, (x, y) in enumerate(batches):
                 now.requires_grad_()
-                values = step_losses(unflatten(now, like) | held, x, y)  # (K,)
+                values = step_losses(unflatten(now, like) | chunk_fixed, x, y)  # (K,)
                 (grad,) = torch.autograd.grad(values.sum(), now)
                 now, now_state = adamw_step(now.detach(), _clipped(grad, clip), now_state, lr, weight_decay)
                 curves[chunk, step] = values.detach().to(curves)
                 bar.update(len(now))
             flat[chunk] = now.to(flat.device)  # in place: all clients' results exist once
-            for kept, new in zip(vars(state).values(), vars(now_state).values()):
-                kept[chunk] = new.to(kept.device)
+            for all_rows, chunk_rows in zip(vars(state).values(), vars(now_state).values()):
+                all_rows[chunk] = chunk_rows.to(all_rows.device)
     stack = {name: tensor.to(like[name].dtype) for name, tensor in unflatten(flat, like).items()}
     return _check_finite(Trained(stack, state, curves), split.ids, start)
 
 
-def _plan_training(adapted, tensors: Adapter, split: Split, batch_size: int, loss, objective, execution: Execution):
+def _plan_training(
+    adapted: AdaptedBackbone,
+    tensors: Adapter,
+    split: Split,
+    batch_size: int,
+    loss: Loss,
+    objective: Objective,
+    execution: Execution,
+) -> tuple[ExecutionPlan, Callable[[Adapter, Inputs, Tensor], Tensor]]:
     """The plan, and the function from a chunk's tensors and batch to its clients' losses."""
     alone = with_autocast(adapted, execution.autocast)
 
     def total_logits(client_tensors: Adapter, x: Inputs) -> Tensor:
         return objective(lambda adapter: alone(adapter, x).sum(), client_tensors)
 
-    chosen = plan_execution(
-        adapted, tensors, split.x, batch_size=batch_size, backward=True, execution=execution,
-        function=None if objective is plain_loss else total_logits,
-    )  # fmt: skip
-    compiled = chosen.vectorize and execution.compile
-    forward, function = (alone, compiled_losses()) if compiled else (chosen.forward, losses)
-    return chosen, lambda stack, x, y: function(forward, stack, x, y, loss, objective, vectorize=chosen.vectorize)
+    function = None if objective is plain_loss else total_logits
+    options = dict(batch_size=batch_size, backward=True, execution=execution, function=function)
+    execution_plan = plan_execution(adapted, tensors, split.x, **options)
+    vectorize = execution_plan.vectorize
+    compiled = vectorize and execution.compile
+    forward = alone if compiled else execution_plan.forward
+    all_losses = compiled_losses() if compiled else losses
+    return execution_plan, lambda stack, x, y: all_losses(forward, stack, x, y, loss, objective, vectorize=vectorize)
 
 
 def _batches(split: Split, seed: int | Sequence[int], start: int, steps: int, batch_size: int) -> Iterator:
     """The clients' batches of every step, ``(K, B, ...)`` and ``(K, B)``."""
-    seed = [seed] if isinstance(seed, int) else list(seed)
-    streams = [
-        unchecked(batch_indices)(n, start, steps, batch_size, [*seed, i])
-        for n, i in zip(split.sizes.tolist(), split.ids)
-    ]
-    index, row = torch.stack(streams).to(split.y.device), torch.arange(len(split), device=split.y.device).unsqueeze(1)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    sizes = split.sizes.tolist()
+    streams = [batch_indices(n, start, steps, batch_size, [*seeds, i]) for n, i in zip(sizes, split.ids)]
+    examples = torch.stack(streams).to(split.y.device)  # (K, steps, B)
+    row = torch.arange(len(split), device=split.y.device).unsqueeze(1)
     for step in range(steps):
-        yield take(split.x, (row, index[:, step])), split.y[row, index[:, step]]
+        index = row, examples[:, step]
+        yield take(split.x, index), split.y[index]
 
 
 def _clipped(grad: Tensor, clip: float | None) -> Tensor:
@@ -254,9 +277,9 @@ def _clipped(grad: Tensor, clip: float | None) -> Tensor:
 
 
 def _check_finite(trained: Trained, ids: Sequence[int], start: int) -> Trained:
-    """The run itself, unless a loss, or an adapter after the last update, is not finite: then ``DivergedError``."""
-    last = flatten(trained.adapters).isfinite().all(1, keepdim=True)
-    finite = torch.cat([trained.losses.isfinite(), last], dim=1)  # (C, steps + 1)
+    """The run itself. Raises ``DivergedError`` if a loss, or an adapter after the last update, is not finite."""
+    finite_adapters = flatten(trained.adapters).isfinite().all(1, keepdim=True)
+    finite = torch.cat([trained.losses.isfinite(), finite_adapters], dim=1)  # (C, steps + 1)
     if not finite.all():
         row = int((~finite.all(1)).nonzero()[0])
         raise DivergedError(ids[row], start + int((~finite[row]).nonzero()[0]), trained)
@@ -264,18 +287,18 @@ def _check_finite(trained: Trained, ids: Sequence[int], start: int) -> Trained:
 
 
 @torch.no_grad()
-@door()
+@checked
 def evaluate(
     adapted: AdaptedBackbone,
-    adapters: Adapter,
+    adapters: Stack,
     split: Split,
     *,
-    batch_size: int = 128,
+    batch_size: Size = 128,
     execution: Execution = Execution(),
 ) -> tuple[Tensor, Tensor]:
     """Mean loss (nats) and accuracy (a fraction), ``(C,)`` each, of each client's adapter on its own examples.
 
-    Both are means over examples; a text with a target per token has the mean over its tokens (``training/loss.py``).
+    Both are means over examples; that of a text with a target per token is the mean over its tokens (see ``loss.py``).
     Raises ``ValueError`` for adapters that do not fit and for a client whose loss is not finite.
     """
     total = torch.zeros(2, len(split), device=adapted.device, dtype=torch.float64)
@@ -290,8 +313,9 @@ def evaluate(
 def check_losses(losses: Tensor, split: Split) -> None:
     """Raise ``ValueError`` naming the first client that has a loss ``(C, ...)``, or a logit or a gradient of it,
     that is not finite."""
-    if not (fine := losses.isfinite().reshape(len(losses), -1).all(1)).all():
-        client = split.ids[int((~fine).nonzero()[0])]
+    finite = losses.isfinite().reshape(len(losses), -1).all(1)
+    if not finite.all():
+        client = split.ids[int((~finite).nonzero()[0])]
         raise ValueError(f"the loss of client {client} is not finite: its examples or its logits are not numbers")
 
 
@@ -302,15 +326,17 @@ def batched_logits(
 
     ``B`` is ``batch_size``, or what fits: a language model's logits are as many as its vocabulary for every token.
     """
-    check_clients(adapted, adapters, split)
+    adapters = check_clients(adapted, adapters, split)
     check_labels(adapted, adapters, split)
-    most = min(batch_size, split.y.shape[1])
-    chosen = plan_execution(adapted, adapters, split.x, batch_size=most, backward=False, execution=execution)
-    for rows in chosen.chunks:
+    examples = split.y.shape[1]
+    options = dict(batch_size=min(batch_size, examples), backward=False, execution=execution)
+    execution_plan = plan_execution(adapted, adapters, split.x, **options)
+    size = min(batch_size, execution_plan.examples)
+    for rows in execution_plan.chunks:
         part = split.rows(rows).to(adapted.device)
         stack = {name: tensor.to(adapted.device) for name, tensor in select_clients(adapters, rows).items()}
-        for start in range(0, split.y.shape[1], min(batch_size, chosen.examples)):
-            columns = slice(start, start + min(batch_size, chosen.examples))
+        for start in range(0, examples, size):
+            columns = slice(start, start + size)
             x = take(part.x, (slice(None), columns))
-            logits = map_clients(chosen.forward, stack, x, vectorize=chosen.vectorize)
+            logits = map_clients(execution_plan.forward, stack, x, vectorize=execution_plan.vectorize)
             yield rows, columns, logits, part.y[:, columns]

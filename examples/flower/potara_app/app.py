@@ -1,8 +1,9 @@
-"""The two halves of the app. A client takes its part of the shipped images, or brings a folder of its own.
+"""The client app and the server app. A client uses its part of the shipped images, or a folder with its own data.
 
-A node whose configuration names ``data`` reads ``train.npz`` and ``test.npz`` there: ``images`` ``(n, 28, 28)`` of
-bytes and ``labels`` ``(n,)`` from 0 to 9. Change ``load`` for any other backbone or data: it returns the backbone with
-its empty adapter, the same at every client and at the server, and a federation of this one client.
+If a node's configuration names a folder ``data``, its ``train.npz`` and ``test.npz`` are read: ``images``
+``(n, 28, 28)`` of bytes and ``labels`` ``(n,)`` from 0 to 9. Change ``load`` for another backbone or other data: it
+returns the backbone with its empty adapter, the same at every client and at the server, and a federation of this one
+client.
 """
 
 from __future__ import annotations
@@ -32,13 +33,12 @@ def load(run_config: RunConfig, client: int, node: Config) -> tuple[AdaptedBackb
         return load_lab_client(run_config, client, node)
     folder = Path(str(node["data"]))
     train, test = read(folder / "train.npz"), read(folder / "test.npz")
-    held = run_config.setting.calibration_size
-    mine = from_tensors([train], [test], calibration_size=held, classes=10, seed=run_config.seed, name=folder.name)
-    mine = Federation(
-        *(replace(part, ids=(client,)) for part in (mine.train, mine.calibration, mine.test)), 10, mine.name
-    )
+    size, seed = run_config.setting.calibration_size, run_config.seed
+    alone = from_tensors([train], [test], calibration_size=size, classes=10, seed=seed, name=folder.name)
+    splits = [replace(split, ids=(client,)) for split in (alone.train, alone.calibration, alone.test)]
+    federation = Federation(*splits, alone.classes, alone.name)
     backbone = lab_vit(10)
-    return attach(backbone, rank=run_config.setting.rank, seed=run_config.seed), mine.map(backbone.embed)
+    return attach(backbone, rank=run_config.setting.rank, seed=seed), federation.map(backbone.embed)
 
 
 client = client_app(load)

@@ -1,7 +1,4 @@
-"""Checkers of notebook 05: what is a sample, who is on the frontier, and what is a fair comparison.
-
-Each takes a reader's function and says one line about it: ``"not attempted"``, ``"correct"``, or a hint.
-"""
+"""Checkers of notebook 05: what is a sample, which methods are on the frontier, what is a fair comparison."""
 
 from __future__ import annotations
 
@@ -27,26 +24,24 @@ def paired_difference(first: Tensor, second: Tensor) -> tuple[float, float]:
     return float(seeds.mean()), _error(seeds)
 
 
-def _with_error(error: Callable[[Tensor, Tensor], float]) -> Callable:
+def _with_error(error: Callable[[Tensor, Tensor], Tensor | float]) -> Callable:
     return lambda first, second: (float((first - second).mean()), float(error(first, second)))
 
 
-PAIRED_DIFFERENCE_SLIPS = {
-    "that is the unpaired error: it adds the spread of both methods; subtract seed by seed first": _with_error(
-        lambda first, second: (_error(first.mean(1)) ** 2 + _error(second.mean(1)) ** 2) ** 0.5
+PAIRED_DIFFERENCE_MISTAKES = {
+    "that is the unpaired error: it adds the spread of both methods; subtract seed by seed first": (
+        _with_error(lambda a, b: (_error(a.mean(1)) ** 2 + _error(b.mean(1)) ** 2) ** 0.5)
     ),
     "you divided by n inside the deviation; the mean was estimated from the same seeds, so it is n - 1 (ddof 1)": (
-        _with_error(lambda first, second: (first - second).mean(1).std(correction=0) / len(first) ** 0.5)
+        _with_error(lambda a, b: (a - b).mean(1).std(correction=0) / len(a) ** 0.5)
     ),
     "you took every client for a sample of its own; clients of one seed share a federated model: average them first": (
-        _with_error(lambda first, second: _error((first - second).flatten()))
+        _with_error(lambda a, b: _error((a - b).flatten()))
     ),
-    "that is the standard deviation of one seed; the error of the mean is smaller by the root of their number": (
-        _with_error(lambda first, second: (first - second).mean(1).std())
+    "that is the standard deviation of one seed; that of the mean is smaller by the root of their number": (
+        _with_error(lambda a, b: (a - b).mean(1).std())
     ),
-    "the difference is first minus second; yours has the other sign": lambda first, second: paired_difference(
-        second, first
-    ),
+    "the difference is first minus second; yours has the other sign": lambda a, b: paired_difference(b, a),
 }
 
 
@@ -57,14 +52,18 @@ def check_paired_difference(function: Callable[[Tensor, Tensor], tuple[float, fl
     True
     """
     inputs = [(FIRST, SECOND), (FIRST[:2, :3], SECOND[1:, :3])]
-    return check(function, paired_difference, inputs, PAIRED_DIFFERENCE_SLIPS)
+    return check(function, paired_difference, inputs, PAIRED_DIFFERENCE_MISTAKES)
 
 
 def frontier(points: Tensor) -> Tensor:
     """Which points ``(megabytes, accuracy)`` no other one beats: none is as good in both and better in one."""
-    as_good = (points[:, None, 0] <= points[None, :, 0]) & (points[:, None, 1] >= points[None, :, 1])
     better = (points[:, None, 0] < points[None, :, 0]) | (points[:, None, 1] > points[None, :, 1])
-    return ~(as_good & better).any(0)
+    return ~(_as_good(points) & better).any(0)
+
+
+def _as_good(points: Tensor) -> Tensor:
+    """Whether the point of the row is as good as that of the column, in both coordinates: ``(N, N)``."""
+    return (points[:, None, 0] <= points[None, :, 0]) & (points[:, None, 1] >= points[None, :, 1])
 
 
 def _keeps_dominated(points: Tensor) -> Tensor:
@@ -73,22 +72,15 @@ def _keeps_dominated(points: Tensor) -> Tensor:
 
 
 def _drops_ties(points: Tensor) -> Tensor:
-    as_good = (points[:, None, 0] <= points[None, :, 0]) & (points[:, None, 1] >= points[None, :, 1])
-    return ~(as_good & ~torch.eye(len(points), dtype=torch.bool)).any(0)
+    return ~(_as_good(points) & ~torch.eye(len(points), dtype=torch.bool)).any(0)
 
 
-FRONTIER_SLIPS = {
-    "you keep points that are beaten: as accurate for fewer bytes, or more accurate for as many, is enough": (
-        _keeps_dominated
-    ),
+FRONTIER_MISTAKES = {
+    "you keep points that are beaten: as accurate for fewer bytes, or more accurate for as many": (_keeps_dominated),
     "two equal points do not beat each other; one of the two comparisons has to be strict": _drops_ties,
-    "you drop every point: each is as good as itself; leave it out, or ask for strictly better in one": (
-        lambda points: torch.zeros(len(points), dtype=torch.bool)
-    ),
+    "you drop every point: each is as good as itself; ask for strictly better in one": lambda p: torch.zeros(len(p)),
     "you prefer more megabytes; fewer are better": lambda points: frontier(points * torch.tensor([-1.0, 1.0])),
-    "that is only the most accurate point; a cheaper one may be less accurate and still unbeaten": (
-        lambda points: points[:, 1] == points[:, 1].max()
-    ),
+    "that is only the most accurate point; a cheaper one may be unbeaten, too": lambda p: p[:, 1] == p[:, 1].max(),
     "those are the beaten ones; the answer is true for the others": lambda points: ~frontier(points),
 }
 
@@ -97,13 +89,13 @@ def check_frontier(function: Callable[[Tensor], Tensor]) -> str:
     """Which rows of ``points`` ``(N, 2)``, megabytes and accuracy, no other row beats: a truth value each.
 
     >>> check_frontier(lambda points: points[:, 1] == points[:, 1].max())
-    'hint: that is only the most accurate point; a cheaper one may be less accurate and still unbeaten'
+    'hint: that is only the most accurate point; a cheaper one may be unbeaten, too'
     """
     inputs = [
         (torch.tensor([[0.0, 0.70], [3.0, 0.80], [3.0, 0.75], [5.0, 0.80], [7.0, 0.85], [9.0, 0.72]]),),
         (torch.tensor([[2.0, 0.6], [1.0, 0.5], [2.0, 0.6], [4.0, 0.9]]),),  # two equal points
     ]
-    return check(function, frontier, inputs, FRONTIER_SLIPS)
+    return check(function, frontier, inputs, FRONTIER_MISTAKES)
 
 
 def fair_rounds(budget: int, steps: int, models: int) -> int:
@@ -111,27 +103,21 @@ def fair_rounds(budget: int, steps: int, models: int) -> int:
     return budget // (steps * models)
 
 
-FAIR_ROUNDS_SLIPS = {
-    "a method that trains two models takes its steps twice in every round": lambda budget, steps, models: (
-        budget // steps
-    ),
-    "more models make a round dearer, so there are fewer rounds, not more": lambda budget, steps, models: (
-        budget * models // steps
-    ),
-    "a round that is not finished does not count: whole rounds only, rounded down": lambda budget, steps, models: (
-        budget / (steps * models)
-    ),
-    "rounded up, the last round exceeds the budget": lambda budget, steps, models: -(-budget // (steps * models)),
+FAIR_ROUNDS_MISTAKES = {
+    "a method that trains two models takes its steps twice in every round": lambda budget, steps, n: budget // steps,
+    "more models make a round more expensive, so there are fewer rounds": lambda budget, steps, n: budget * n // steps,
+    "a round that is not finished does not count: round down": lambda budget, steps, n: budget / (steps * n),
+    "rounded up, the last round exceeds the budget": lambda budget, steps, n: -(-budget // (steps * n)),
 }
 
 
 def check_fair_rounds(function: Callable[[int, int, int], int]) -> str:
-    """The rounds that a method may play: ``budget`` optimiser steps, ``steps`` a round for each of ``models`` models.
+    """How many rounds a method may have: ``budget`` optimiser steps, ``steps`` a round for each of ``models`` models.
 
     >>> check_fair_rounds(lambda budget, steps, models: budget // steps)
     'hint: a method that trains two models takes its steps twice in every round'
     """
-    return check(function, fair_rounds, [(180, 5, 1), (180, 5, 2), (100, 7, 2)], FAIR_ROUNDS_SLIPS)
+    return check(function, fair_rounds, [(180, 5, 1), (180, 5, 2), (100, 7, 2)], FAIR_ROUNDS_MISTAKES)
 
 
 def share_better(first: Tensor, second: Tensor) -> float:
@@ -139,29 +125,25 @@ def share_better(first: Tensor, second: Tensor) -> float:
     return float((first > second).double().mean())
 
 
-SHARE_BETTER_SLIPS = {
-    "you count ties as wins; a client that is as accurate has gained nothing": lambda first, second: (
-        (first >= second).double().mean()
-    ),
+SHARE_BETTER_MISTAKES = {
+    "you count ties as wins; a client that is as accurate has gained nothing": lambda a, b: (a >= b).double().mean(),
     "you averaged the clients before you compared: that asks whose mean is higher, not how many gain": (
-        lambda first, second: (first.mean(1) > second.mean(1)).double().mean()
+        lambda a, b: (a.mean(1) > b.mean(1)).double().mean()
     ),
     "you averaged everything before you compared: that asks whose mean is higher, not how many gain": (
-        lambda first, second: (first.mean() > second.mean()).double()
+        lambda a, b: (a.mean() > b.mean()).double()
     ),
-    "that is the share that loses": lambda first, second: (first < second).double().mean(),
-    "you count a tie as half a win, which is a convention; here a tie is none": lambda first, second: (
-        (first > second).double() + 0.5 * (first == second)
-    ).mean(),
-    "that is their number; the answer is the share": lambda first, second: (first > second).sum(),
+    "that is the share that loses": lambda a, b: (a < b).double().mean(),
+    "you count a tie as half a win; here a tie is none": lambda a, b: ((a > b).double() + 0.5 * (a == b)).mean(),
+    "that is their number; the answer is the share": lambda a, b: (a > b).sum(),
 }
 
 
 def check_share_better(function: Callable[[Tensor, Tensor], float]) -> str:
-    """The share of clients that the first of two methods serves better, from two tables ``(seeds, clients)``.
+    """The share of clients that are more accurate with the first of two methods, from two tables ``(seeds, clients)``.
 
     >>> check_share_better(lambda first, second: (first >= second).double().mean())
     'hint: you count ties as wins; a client that is as accurate has gained nothing'
     """
     inputs = [(FIRST, SECOND), (SECOND, FIRST), (FIRST, SECOND[[1, 2, 0]])]
-    return check(function, share_better, inputs, SHARE_BETTER_SLIPS)
+    return check(function, share_better, inputs, SHARE_BETTER_MISTAKES)

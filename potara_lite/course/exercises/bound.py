@@ -1,7 +1,7 @@
-"""Checkers for notebook 03: moments, their metric, and the weights they ask for.
+"""Checkers of notebook 03: moments, their metric, and the weights that follow from them.
 
-A notation shared by all: ``a`` and ``b`` are the second moments of the federated and the local model's error, ``c`` is
-their cross moment, and a weight is on the federated model.
+``a`` and ``b`` are the second moments of the federated and the local model's error, ``c`` is their cross moment, and a
+weight is on the federated model.
 """
 
 from __future__ import annotations
@@ -28,25 +28,17 @@ def check_weight_from_distance(function: Callable[[float, float, float], float])
     def weight(a: float, b: float, distance: float) -> float:
         return (b - a + distance) / (2 * distance)
 
-    def one_c(a: float, b: float, distance: float) -> float:
-        c = (a + b - distance) / 2
-        return (b - c) / (a + b - c)
-
-    def whole_c(a: float, b: float, distance: float) -> float:
-        return (b - (a + b - distance)) / distance
-
-    def local(a: float, b: float, distance: float) -> float:
-        return 1 - weight(a, b, distance)
-
-    slips = {
-        "that is the weight on the local model; λ is on the federated one": local,
-        "the denominator is a + b - 2c, which is the distance itself; yours has only one c": one_c,
-        "b / (a + b) takes the errors for uncorrelated, c = 0; find c from the distance": lambda a, b, _: b / (a + b),
-        "b / distance leaves c out of the numerator b - c": lambda a, b, distance: b / distance,
-        "the distance is a + b - 2c, so c is half of a + b - distance": whole_c,
+    mistakes = {
+        "that is the weight on the local model; λ is on the federated one": lambda *given: 1 - weight(*given),
+        "the denominator is a + b - 2c, which is the distance itself; yours has only one c": (
+            lambda a, b, d: (b - (a + b - d) / 2) / (a + b - (a + b - d) / 2)
+        ),
+        "b / (a + b) takes the errors for uncorrelated, c = 0; find c from the distance": lambda a, b, d: b / (a + b),
+        "b / distance leaves c out of the numerator b - c": lambda a, b, d: b / d,
+        "the distance is a + b - 2c, so c is half of a + b - distance": lambda a, b, d: (d - a) / d,
     }
-    known = {"the formula is right, but the weight must stay in [0, 1]: what if c > min(a, b)?": weight} | slips
-    known |= {f"{hint} (the clipping is right)": within(slip) for hint, slip in slips.items()}
+    known = {"the formula is right, but the weight must stay in [0, 1]: what if c > min(a, b)?": weight} | mistakes
+    known |= {f"{hint} (the clipping is right)": within(mistake) for hint, mistake in mistakes.items()}
     return check(function, within(weight), inputs, known)
 
 
@@ -62,22 +54,16 @@ def check_second_moment(function: Callable[[Tensor], float]) -> str:
         (torch.tensor([[3.0, 4.0], [0.0, 1.0], [1.0, 0.0]], dtype=torch.float64),),
     ]
     mean = "that is the variance about the mean of the errors; the bias is lost. Do not subtract the mean"
-    slips = {
+    mistakes = {
         mean: lambda e: e.var(0, unbiased=False).sum(),
         f"{mean} (nor divide by R - 1)": lambda e: e.var(0).sum(),
         "that is the sum over the repetitions; an expectation is their mean": lambda e: e.square().sum(),
-        "that is the mean over repetitions and coordinates; a squared length sums over the coordinates": (
-            lambda e: e.square().mean()
-        ),
-        "that is the square of the mean length; square each length first, then take the mean": (
-            lambda e: e.norm(dim=1).mean() ** 2
-        ),
-        "that is the squared length of the mean error, the bias alone; the variance is missing": (
-            lambda e: e.mean(0).square().sum()
-        ),
+        "that is the mean over all entries; a squared length sums over the coordinates": lambda e: e.square().mean(),
+        "that is the square of the mean length; square each length first": lambda e: e.norm(dim=1).mean() ** 2,
+        "that is the squared mean error, the bias alone; the variance is missing": lambda e: e.mean(0).square().sum(),
         "that is the mean length; the moment is the mean of the squared length": lambda e: e.norm(dim=1).mean(),
     }
-    return check(function, lambda e: e.square().sum(1).mean(), inputs, slips)
+    return check(function, lambda e: e.square().sum(1).mean(), inputs, mistakes)
 
 
 def check_metric_moments(function: Callable[[Tensor, Tensor, Tensor], tuple]) -> str:
@@ -100,28 +86,22 @@ def check_metric_moments(function: Callable[[Tensor, Tensor, Tensor], tuple]) ->
     def moments(e_f: Tensor, e_l: Tensor, metric: Tensor) -> tuple[Tensor, ...]:
         return tuple(((u @ metric) * v).sum(1).mean() for u, v in ((e_f, e_f), (e_l, e_l), (e_f, e_l)))
 
-    def centred(e_f: Tensor, e_l: Tensor, metric: Tensor) -> tuple[Tensor, ...]:
-        return moments(e_f - e_f.mean(0), e_l - e_l.mean(0), metric)
-
-    def summed(e_f: Tensor, e_l: Tensor, metric: Tensor) -> tuple[Tensor, ...]:
-        return tuple(len(e_f) * moment for moment in moments(e_f, e_l, metric))
-
-    slips = {
+    mistakes = {
         "you take the diagonal of H only; eᵀ H e has the products of different coordinates as well": (
-            lambda e_f, e_l, metric: moments(e_f, e_l, metric.diagonal().diag())
+            lambda f, p, H: moments(f, p, H.diagonal().diag())
         ),
-        "H is in it twice: the moment is eᵀ H e, not the squared length of H e": (
-            lambda e_f, e_l, metric: moments(e_f, e_l, metric @ metric)
-        ),
+        "H is in it twice: the moment is eᵀ H e, not the squared length of H e": lambda f, p, H: moments(f, p, H @ H),
         "those are the moments in the identity metric; H is missing": (
-            lambda e_f, e_l, metric: moments(e_f, e_l, torch.eye(len(metric), dtype=metric.dtype))
+            lambda f, p, H: moments(f, p, torch.eye(len(H), dtype=H.dtype))
         ),
-        "you subtract the mean errors; the bias is lost": centred,
-        "those are sums over the repetitions; an expectation is their mean": summed,
-        "the order is a (federated), b (local), c (cross)": lambda e_f, e_l, metric: moments(e_l, e_f, metric),
+        "you subtract the mean errors; the bias is lost": lambda f, p, H: moments(f - f.mean(0), p - p.mean(0), H),
+        "those are sums over the repetitions; an expectation is their mean": (
+            lambda f, p, H: tuple(len(f) * moment for moment in moments(f, p, H))
+        ),
+        "the order is a (federated), b (local), c (cross)": lambda f, p, H: moments(p, f, H),
     }
     half = {"the ½ is the loss's; it leaves the weight as it is": lambda *given: tuple(m / 2 for m in moments(*given))}
-    return check(function, moments, inputs, slips, half)
+    return check(function, moments, inputs, mistakes, half)
 
 
 def check_three_models(function: Callable[[Tensor], Tensor]) -> str:
@@ -141,18 +121,15 @@ def check_three_models(function: Callable[[Tensor], Tensor]) -> str:
     def scaled(weights: Tensor) -> Tensor:
         return weights / weights.sum()
 
-    negative = "the weights are right, save that a negative one was set to 0: here they may be negative"
-    slips = {
+    mistakes = {
         "M⁻¹1 is right, but the weights must add up to 1: divide by their sum": solved,
         "one over the diagonal takes the errors for uncorrelated; solve M w = 1 with the whole matrix": (
-            lambda moments: scaled(1 / moments.diagonal())
+            lambda M: scaled(1 / M.diagonal())
         ),
-        "those are the row sums of M; the weights are the row sums of its inverse": lambda m: scaled(m.sum(1)),
-        "one over the row sums of M is not its inverse; solve M w = 1": lambda moments: scaled(1 / moments.sum(1)),
-        "M.inverse() is a matrix; multiply it with a vector of ones": lambda moments: moments.inverse(),
-        "1 / M divides entry by entry; the inverse matrix is torch.linalg.inv(M)": (
-            lambda moments: scaled((1 / moments).sum(1))
-        ),
-        negative: lambda moments: scaled(solved(moments).clamp_min(0)),
+        "those are the row sums of M; the weights are the row sums of its inverse": lambda M: scaled(M.sum(1)),
+        "one over the row sums of M is not its inverse; solve M w = 1": lambda M: scaled(1 / M.sum(1)),
+        "M.inverse() is a matrix; multiply it with a vector of ones": lambda M: M.inverse(),
+        "1 / M divides entry by entry; the inverse matrix is torch.linalg.inv(M)": lambda M: scaled((1 / M).sum(1)),
+        "a negative weight was set to 0: here weights may be negative": lambda M: scaled(solved(M).clamp_min(0)),
     }
-    return check(function, lambda moments: scaled(solved(moments)), inputs, slips)
+    return check(function, lambda moments: scaled(solved(moments)), inputs, mistakes)

@@ -1,8 +1,8 @@
-"""What all checkers share: run a reader's function beside the right one and say one line about it.
+"""What all checkers share: run your function and the right one on the same inputs, and say one line about the answers.
 
-The line is ``"not attempted"`` while the stub is as it was (it returns ``...`` or ``None``), ``"correct"``, or a hint.
-A typical wrong answer (a *slip*) is itself a function: where the reader's answers are those of a slip, its hint is
-given; otherwise the hint says how far off the answer is, and where.
+The line is ``"not attempted"`` while the stub is unchanged (it returns ``...`` or ``None``), ``"correct"``, or a hint.
+A common mistake is itself a function with a hint: if your answers are the same as its answers, you get its hint.
+Otherwise the hint says how far off the answer is, and where.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ def check(
     function: Callable,
     right: Callable,
     inputs: Sequence[tuple],
-    slips: Mapping[str, Callable] | None = None,
+    mistakes: Mapping[str, Callable] | None = None,
     accepted: Mapping[str, Callable] | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-8,
 ) -> str:
     """Compare a reader's ``function`` with the ``right`` one on every tuple of arguments in ``inputs``.
 
-    ``slips`` and ``accepted`` are ``{remark: function}``: wrong answers that are recognised, and answers that differ
-    from the right one but count as correct. Each of them has to agree with the reader's function on *all* inputs. A
-    slip may raise: the reader who makes it gets the same exception. Every function is given its own copies of the
-    arguments, so nobody can change what the next one sees.
+    ``mistakes`` are the common ones, ``{hint: function}``; ``accepted`` are answers that differ from the right one and
+    count as correct, ``{remark: function}``. One of them is recognised if the reader's function agrees with it on *all*
+    inputs. A mistake may raise an exception: the reader who makes it gets the same one. Every function gets its own
+    copies of the arguments, so that none can change what the next one sees.
 
-    >>> slips = {"that is twice the number": lambda x: 2 * x}
-    >>> [check(function, abs, [(3,), (-4,)], slips) for function in (lambda x: ..., lambda x: 2 * x, abs)]
+    >>> mistakes = {"that is twice the number": lambda x: 2 * x}
+    >>> [check(function, abs, [(3,), (-4,)], mistakes) for function in (lambda x: ..., lambda x: 2 * x, abs)]
     ['not attempted', 'hint: that is twice the number', 'correct']
     >>> check(lambda x: x, abs, [(3,), (-4,)])
     'hint: right on one example of 2, not on f(-4): the answer is 4, yours is -4'
     """
 
     def agrees(other: Callable) -> bool:
-        return not any(difference(a, _run(other, given), rtol, atol) for a, given in zip(answers, inputs))
+        return not any(difference(a, run(other, given), rtol, atol) for a, given in zip(answers, inputs))
 
-    answers = [_run(function, given) for given in inputs]
+    answers = [run(function, given) for given in inputs]
     if all(answer is None or answer is ... or isinstance(answer, NotImplementedError) for answer in answers):
         return "not attempted"
     found = [difference(answer, right(*deepcopy(given)), rtol, atol) for answer, given in zip(answers, inputs)]
@@ -51,11 +51,10 @@ def check(
     for remark, other in (accepted or {}).items():
         if agrees(other):
             return f"correct ({remark})"
-    for hint, slip in (slips or {}).items():
-        if agrees(slip):
+    for hint, mistake in (mistakes or {}).items():
+        if agrees(mistake):
             return f"hint: {hint}"
-    first = next(position for position, text in enumerate(found) if text)
-    passed = found.count("")
+    first, passed = next(i for i, text in enumerate(found) if text), found.count("")
     if not passed:
         return f"hint: {found[first]}"
     examples = "one example" if passed == 1 else f"{passed} examples"
@@ -80,30 +79,38 @@ def difference(answer: Any, right: Any, rtol: float = 1e-5, atol: float = 1e-8) 
         return "" if answer is right else "your function returns nothing here"
     if isinstance(right, Exception):
         return "no exception"
-    if isinstance(right, Mapping):
-        if not isinstance(answer, Mapping):
-            return f"the answer is a dictionary; yours is a {type(answer).__name__}"
+    if isinstance(right, Mapping | tuple):
+        return _difference_of_parts(answer, right, rtol, atol)
+    if isinstance(right, bool | str):
+        return _exact_difference(answer, right)
+    return _numeric_difference(answer, right, rtol, atol)
+
+
+def _difference_of_parts(answer: Any, right: Mapping | tuple, rtol: float, atol: float) -> str:
+    if isinstance(right, tuple):
+        if not isinstance(answer, tuple | list) or len(answer) != len(right):
+            return f"the answer is {len(right)} things, separated by commas; yours is a {type(answer).__name__}"
+        pairs = [(f"part {i}", one, other) for i, (one, other) in enumerate(zip(answer, right))]
+    elif not isinstance(answer, Mapping):
+        return f"the answer is a dictionary; yours is a {type(answer).__name__}"
+    else:
         if missing := [name for name in right if name not in answer]:
             return f"an entry is missing: {missing[0]!r}"
         if extra := [name for name in answer if name not in right]:
             return f"an entry that does not belong there: {extra[0]!r}"
         pairs = [(f"entry {name!r}", answer[name], right[name]) for name in right]
-    elif isinstance(right, tuple):
-        if not isinstance(answer, (tuple, list)) or len(answer) != len(right):
-            return f"the answer is {len(right)} things, separated by commas; yours is a {type(answer).__name__}"
-        pairs = [(f"part {i}", one, other) for i, (one, other) in enumerate(zip(answer, right))]
-    elif isinstance(right, (bool, str)):
-        if isinstance(right, bool) and isinstance(answer, torch.Tensor) and answer.numel() == 1:
-            answer = answer.item()
-        try:
-            same = bool(answer == right)
-        except Exception:  # of an array, say
-            same = False
-        return "" if same else f"the answer is {right!r}, yours is {shown(answer)}"
-    else:
-        return _numeric_difference(answer, right, rtol, atol)
-    found = [(place, difference(one, other, rtol, atol)) for place, one, other in pairs]
-    return next((f"{place}: {text}" for place, text in found if text), "")
+    found = [(part, difference(one, other, rtol, atol)) for part, one, other in pairs]
+    return next((f"{part}: {text}" for part, text in found if text), "")
+
+
+def _exact_difference(answer: Any, right: bool | str) -> str:
+    if isinstance(right, bool) and isinstance(answer, torch.Tensor) and answer.numel() == 1:
+        answer = answer.item()
+    try:
+        same = bool(answer == right)
+    except Exception:  # of an array, say
+        same = False
+    return "" if same else f"the answer is {right!r}, yours is {shown(answer)}"
 
 
 def _numeric_difference(answer: Any, right: Any, rtol: float, atol: float) -> str:
@@ -128,8 +135,8 @@ def _numeric_difference(answer: Any, right: Any, rtol: float, atol: float) -> st
     return f"off by up to {float(gap[at]):.3g}: entry {at} is {float(right[at]):.6g}, yours is {float(value[at]):.6g}"
 
 
-def _run(function: Callable, given: tuple) -> Any:
-    """The answer, or the exception in its place: whatever a reader's code may raise."""
+def run(function: Callable, given: tuple) -> Any:
+    """The answer, or the exception instead of it: whatever a reader's code may raise."""
     try:
         return function(*deepcopy(given))
     except Exception as error:
@@ -137,6 +144,6 @@ def _run(function: Callable, given: tuple) -> Any:
 
 
 def _call(given: tuple) -> str:
-    """The call in words, where its arguments are short enough to read."""
-    shown = ", ".join(f"{value:.3g}" if isinstance(value, float) else repr(value) for value in given)
-    return f"f({shown})" if len(shown) <= 60 else "another one"
+    """The call in words, if its arguments are short enough to read."""
+    arguments = ", ".join(f"{value:.3g}" if isinstance(value, float) else repr(value) for value in given)
+    return f"f({arguments})" if len(arguments) <= 60 else "another one"

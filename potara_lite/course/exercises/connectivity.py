@@ -14,23 +14,23 @@ from .checking import check
 LAYER = "layer.lora_{}.weight"
 HEAD = "head.weight"
 
-BARRIER_SLIPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "that is highest minus lowest; a valley is not a barrier": lambda weights, loss: loss.amax() - loss.amin(),
-    "you measure from the higher end; measure from the straight line between the two ends": lambda weights, loss: (
-        loss.amax() - torch.maximum(*_ends(weights, loss))
+BARRIER_MISTAKES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "that is highest minus lowest; a valley is not a barrier": lambda w, loss: loss.amax() - loss.amin(),
+    "you measure from the higher end; measure from the straight line between the two ends": (
+        lambda w, loss: loss.amax() - torch.maximum(*_ends(w, loss))
     ),
-    "you measure from the mean of the two ends; the line is at another height at every weight": lambda weights, loss: (
-        loss.amax() - sum(_ends(weights, loss)) / 2
+    "you measure from the mean of the two ends; the line has another height at each weight": (
+        lambda w, loss: loss.amax() - sum(_ends(w, loss)) / 2
     ),
-    "you take the size of the difference; below the line there is no barrier": lambda weights, loss: (
-        (loss - _line(weights, *_ends(weights, loss))).abs().amax()
+    "you take the size of the difference; below the line there is no barrier": (
+        lambda w, loss: (loss - _line(w, *_ends(w, loss))).abs().amax()
     ),
-    "the line is the wrong way round: at weight 0 it meets the loss at weight 0": lambda weights, loss: (
-        loss - _line(1 - weights, *_ends(weights, loss))
-    ).amax(),
-    "your ends are the first and the last point; the ends are where the weight is 0 and 1": lambda weights, loss: (
-        loss - _line(weights, loss[0], loss[-1])
-    ).amax(),
+    "the line is reversed: at weight 0 it meets the loss at weight 0": (
+        lambda w, loss: (loss - _line(1 - w, *_ends(w, loss))).amax()
+    ),
+    "the ends are where the weight is 0 and 1, not the first and the last point": (
+        lambda w, loss: (loss - _line(w, loss[0], loss[-1])).amax()
+    ),
 }
 
 
@@ -45,7 +45,7 @@ def check_barrier(function: Callable[[Tensor, Tensor], Tensor | float]) -> str:
     weights = torch.tensor([0.4, 1.0, 0.1, 0.0, 0.6], dtype=torch.float64)
     hill = torch.tensor([1.9, 2.0, 1.1, 0.8, 2.4], dtype=torch.float64)
     valley = torch.tensor([0.3, 2.0, 0.7, 1.0, 0.5], dtype=torch.float64)
-    return check(function, _barrier, [(weights, hill), (weights, valley)], BARRIER_SLIPS)
+    return check(function, _barrier, [(weights, hill), (weights, valley)], BARRIER_MISTAKES)
 
 
 def _ends(weights: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,19 +60,13 @@ def _barrier(weights: Tensor, loss: Tensor) -> Tensor:
     return (loss - _line(weights, *_ends(weights, loss))).amax()
 
 
-SHRINK_SLIPS: dict[str, Callable[[float, float], float]] = {
-    "that is cos θ whatever the weight is; at weight 0 or 1 nothing shrinks": lambda weight, angle: math.cos(angle),
-    "that is cos(θ/2), the shrinkage of one factor at weight ½; there are two of them": lambda weight, angle: math.cos(
-        angle / 2
-    ),
-    "that is right at weight ½ only; keep the weight in the formula": lambda weight, angle: math.cos(angle / 2) ** 2,
-    "that is one factor; the product has two, so multiply": lambda weight, angle: math.sqrt(_shrink(weight, angle)),
-    "the angle is given in radians, and yours is read as degrees": lambda weight, angle: _shrink(
-        weight, math.radians(angle)
-    ),
-    "a factor 2 is missing: each of the two cross terms has the share weight · (1 - weight)": lambda weight, angle: (
-        1 - weight * (1 - weight) * (1 - math.cos(angle))
-    ),
+SHRINK_MISTAKES: dict[str, Callable[[float, float], float]] = {
+    "that is cos θ whatever the weight is; at weight 0 or 1 nothing shrinks": lambda w, angle: math.cos(angle),
+    "that is cos(θ/2), the shrinkage of one factor at weight ½; there are two": lambda w, angle: math.cos(angle / 2),
+    "that is right at weight ½ only; keep the weight in the formula": lambda w, angle: math.cos(angle / 2) ** 2,
+    "that is one factor; the product has two, so multiply": lambda w, angle: math.sqrt(_shrink(w, angle)),
+    "the angle is in radians; you read it as degrees": lambda w, angle: _shrink(w, math.radians(angle)),
+    "a factor 2 is missing: there are two cross terms": lambda w, angle: 1 - w * (1 - w) * (1 - math.cos(angle)),
 }
 
 
@@ -83,28 +77,26 @@ def check_shrink(function: Callable[[float, float], float]) -> str:
     'hint: that is right at weight ½ only; keep the weight in the formula'
     """
     inputs = [(0.5, 1.0), (0.25, 2.0), (0.8, math.pi), (0.3, 0.4)]
-    return check(function, _shrink, inputs, SHRINK_SLIPS)
+    return check(function, _shrink, inputs, SHRINK_MISTAKES)
 
 
 def _shrink(weight: float, angle: float) -> float:
     return 1 - 2 * weight * (1 - weight) * (1 - math.cos(angle))
 
 
-PLANE_POINT_SLIPS: dict[str, Callable[[Adapter, Adapter, float, float], Adapter]] = {
-    "your two weights add up to 1; x and y are free of each other": lambda F, L, x, y: _plane_point(F, L, x, 1 - x),
-    "you scale A and B, so the deltas are multiplied by x² and y²; scale one of the factors": lambda F, L, x, y: (
-        _stacked(F, L, on_A=(x, y), on_B=(x, y), on_head=(x, y))
+PLANE_POINT_MISTAKES: dict[str, Callable[[Adapter, Adapter, float, float], Adapter]] = {
+    "your two weights add up to 1; x and y are independent": lambda F, L, x, y: _plane_point(F, L, x, 1 - x),
+    "you scale A and B, so the deltas are multiplied by x² and y²; scale one of the factors": (
+        lambda F, L, x, y: _stacked(F, L, (x, y), (x, y), (x, y))
     ),
-    "the head is missing: it is directly trained, and part of the model": lambda F, L, x, y: {
-        name: tensor for name, tensor in _plane_point(F, L, x, y).items() if name != HEAD
-    },
-    "the head is not scaled: it is x · F's + y · L's": lambda F, L, x, y: _stacked(
-        F, L, on_A=(1, 1), on_B=(x, y), on_head=(1, 1)
+    "the head is missing: it is directly trained, and part of the model": (
+        lambda F, L, x, y: {n: t for n, t in _plane_point(F, L, x, y).items() if n != HEAD}
     ),
-    "you mix the factors: that has cross terms; stack the ranks": lambda F, L, x, y: {
-        name: x * F[name] + y * L[name] for name in F
-    },
-    "x belongs to F and y to L": lambda F, L, x, y: _plane_point(F, L, y, x),
+    "the head is not scaled: it is x · F's + y · L's": lambda F, L, x, y: _stacked(F, L, (1, 1), (x, y), (1, 1)),
+    "you mix the factors: that has cross terms; stack the ranks": (
+        lambda F, L, x, y: {name: x * F[name] + y * L[name] for name in F}
+    ),
+    "you exchange x and y: x belongs to F and y to L": lambda F, L, x, y: _plane_point(F, L, y, x),
 }
 
 
@@ -124,13 +116,12 @@ def check_plane_point(function: Callable[[Adapter, Adapter, float, float], Adapt
         return {name: torch.randn(s, generator=draw, dtype=torch.float64) for name, s in shapes.items()}
 
     inputs = [(adapter(), adapter(), x, y) for x, y in ((0.5, 0.25), (-0.5, 1.5))]
-    return check(
-        _changes(function), _changes(_plane_point), inputs, {h: _changes(slip) for h, slip in PLANE_POINT_SLIPS.items()}
-    )
+    mistakes = {hint: _changes(mistake) for hint, mistake in PLANE_POINT_MISTAKES.items()}
+    return check(_changes(function), _changes(_plane_point), inputs, mistakes)
 
 
-def _stacked(F: Adapter, L: Adapter, *, on_A: tuple, on_B: tuple, on_head: tuple) -> Adapter:
-    """The ranks of ``F`` and ``L`` stacked, each of the three tensors with two weights of its own."""
+def _stacked(F: Adapter, L: Adapter, on_A: tuple, on_B: tuple, on_head: tuple) -> Adapter:
+    """The ranks of ``F`` and ``L`` stacked, with a weight of each of them on ``A``, on ``B`` and on the head."""
     a, b = LAYER.format("A"), LAYER.format("B")
     return {
         a: torch.cat([on_A[0] * F[a], on_A[1] * L[a]]),
@@ -140,29 +131,29 @@ def _stacked(F: Adapter, L: Adapter, *, on_A: tuple, on_B: tuple, on_head: tuple
 
 
 def _plane_point(F: Adapter, L: Adapter, x: float, y: float) -> Adapter:
-    return _stacked(F, L, on_A=(1, 1), on_B=(x, y), on_head=(x, y))
+    return _stacked(F, L, (1, 1), (x, y), (x, y))
 
 
 def _changes(function: Callable) -> Callable:
-    """The same function, with its adapter's factors multiplied out; what is no adapter stays as it is."""
+    """The same function, with the factors of its adapter multiplied; an answer that is no adapter stays as it is."""
 
     def run(*given):
         answer = function(*given)
         a, b = LAYER.format("A"), LAYER.format("B")
         if not isinstance(answer, dict) or not {a, b} <= answer.keys():
             return answer
-        rest = {name: tensor for name, tensor in answer.items() if name not in (a, b)}
-        return {"the product of the factors": answer[b] @ answer[a]} | rest
+        others = {name: tensor for name, tensor in answer.items() if name not in (a, b)}
+        return {"the product of the factors": answer[b] @ answer[a]} | others
 
     return run
 
 
-CHANGE_BASIS_SLIPS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+CHANGE_BASIS_MISTAKES: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "M stands on both sides, so the product is B M M A; undo on A what you do to B": lambda B, A, M: (B @ M, M @ A),
     "Mᵀ is M⁻¹ for a rotation only; for 2·I it is not": lambda B, A, M: (B @ M, M.T @ A),
     "the inverse belongs to A; B is multiplied by M itself": lambda B, A, M: (B @ torch.linalg.inv(M), M @ A),
-    "only B has moved; the model is then another one": lambda B, A, M: (B @ M, A),
-    "nothing has moved": lambda B, A, M: (B, A),
+    "only B has changed; the model is then another one": lambda B, A, M: (B @ M, A),
+    "nothing has changed": lambda B, A, M: (B, A),
     "B comes first in the answer": lambda B, A, M: (torch.linalg.inv(M) @ A, B @ M),
 }
 
@@ -177,7 +168,7 @@ def check_change_basis(function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor
     B, A = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((4, 2), (2, 5)))
     turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
     scale, skew = 2 * torch.eye(2, dtype=torch.float64), torch.tensor([[1.0, 2.0], [0.5, 3.0]], dtype=torch.float64)
-    return check(function, _change_basis, [(B, A, M) for M in (turn, scale, skew)], CHANGE_BASIS_SLIPS)
+    return check(function, _change_basis, [(B, A, M) for M in (turn, scale, skew)], CHANGE_BASIS_MISTAKES)
 
 
 def _change_basis(B: Tensor, A: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:

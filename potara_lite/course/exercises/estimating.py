@@ -1,4 +1,4 @@
-"""Checkers for notebook 04: the Fisher information, the weight it gives, shrinkage, and regret."""
+"""Checkers of notebook 04: the Fisher information, the weight it gives, shrinkage, and regret."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_diagonal_fisher(function: Callable[[Tensor, Tensor], Tensor]) -> str:
 
     batch = "that squares the gradient of the whole batch; square each example's gradient first, then take the mean"
     variance = "that is the gradients' variance; the Fisher is their second moment: do not subtract the mean"
-    slips = {
+    mistakes = {
         batch: lambda g, n: mean(g, n).square(),
         f"{batch} (and divide by the client's own number)": lambda g, n: g.mean(1).square(),
         "that is the sum over the examples; the Fisher is their mean": lambda g, n: g.square().sum(1),
@@ -43,7 +43,7 @@ def check_diagonal_fisher(function: Callable[[Tensor, Tensor], Tensor]) -> str:
         f"{variance} (nor divide by N - 1, and mind the padded examples)": lambda g, n: g.var(1),
         "that is the trace; the diagonal keeps a number for every coordinate": lambda g, n: mean(g.square(), n).sum(1),
     }
-    return check(function, lambda g, n: mean(g.square(), n), inputs, slips)
+    return check(function, lambda g, n: mean(g.square(), n), inputs, mistakes)
 
 
 def check_damped_weight(function: Callable[[Tensor, Tensor, Tensor, float], float]) -> str:
@@ -72,33 +72,29 @@ def check_damped_weight(function: Callable[[Tensor, Tensor, Tensor, float], floa
     def within(formula: Callable) -> Callable:
         return lambda *given: formula(*given).clamp(0, 1)
 
-    slips = {
+    mistakes = {
         "you damp L only; both models get the same δ": lambda f, p, r, d: weight(1 / f, 1 / (p + ridge(f, p, d)), r),
         "you damp F only; both models get the same δ": lambda f, p, r, d: weight(1 / (f + ridge(f, p, d)), 1 / p, r),
         "each model gets a δ of its own there; δ is one number, from the mean of both Fishers": (
             lambda f, p, r, d: weight(1 / (f + d * f.mean()), 1 / (p + d * p.mean()), r)
         ),
-        "you add damping as it is; it is relative: δ = damping × the mean of both Fishers": (
-            lambda f, p, r, d: weight(1 / (f + d), 1 / (p + d), r)
-        ),
+        "damping is relative: δ = damping × the mean of both": lambda f, p, r, d: weight(1 / (f + d), 1 / (p + d), r),
         "δ is damping × the mean of both Fishers; yours is with their sum": (
             lambda f, p, r, d: weight(1 / (f + 2 * ridge(f, p, d)), 1 / (p + 2 * ridge(f, p, d)), r)
         ),
         "you take the Fisher for the variance; the variance is one over it": (
             lambda f, p, r, d: weight(f + ridge(f, p, d), p + ridge(f, p, d), r)
         ),
-        "the covariance is missing: c is the sum of rho times the root of both variances": (
-            lambda f, p, r, d: free(f, p, 0 * r, d)
-        ),
+        "the covariance c is missing: the sum of ρ times the root of both": lambda f, p, r, d: free(f, p, 0 * r, d),
         "that is the weight on the local model; λ is on the federated one": lambda *given: 1 - free(*given),
     }
-    known = {"the formula is right, but λ must stay in [0, 1]: here c can exceed the smaller of a and b": free} | slips
-    known |= {f"{hint} (the clipping is right)": within(slip) for hint, slip in slips.items()}
+    known = {"the formula is right, but λ must stay in [0, 1]: here c can exceed min(a, b)": free} | mistakes
+    known |= {f"{hint} (the clipping is right)": within(mistake) for hint, mistake in mistakes.items()}
     return check(function, within(free), inputs, known)
 
 
 def check_shrink(function: Callable[[float, float, float, float], float]) -> str:
-    """Exercise 3: a client's own weight (variance ``s2``) shrunk to the ``centre`` (variance ``t2``, which may be 0).
+    """Exercise 3: a client's estimate ``own`` (variance ``s2``) shrunk to the ``centre`` (variance ``t2``, perhaps 0).
 
     >>> check_shrink(lambda own, s2, centre, t2: (s2 * own + t2 * centre) / (s2 + t2))
     'hint: swapped: a noisy own weight (large s2) must count little'
@@ -108,21 +104,17 @@ def check_shrink(function: Callable[[float, float, float, float], float]) -> str
     def mixed(own: float, by: float, centre: float, other: float) -> float:
         return (by * own + other * centre) / (by + other)
 
-    slips = {
+    mistakes = {
         "swapped: a noisy own weight (large s2) must count little": lambda o, s2, c, t2: mixed(o, s2, c, t2),
         "t2 = 0 says that all clients want the same λ: then the answer is the centre, and 1 / t2 must not appear": (
             lambda o, s2, c, t2: (o / s2 + c / t2) / (1 / s2 + 1 / t2)
         ),
-        "those are the precisions of standard deviations; the weights are one over the variances": (
-            lambda o, s2, c, t2: mixed(o, t2**0.5, c, s2**0.5)
-        ),
+        "you weigh by standard deviations, not variances": lambda o, s2, c, t2: mixed(o, t2**0.5, c, s2**0.5),
         "you square what is a variance already": lambda o, s2, c, t2: mixed(o, t2**2, c, s2**2),
         "that is halfway between the two, however noisy they are": lambda o, s2, c, t2: (o + c) / 2,
-        "that is the share the client keeps, t2 / (s2 + t2); use it to mix own and centre": (
-            lambda o, s2, c, t2: t2 / (s2 + t2)
-        ),
+        "that is the share the client keeps; use it to mix own and centre": lambda o, s2, c, t2: t2 / (s2 + t2),
     }
-    return check(function, lambda o, s2, c, t2: mixed(o, t2, c, s2), inputs, slips)
+    return check(function, lambda o, s2, c, t2: mixed(o, t2, c, s2), inputs, mistakes)
 
 
 def check_regret(function: Callable[[Tensor, Tensor, float], float]) -> str:
@@ -146,29 +138,26 @@ def check_regret(function: Callable[[Tensor, Tensor, float], float]) -> str:
     def nearest(weights: Tensor, loss: Tensor, weight: float) -> Tensor:
         return loss[(weights - weight).abs().argmin()]
 
-    def best(weights: Tensor, loss: Tensor) -> Tensor:
-        return weights[loss.argmin()]
-
-    slips = {}
+    mistakes: dict[str, Callable] = {}
     for at, note in ((between, ""), (nearest, " (and the point nearest to λ is not λ)")):
-        slips |= {
+        mistakes |= {
             f"that is the loss over that of λ = ½; regret is over the client's own best λ{note}": (
                 lambda w, loss, x, at=at: at(w, loss, x) - at(w, loss, 0.5)
             ),
             f"the sign: regret is the loss above the lowest, never negative{note}": (
                 lambda w, loss, x, at=at: loss.min() - at(w, loss, x)
             ),
-            f"that is the loss over that of the better model; the lowest may lie between the two{note}": (
+            f"that is the loss over that of the better model; the lowest may lie between{note}": (
                 lambda w, loss, x, at=at: at(w, loss, x) - torch.minimum(loss[0], loss[-1])
             ),
             f"that is the loss itself; take the lowest loss away{note}": lambda w, loss, x, at=at: at(w, loss, x),
         }
-    slips |= {
+    mistakes |= {
         "that is the loss at the nearest point of the grid; λ lies between two of them: go along the straight line": (
             lambda w, loss, x: nearest(w, loss, x) - loss.min()
         ),
         "that is how far λ is from the best λ; regret is what that costs, in nats": (
-            lambda w, loss, x: (best(w, loss) - x).abs()
+            lambda w, loss, x: (w[loss.argmin()] - x).abs()
         ),
     }
-    return check(function, lambda w, loss, x: between(w, loss, x) - loss.min(), inputs, slips)
+    return check(function, lambda w, loss, x: between(w, loss, x) - loss.min(), inputs, mistakes)

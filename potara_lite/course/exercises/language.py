@@ -1,7 +1,4 @@
-"""Checkers for the exercises of notebook 07: the mean of a text, confidence, the next token, and options by likelihood.
-
-Each takes a reader's function and returns one line: "not attempted", "correct", or a hint (see ``checking.py``).
-"""
+"""Checkers of notebook 07: the mean of a text, confidence, the next token, and options by likelihood."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ def check_mean_pool(function: Callable[[Tensor, Tensor], Tensor]) -> str:
     """The mean ``(B, dim)`` over the real tokens of ``hidden`` ``(B, T, dim)``, real where ``mask`` ``(B, T)`` is 1.
 
     >>> check_mean_pool(lambda hidden, mask: hidden.mean(1))
-    'hint: padding counts: divide by the number of real tokens, and leave out what stands behind them'
+    'hint: padding counts here: leave it out of the sum, and divide by the number of real tokens'
     """
     draw = torch.Generator().manual_seed(0)
     masks = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]), torch.tensor([[1, 1, 1, 1, 0, 0]])
@@ -27,39 +24,31 @@ def check_mean_pool(function: Callable[[Tensor, Tensor], Tensor]) -> str:
     def real(hidden, mask):
         return hidden * mask.unsqueeze(-1)
 
-    slips = {
-        "padding counts: divide by the number of real tokens, and leave out what stands behind them": (
-            lambda hidden, mask: hidden.mean(1)
-        ),
-        "padding is left out of the sum, and still counted: divide by the number of real tokens": (
-            lambda hidden, mask: real(hidden, mask).mean(1)
-        ),
-        "you divide by the number of real tokens, but padding is still in the sum": (
-            lambda hidden, mask: hidden.sum(1) / mask.sum(1, keepdim=True)
-        ),
-        "that is the sum; the mean divides by the number of real tokens": lambda hidden, mask: real(hidden, mask).sum(
-            1
-        ),
-        "that is the first token": lambda hidden, mask: hidden[:, 0],
-        "that divides by the tokens of the whole batch; every text has its own number": (
-            lambda hidden, mask: real(hidden, mask).sum(1) / mask.sum()
+    mistakes = {
+        "padding counts here: leave it out of the sum, and divide by the number of real tokens": lambda h, m: h.mean(1),
+        "padding still counts in the mean: divide by the number of real tokens": lambda h, m: real(h, m).mean(1),
+        "padding is still in the sum: leave it out": lambda h, m: h.sum(1) / m.sum(1, keepdim=True),
+        "that is the sum; the mean divides by the number of real tokens": lambda h, m: real(h, m).sum(1),
+        "that is the first token": lambda h, m: h[:, 0],
+        "you divide by the tokens of the whole batch; each text has its own number": lambda h, m: (
+            real(h, m).sum(1) / m.sum()
         ),
     }
-    return check(function, lambda hidden, mask: real(hidden, mask).sum(1) / mask.sum(1, keepdim=True), inputs, slips)
+    return check(function, lambda h, m: real(h, m).sum(1) / m.sum(1, keepdim=True), inputs, mistakes)
 
 
 def check_overconfidence(function: Callable[[Tensor, Tensor], float]) -> str:
-    """How much surer than right a model is: its mean largest probability minus its accuracy, from ``logits`` ``(n, K)``
+    """How over-confident a model is: its mean largest probability minus its accuracy, from ``logits`` ``(n, K)``
     and labels ``y`` ``(n,)``.
 
     >>> check_overconfidence(lambda logits, y: (logits.argmax(1) == y).double().mean())
-    'hint: that is the accuracy; take it from the mean of the largest probabilities'
+    'hint: that is the accuracy; subtract it from the mean of the largest probabilities'
     """
     draw = torch.Generator().manual_seed(1)
-    inputs = [
-        (2 * torch.randn(n, 4, generator=draw, dtype=torch.float64), torch.randint(4, (n,), generator=draw))
-        for n in (6, 9)
-    ]
+    inputs = []
+    for n in (6, 9):
+        logits = 2 * torch.randn(n, 4, generator=draw, dtype=torch.float64)
+        inputs.append((logits, torch.randint(4, (n,), generator=draw)))
 
     def accuracy(logits, y):
         return (logits.argmax(1) == y).double().mean()
@@ -67,21 +56,19 @@ def check_overconfidence(function: Callable[[Tensor, Tensor], float]) -> str:
     def confidence(logits, y):
         return logits.softmax(1).amax(1).mean()
 
-    slips = {
-        "that is the accuracy; take it from the mean of the largest probabilities": accuracy,
-        "that is the confidence; the accuracy still has to be taken from it": confidence,
-        "that is underconfidence: the sign is the other way round": lambda logits, y: (
-            accuracy(logits, y) - confidence(logits, y)
+    mistakes = {
+        "that is the accuracy; subtract it from the mean of the largest probabilities": accuracy,
+        "that is the confidence; subtract the accuracy": confidence,
+        "that is under-confidence: change the sign": lambda z, y: accuracy(z, y) - confidence(z, y),
+        "logits are no probabilities: softmax first": lambda z, y: z.amax(1).mean() - accuracy(z, y),
+        "that is the probability of the right class; take the largest one, right or wrong": (
+            lambda z, y: z.softmax(1)[torch.arange(len(y)), y].mean() - accuracy(z, y)
         ),
-        "logits are no probabilities: softmax first": lambda logits, y: logits.amax(1).mean() - accuracy(logits, y),
-        "that is the probability of the right class; a model is sure of what it says, right or wrong": (
-            lambda logits, y: logits.softmax(1)[torch.arange(len(y)), y].mean() - accuracy(logits, y)
-        ),
-        "softmax runs over the classes (dim 1), not over the examples": lambda logits, y: (
-            logits.softmax(0).amax(1).mean() - accuracy(logits, y)
+        "softmax runs over the classes (dim 1), not over the examples": (
+            lambda z, y: z.softmax(0).amax(1).mean() - accuracy(z, y)
         ),
     }
-    return check(function, lambda logits, y: confidence(logits, y) - accuracy(logits, y), inputs, slips)
+    return check(function, lambda z, y: confidence(z, y) - accuracy(z, y), inputs, mistakes)
 
 
 def check_next_tokens(function: Callable[[Tensor, Tensor], Tensor]) -> str:
@@ -89,34 +76,37 @@ def check_next_tokens(function: Callable[[Tensor, Tensor], Tensor]) -> str:
     else -100; from ``ids`` and ``is_answer``, both ``(n, T)``.
 
     >>> check_next_tokens(lambda ids, is_answer: torch.where(is_answer, ids, -100))
-    'hint: every token is its own target: move the targets one place to the left'
+    'hint: every token is the target of itself: move the targets one position to the left'
     """
     inputs = [
         (torch.tensor([[5, 6, 7, 8]]), torch.tensor([[False, False, True, True]])),
         (torch.tensor([[5, 6, 7], [9, 3, 4]]), torch.tensor([[False, True, True], [True, True, False]])),
     ]
 
-    def own(ids, is_answer):
+    def unshifted(ids, is_answer):
         return torch.where(is_answer, ids, -100)
+
+    def after(ids):
+        return torch.cat([ids[:, 1:], end(ids)], 1)
 
     def end(ids):
         return torch.full_like(ids[:, :1], -100)
 
-    slips = {
-        "every token is its own target: move the targets one place to the left": own,
-        "that is the token before: the other way round": lambda ids, a: torch.cat([end(ids), own(ids, a)[:, :-1]], 1),
-        "roll carries the first token to the end, where nothing comes any more: it is -100 there": (
-            lambda ids, a: own(ids, a).roll(-1, 1)
+    mistakes = {
+        "every token is the target of itself: move the targets one position to the left": unshifted,
+        "that is the token before; the target is the one after": (
+            lambda ids, a: torch.cat([end(ids), unshifted(ids, a)[:, :-1]], 1)
         ),
-        "the prompt is learnt as well: where the next token is no answer, the target is -100": (
-            lambda ids, a: torch.cat([ids[:, 1:], end(ids)], 1)
+        "roll moves the first token to the end, where no token follows: -100 there": (
+            lambda ids, a: unshifted(ids, a).roll(-1, 1)
         ),
-        "ask whether the next token is an answer, not whether this one is": lambda ids, a: torch.where(
-            a, torch.cat([ids[:, 1:], end(ids)], 1), -100
+        "the prompt is learned as well: where the next token is no answer, the target is -100": lambda ids, a: after(
+            ids
         ),
-        "as many targets as tokens: the last position has -100": lambda ids, a: own(ids, a)[:, 1:],
+        "ask whether the next token is an answer, not this one": lambda ids, a: torch.where(a, after(ids), -100),
+        "as many targets as tokens: the last position has -100": lambda ids, a: unshifted(ids, a)[:, 1:],
     }
-    return check(function, next_tokens, inputs, slips)
+    return check(function, next_tokens, inputs, mistakes)
 
 
 def check_best_option(function: Callable[[Tensor, Tensor], int]) -> str:
@@ -132,18 +122,12 @@ def check_best_option(function: Callable[[Tensor, Tensor], int]) -> str:
         ([-2.8, -1.6, -2.0, -3.2], [2, 5, 3, 4]),
     ]
     inputs = [(torch.tensor(total, dtype=torch.float64), torch.tensor(tokens)) for total, tokens in rows]
-    slips = {
-        "the sum is lower the longer an option is: divide by the number of tokens first": (
-            lambda total, tokens: total.argmax()
-        ),
-        "that is the least likely one": lambda total, tokens: (total / tokens).argmin(),
-        "that is the longest option, whatever its likelihood": lambda total, tokens: tokens.argmax(),
-        "divide, do not multiply": lambda total, tokens: (total * tokens).argmax(),
-        "that is the score itself; the answer is the number of the option": lambda total, tokens: (
-            total / tokens
-        ).max(),
-        "probabilities of whole answers, not of tokens: divide the logarithm, then compare": (
-            lambda total, tokens: (total.exp() / tokens).argmax()
-        ),
+    mistakes = {
+        "the sum is lower the longer an option is: divide by the number of tokens first": lambda s, n: s.argmax(),
+        "that is the least likely one": lambda s, n: (s / n).argmin(),
+        "that is the longest option, whatever its likelihood": lambda s, n: n.argmax(),
+        "divide, do not multiply": lambda s, n: (s * n).argmax(),
+        "that is the score itself; the answer is the number of the option": lambda s, n: (s / n).max(),
+        "you divide the probability of the answer; divide its logarithm": lambda s, n: (s.exp() / n).argmax(),
     }
-    return check(function, lambda total, tokens: (total / tokens).argmax(), inputs, slips)
+    return check(function, lambda total, tokens: (total / tokens).argmax(), inputs, mistakes)

@@ -1,4 +1,4 @@
-"""Checkers for notebook 06: a backbone of one's own, a declaration, a robust aggregate."""
+"""Checkers of notebook 06: your own backbone, the declaration of an algorithm, a robust aggregate."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.state import Adapter, repeat_adapter
-from .checking import check
+from .checking import check, run
 
 
 class Output(NamedTuple):
-    """What the checker's encoder returns, in the manner of transformers' model outputs."""
+    """What the checker's encoder returns, like the model outputs of transformers."""
 
     last_hidden_state: Tensor  # (B, tokens, 8)
 
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
 def check_wrap(function: Callable[[nn.Module, nn.Module], nn.Module]) -> str:
     """Exercise 1: from an encoder that returns an output object, and a head, a module that returns logits ``(B, 3)``.
 
-    The tokens are averaged. Those who take the first token instead are told so and count as correct.
+    The tokens are averaged. To take the first token instead is correct, too, with a remark.
 
     >>> check_wrap(lambda encoder, head: nn.Sequential(encoder, head))[:36]
     'hint: your module stopped with TypeE'
@@ -41,47 +41,44 @@ def check_wrap(function: Callable[[nn.Module, nn.Module], nn.Module]) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder, head, x = Encoder().eval(), nn.Linear(8, 3), torch.randn(4, 6, 5)
-        try:
-            module = function(deepcopy(encoder).train(), deepcopy(head))
-        except NotImplementedError:
-            return "not attempted"
-        except Exception as error:  # whatever a reader's code may raise
-            return f"hint: your function stopped with {type(error).__name__}: {error}"
-        if module is None or module is ...:
-            return "not attempted"
-        if not isinstance(module, nn.Module):
-            return f"hint: attach wants an nn.Module; yours is a {type(module).__name__}"
-        found = sum(parameter.numel() for parameter in module.parameters())
-        wanted = sum(parameter.numel() for part in (encoder, head) for parameter in part.parameters())
-        if found != wanted:
-            return f"hint: {found} parameters, encoder and head have {wanted}: make both attributes of your module"
-        try:
-            answer = module(x)
-        except Exception as error:
-            return f"hint: your module stopped with {type(error).__name__}: {error}"
-        if isinstance(answer, (tuple, dict)):
-            return (
-                f"hint: the module returns a {type(answer).__name__}, not a tensor; logits are one tensor (B, classes)"
-            )
-        if module.training:
-            return "hint: the module is in training mode, where dropout makes its logits random: call .eval() on it"
 
         def tokens(x: Tensor) -> Tensor:
             return encoder(x).last_hidden_state
 
-        slips = {
-            "every row adds up to 1: that is a softmax; cross-entropy takes logits and does it itself": (
-                lambda x: head(tokens(x).mean(1)).softmax(-1)
-            ),
-            "that is a log-softmax; cross-entropy takes logits and does it itself": (
-                lambda x: head(tokens(x).mean(1)).log_softmax(-1)
-            ),
+        def right(x: Tensor) -> Tensor:
+            return head(tokens(x).mean(1))
+
+        mistakes = {
+            "every row adds up to 1: that is a softmax; cross-entropy takes logits": lambda x: right(x).softmax(-1),
+            "that is a log-softmax; cross-entropy takes logits": lambda x: right(x).log_softmax(-1),
             "the head is missing: these are features": lambda x: tokens(x).mean(1),
             "one row of logits for each token; average the tokens (dim 1) first": lambda x: head(tokens(x)),
             "you average over the batch (dim 0); the tokens are dim 1": lambda x: head(tokens(x).mean(0)),
         }
         first = {"from the first token; the mean of all is as good a choice": lambda x: head(tokens(x)[:, 0])}
-        return check(module, lambda x: head(tokens(x).mean(1)), [(x,)], slips, first)
+        module = run(function, (deepcopy(encoder).train(), head))
+        if module is None or module is ... or isinstance(module, NotImplementedError):
+            return "not attempted"
+        error = _module_error(module, x, sum(p.numel() for part in (encoder, head) for p in part.parameters()))
+        return f"hint: {error}" if error else check(module, right, [(x,)], mistakes, first)
+
+
+def _module_error(module: object, x: Tensor, parameters: int) -> str:
+    """What is wrong with a module, in words, before its logits are compared; an empty string if nothing is."""
+    if isinstance(module, Exception):
+        return f"your function stopped with {type(module).__name__}: {module}"
+    if not isinstance(module, nn.Module):
+        return f"attach wants an nn.Module; yours is a {type(module).__name__}"
+    if (found := sum(parameter.numel() for parameter in module.parameters())) != parameters:
+        return f"{found} parameters, encoder and head have {parameters}: make both attributes of your module"
+    answer = run(module, (x,))
+    if isinstance(answer, Exception):
+        return f"your module stopped with {type(answer).__name__}: {answer}"
+    if isinstance(answer, tuple | dict):
+        return f"the module returns a {type(answer).__name__}; logits are one tensor (B, classes)"
+    if module.training:
+        return "the module is in training mode, where dropout makes its logits random: call .eval() on it"
+    return ""
 
 
 def check_sends(function: Callable[[str], bool]) -> str:
@@ -93,20 +90,20 @@ def check_sends(function: Callable[[str], bool]) -> str:
     layer = "base_model.model.encoder.layers.0.mlp.fc1"
     names = [f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", "base_model.model.head.weight"]
     names += ["base_model.model.head.bias", "base_model.model.classifier.weight"]  # not every head is called head
-    slips = {
-        "only the head travels: that is LG-FedAvg, the other way round": lambda name: ".lora_" not in name,
+    mistakes = {
+        "only the head travels: that is LG-FedAvg, the opposite": lambda name: ".lora_" not in name,
         "everything travels: that is FedIT": lambda name: True,
         "nothing travels: that is local training": lambda name: False,
         "only A travels: that is FedSA-LoRA": lambda name: "lora_A" in name,
-        "only B travels; A and B are both the body's": lambda name: "lora_B" in name,
-        "a head need not be called head: what is no LoRA factor is trained directly": lambda name: "head" not in name,
+        "only B travels; A and B both belong to the body": lambda name: "lora_B" in name,
+        "a head may have another name: what is no LoRA factor is trained directly": lambda name: "head" not in name,
     }
-    return check(function, lambda name: ".lora_" in name, [(name,) for name in names], slips)
+    return check(function, lambda name: ".lora_" in name, [(name,) for name in names], mistakes)
 
 
 def check_trimmed_mean(function: Callable[[Adapter, Tensor], Adapter]) -> str:
-    """Exercise 3: from a stack and the clients' sizes, the mean of every entry without its smallest and its largest
-    value, unweighted, for each client.
+    """Exercise 3: from a stack and the clients' sizes, the unweighted mean of every entry without its smallest and its
+    largest value, for each client.
 
     >>> check_trimmed_mean(lambda stack, sizes: repeat_adapter({n: t.mean(0) for n, t in stack.items()}, len(sizes)))
     'hint: nothing is trimmed: that is the plain mean'
@@ -145,7 +142,7 @@ def check_trimmed_mean(function: Callable[[Adapter, Tensor], Adapter]) -> str:
 
     rows = "every client gets a row of its own: repeat_adapter(…, len(sizes))"
     after = "you average first and trim then; sort over the clients (dim 0) before the mean"
-    slips = {
+    mistakes = {
         f"one row for all; {rows}": each(trimmed, repeat=False),
         f"one row for all, and nothing is trimmed; {rows}": each(plain, repeat=False),
         f"one row for all, the weighted mean, and nothing is trimmed; {rows}": each(weighted, repeat=False),
@@ -159,4 +156,4 @@ def check_trimmed_mean(function: Callable[[Adapter, Tensor], Adapter]) -> str:
         ),
         "that is the median, which trims all but the middle": each(lambda tensor, sizes: tensor.median(0).values),
     }
-    return check(function, each(trimmed), inputs, slips)
+    return check(function, each(trimmed), inputs, mistakes)

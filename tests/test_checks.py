@@ -1,7 +1,8 @@
-"""The door: every public function against bad input, argument by argument; what is taken; memory; order of clients."""
+"""The checks of arguments: every public function against bad input, argument by argument; what is taken; memory; order of clients."""
 
 import importlib
-import json
+import pydoc
+import re
 import warnings
 from functools import cache
 from inspect import isfunction, signature
@@ -16,20 +17,18 @@ import torch
 from conftest import tiny_federation, tiny_vit
 from hypothesis import given, settings, strategies as st
 from test_project import FILES, module_name
-from test_results import ROOT, script
 
 import potara_lite
-from potara_lite import checks as plain_door, estimators, fedit, next_tokens
+from potara_lite import estimators, fedit, next_tokens
 from potara_lite.adapters.lora import attach
 from potara_lite.adapters.state import client_adapter, repeat_adapter
 from potara_lite.baselines.merges import layer_grams, merge_deltas
 from potara_lite.baselines.privacy import with_noise
-from potara_lite.checks import door, options_of, shown, unchecked
+from potara_lite.checks import BOUNDS, Count, Positive, Seed, checked, shown
 from potara_lite.experiment import initial_adapter
 from potara_lite.federation.split import Split
 from potara_lite.federation.tasks import Question
 from potara_lite.setting import Setting
-from potara_lite.training import gradients as gradients_of, train as training
 from potara_lite.training.train import OptimizerState
 
 NAN, INF = float("nan"), float("inf")
@@ -287,7 +286,6 @@ CALLS = {
     "experiment.train_local": lambda t: dict(
         adapted=t.adapted, start=t.local, federation=t.federation, setting=TINY, seed=0, progress=False
     ),
-    "experiment.one_of_pair": lambda t: dict(which=0),
     "experiment.local_from_federated": lambda t: dict(lr_scale=1.0),
     "experiment.merging": lambda t: dict(merge=len, model_pair=len),
     "experiment.with_estimator": lambda t: dict(estimator=len, merge=len, model_pair=len),
@@ -492,13 +490,13 @@ ROWS = [
 ]  # fmt: skip
 
 BAD = {
-    "steps rounds local_steps start number client end which": WHOLE,
+    "steps rounds local_steps start number client end": WHOLE,
     "clients rank batch_size classes max_length longest size calibration_size test_size union_size per_client": SIZE,
     "last": [0, 99, 1.5, "x"],
     "points": [1, -1, 2.5, "9", NAN, None],
     "train_size": [*SIZE, (lambda v: [3, 0], "train_size[1] must be at least 1, not 0"), (lambda v: [3], "1 clients")],
     "seed sample_labels": [-1, 0.5, "0", True, 2**64],
-    "lr lr_scale spread probe": [-0.1, 0, INF, *NUMBER],
+    "lr lr_scale tau step sigma": [-0.1, 0, INF, *NUMBER],
     "alpha sigma target": [-1, 0, *NUMBER],
     "ridge tolerance weight_decay damping prior mu strength rounds_scale noise_multiplier std": [-0.1, INF, *NUMBER],
     "head_share off_diagonal share_of": [-0.1, 1.5, *NUMBER],
@@ -777,95 +775,82 @@ def test_what_is_right_is_taken(function):
     find(function)(**CALLS[function](things()))
 
 
-# Functions without a door, and why.
-
-BARE = {
-    "what a name or a shape says": """
-        adapters.state.is_dense_factor estimators.estimate.by_layer estimators.estimate.head_and_body
-        estimators.calibrated.two_groups baselines.rounds.is_head baselines.rounds.is_shared baselines.algorithms.is_personal
-        federation.inputs.kind_of federation.inputs.any_tensor results.rows_with models.language.installed_minilm
-        federation.tasks.read_glosses baselines.algorithms.fedalt""",
-    "checks themselves, tested in the rows below and where they are used": """
-        federation.split.rows_of federation.inputs.check_alike federation.inputs.check_examples federation.inputs.check_pairs federation.partition.pool_of_examples
-        training.train.check_clients training.train.check_labels training.train.check_losses
-        models.language.check_tokens models.frozen_trunk.check_names training.scoring.check_count
-        models.language.check_source federation.text.next_tokens
-        training.loss.checked_logits""",
-    "what pictures are made of; losses in every step of a fit": """
-        course.convex_head.head_loss course.convex_head.head_product course.convex_head.labels_of
-        course.estimator_explorer.rows_of_course plots.colour plots.front_of_board
-        plots.marks plots.names_of_labels course.seeds_explorer.scores_of_seeds
-        course.widgets.as_svg course.widgets.places_in course.widgets.with_rings""",
-    "files and their patterns, tested with their loaders": """
-        adapters.lora.check_patterns adapters.lora.pattern models.language.check_sizes""",
-    "dictionaries of tensors and batches taken apart and put together, in every step": """
-        adapters.state.adapter_from_delta adapters.lora.delta_added adapters.state.flatten adapters.state.unflatten adapters.state.select_clients
-        federation.partition.draw federation.inputs.map_inputs federation.inputs.pad_stack federation.inputs.take merging.merge.concat_ranks merging.merge.limit_rank
-        models.frozen_trunk.frozen_blocks models.frozen_trunk.call_network models.frozen_trunk.run_frozen_blocks models.frozen_trunk.replaced_forwards
-        estimators.estimate.from_moments estimators.estimate.group_coordinates estimators.estimate.group_sum
-        estimators.gauss_newton.example_mean estimators.paper.diagonal_moments""",
-    "the engine room: every step and every example goes through it": """
-        training.batching.map_clients training.batching.plan training.batching.with_autocast training.grouped_lora.group_lora
-        training.loss.example_accuracies training.loss.example_losses training.loss.mean_loss training.loss.token_mean
-        training.train.adamw_step training.train.batched_logits training.train.losses
-        training.train.plain_loss""",
-    "what the clients' numbers are made of and weighed by; they come over the network, too": """
-        estimators.calibrated.lowest_inside estimators.calibrated.offset_weights estimators.calibrated.parabolas
-        estimators.calibrated.pooled_mean estimators.calibrated.weigh estimators.calibrated.weigh_offset
-        estimators.combination.simplex_moments""",
-    "parts of methods, which `run_algorithm`, `run_methods` and `sweep` call": """
-        results.holm experiment.best_on_test experiment.independent_models experiment.initial_adapter
-        baselines.algorithms.fold
-        baselines.algorithms.merge_and_redraw baselines.algorithms.merged_residual baselines.algorithms.keep_global_reference
-        baselines.algorithms.mean_and_residual baselines.algorithms.mean_product baselines.algorithms.others
-        baselines.algorithms.own baselines.algorithms.shared_loss baselines.algorithms.shares
-        baselines.algorithms.squared_distance baselines.algorithms.stacked baselines.algorithms.with_merged_residual
-        baselines.methods.fisher_merge_of_pair baselines.methods.merged_from_federated baselines.methods.regmean_of_pair
-        baselines.methods.remaining_steps baselines.clusters.train_clusters
-        baselines.rounds.add_prefix baselines.rounds.client_step baselines.rounds.fedavg
-        baselines.rounds.finetune_step baselines.rounds.first_client baselines.rounds.message_bytes baselines.rounds.select_prefix
-        baselines.rounds.server_step baselines.sweep.fingerprint""",
-}
-APART = (
-    "deployment/",
-    "course/exercises/",  # whose checkers answer whatever they are given: test_checking.py
-    "__main__.py",
-    "potara.py",
-    "checks.py",
-    "adapters/state.py",
-    "files.py",
-)  # tested for themselves
-CLASSES = (
-    "Setting Federation Split Moments Estimate Execution Ledger ModelPair Result Run Algorithm Phase Question".split()
-)
-
-
-def test_every_public_function_has_a_door_and_rows_or_a_reason():
-    bare = {name for names in BARE.values() for name in names.split()}
+def checked_functions():
+    """Every function of the package that checks its arguments, by its module and name."""
     found = {}
     for file in FILES:
-        if not file.startswith(APART):
+        if not file.startswith(("deployment/", "course/exercises/", "__main__")):  # whose tests are elsewhere
             module = importlib.import_module(module_name(file))
             for name, one in vars(module).items():
-                if isfunction(one) and one.__module__ == module.__name__ and not name.startswith("_"):
+                if isfunction(one) and one.__module__ == module.__name__ and hasattr(one, "__wrapped__"):
                     found[f"{module_name(file).removeprefix('potara_lite.')}.{name}"] = one
-    assert bare <= found.keys() and not bare & CALLS.keys()
-    assert found.keys() - bare == CALLS.keys()
-    for name in bare:
-        assert not hasattr(found[name], "checks"), name
-    for name in CALLS:
-        free = set(signature(find(name)).parameters) - find(name).checks.keys()
-        assert free <= {"train", "test", "calibration", "proportions", "x", "options", "finished"}, (name, free)
-        for argument in find(name).checks:
-            if argument not in CALLS[name](things()):
-                assert argument in ("options", "training", "fixed", "objective"), (name, argument)
+    return found
 
 
-def test_every_public_name_is_in_the_tables():
-    functions = {name.rpartition(".")[2] for name in CALLS}
+def test_every_public_function_checks_its_arguments_and_has_a_row():
+    rows = {name: find(name) for name in CALLS}
     for name in potara_lite.__all__:
         one = getattr(potara_lite, name)
-        assert name in functions or name in CLASSES or not isfunction(one) or name in str(BARE), name
+        assert not isfunction(one) or one in rows.values(), name
+    for name, function in checked_functions().items():
+        assert function in rows.values() or name.rpartition(".")[2].startswith("_"), name
+
+
+def test_every_argument_of_a_row_is_annotated_and_tried():
+    free = {
+        "options",
+        "training",
+        "fixed",
+        "objective",
+        "finished",
+        "tokenizer",
+        "config",
+        "calibration",
+        "proportions",
+    }
+    for name in CALLS:
+        for argument, parameter in signature(find(name)).parameters.items():
+            if argument not in free:
+                assert parameter.annotation is not parameter.empty, (name, argument)
+                assert argument in CALLS[name](things()), (name, argument)
+
+
+def test_a_check_stays_when_a_parameter_is_renamed_or_two_change_places():
+    @checked
+    def one(lr: Positive, steps: Count): ...
+
+    @checked
+    def other(iterations: Count, learning_rate: Positive): ...
+
+    for call, name in (
+        (lambda: one(NAN, 1), "lr"),
+        (lambda: one(0.1, -1), "steps"),
+        (lambda: other(-1, 0.1), "iterations"),
+        (lambda: other(1, NAN), "learning_rate"),
+        (lambda: other(learning_rate=NAN, iterations=1), "learning_rate"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            call()
+
+
+def test_help_shows_each_bound():
+    text = pydoc.plain(pydoc.render_doc(potara_lite.train))
+    assert "lr: 'Positive' = 0.001" in text and "``lr`` above 0 and finite" in text
+    for name, bound in BOUNDS.items():
+        for argument, hint in potara_lite.train.__annotations__.items():
+            if name in re.findall(r"\w+", str(hint)):
+                assert f"``{argument}`` {bound}" in " ".join(text.split()), argument
+
+
+def test_unknown_and_missing_arguments_are_pythons_own_errors():
+    t = things()
+    for call, name in (
+        (lambda: fedit(t.adapted, t.split, rounds=1, local_steps=1, lrr=1), "lrr"),
+        (lambda: potara_lite.fashion_mnist(client=3), "client"),
+        (lambda: potara_lite.train(t.adapted, t.local, t.split), "steps"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            call()
 
 
 # What has no row above: constructors, and arguments that are wrong together.
@@ -1100,8 +1085,6 @@ WRONG = [
     ("alpha inf", lambda t: attach(t.backbone, alpha=INF), ("alpha", "inf")),
     ("alpha by a config", lambda t: attach(t.backbone, config=config(lora_alpha=NAN)), ("scaling", "nan")),
     ("alpha 0 by a config", lambda t: attach(t.backbone, config=config(lora_alpha=0)), ("scaling", "0")),
-    ("an unknown option", lambda t: fedit(t.adapted, t.split, rounds=0, local_steps=1, lrr=1), ("lrr", "lr")),
-    ("an option of another", lambda t: potara_lite.fashion_mnist(client=3), ("client", "clients")),
     ("a method that is none", lambda t: potara_lite.paired_differences(t.rows, "mine"), ("method", "'mine'")),
     ("a score that is none", lambda t: potara_lite.paired_differences(t.rows, "local", "f1"), ("score", "'f1'")),
     ("calibrating on all but one", lambda t: potara_lite.from_tensors(
@@ -1182,30 +1165,6 @@ def test_the_table_is_as_large_as_it_says():
     assert len(CALLS) > 100 and rows > 3000 and len(WRONG) > 250
 
 
-def test_what_the_checks_cost_is_less_than_a_hundredth_of_a_run():
-    found = json.loads((ROOT / "benchmarks" / "door.json").read_text())
-    page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
-    shares = sorted(run["in checks"] / run["seconds"] for run in found["runs"])
-    assert shares[len(shares) // 2] == found["shrinkage"] and shares[-1] < 0.01
-    (number,) = {run["checks"] for run in found["runs"]}
-    said = f"The {number:,} checks of arguments and data take {100 * found['share']:.1f} % of the command's default run"
-    assert said in page
-
-
-def test_checks_are_timed_wherever_the_library_calls_them_and_once():
-    t, benchmark = things(), script("door")
-    before = training.train.check_clients, gradients_of.check_clients, plain_door.checked
-    with benchmark.timed((training.train.check_clients,)) as calls:
-        potara_lite.evaluate(t.adapted, t.local, t.split)
-        potara_lite.per_sample_gradients(t.adapted, t.local, t.split)
-    assert len(calls) == 2 and min(calls) > 0
-    with benchmark.timed((plain_door.checked,)) as calls:
-        options = plain_door.options_of(potara_lite.train)  # checks inside a check
-        assert plain_door.checked({"all": {"lr": 1}}, {}, {"all": options}) == {"all": {"lr": 1}}
-    assert len(calls) == 1
-    assert before == (training.train.check_clients, gradients_of.check_clients, plain_door.checked)
-
-
 # What is right, in other forms.
 
 
@@ -1269,21 +1228,19 @@ def test_a_check_cannot_look_inside_a_transform():
                           objective=lambda f, tensors: f(potara_lite.merge_exact(tensors, tensors, 7)))  # fmt: skip
 
 
-def test_a_door_keeps_what_a_function_says_of_itself():
-    @door()
-    def step(lr: float, seed: int = 0, **options):
+def test_a_checked_function_keeps_what_it_says_of_itself():
+    @checked
+    def step(lr: Positive, seed: Seed = 0, **options):
         """One step."""
         return lr, seed, options
 
-    assert step.__doc__ == "One step." and str(signature(step)) == "(lr: float, seed: int = 0, **options)"
+    assert step.__doc__.startswith("One step.\n\nBounds: ``lr`` above 0")
+    assert list(signature(step).parameters) == ["lr", "seed", "options"]
     assert step(0.5, np.int64(3), anything=-1) == (0.5, 3, {"anything": -1})
-    assert unchecked(step)(-1) == (-1, 0, {}) and unchecked(len) is len
-    with pytest.raises(ValueError, match="lr must be positive, not -0.1"):
+    with pytest.raises(ValueError, match="lr must be above 0, not -0.1"):
         step(lr=-0.1)
     with pytest.raises(TypeError, match="missing a required argument: 'lr'"):
         step()
-    with pytest.raises(ValueError, match="sead is no option here: there are lr, seed"):
-        options_of(lambda lr, seed: None)("options", {"sead": 3}, {})
 
 
 def test_what_was_given_is_shown_in_one_short_line():
@@ -1296,7 +1253,7 @@ def test_what_was_given_is_shown_in_one_short_line():
 
 
 def outcome(make):
-    """What the call gives, or ``None`` where it is refused at the door, and with nothing else."""
+    """What the call gives, or ``None`` where it is refused, and with nothing else."""
     try:
         return make()
     except ValueError as error:
@@ -1356,16 +1313,16 @@ def test_no_estimate_is_made_of_other_clients_or_with_odd_options(options, clien
 
 
 @EXPLORED
-@given(name=st.sampled_from(["damping", "prior", "clip", "probe", "points", "spread", "sigma"]), value=ODD)
+@given(name=st.sampled_from(["damping", "prior", "clip", "step", "points", "tau", "sigma"]), value=ODD)
 def test_no_odd_number_reaches_the_moments(name, value):
     t = things()
     calls = {
         "damping": lambda: estimators.fisher_moments(**gradients(t), damping=value).weight,
         "prior": lambda: estimators.laplace_moments(**gradients(t), examples=(t.sizes, t.sizes), prior=value).weight,
         "clip": lambda: estimators.fisher_moments(**gradients(t), clip=value).weight,
-        "probe": lambda: estimators.pooled_offset(*t.losses, t.sizes, step=value)[0],
+        "step": lambda: estimators.pooled_offset(*t.losses, t.sizes, step=value)[0],
         "points": lambda: potara_lite.weight_grid(value),
-        "spread": lambda: estimators.pooled_weight(t.grid, t.losses, t.sizes, tau=value)[0],
+        "tau": lambda: estimators.pooled_weight(t.grid, t.losses, t.sizes, tau=value)[0],
         "sigma": lambda: estimators.pooled_weight(t.grid, t.losses, t.sizes, sigma=value)[0],
     }
     found = outcome(calls[name])

@@ -1,14 +1,14 @@
-"""The field, side by side: every method of ``potara_lite.baselines.methods`` on the same federations, at the same steps.
+"""The comparison: every method of ``potara_lite.baselines.methods`` on the same federations, with the same steps.
 
-    python benchmarks/field.py --processes 2      # lab: Fashion-MNIST, the lab ViT, two CPU cores
-    python benchmarks/field.py --scale quick      # seconds; its figures mean nothing
-    python benchmarks/field.py --scale grey-cifar10 --data PLACE    # the same on grey CIFAR-10, two seeds
-    python benchmarks/field.py --scale paper --device cuda --data datasets   # CIFAR-100 and ViT-B/16, downloaded
-    python benchmarks/field.py --tune             # the methods' options, by calibration examples of seed 100
-    python benchmarks/field.py --report           # tables and figure from what is finished
+    python benchmarks/comparison.py --processes 2      # lab: Fashion-MNIST, the lab ViT, two CPU cores
+    python benchmarks/comparison.py --scale quick      # seconds; its figures mean nothing
+    python benchmarks/comparison.py --scale grey-cifar10 --data SOURCE    # the same on grey CIFAR-10, two seeds
+    python benchmarks/comparison.py --scale paper --device cuda --data datasets   # CIFAR-100 and ViT-B/16, downloaded
+    python benchmarks/comparison.py --tune             # the methods' options, by calibration examples of seed 100
+    python benchmarks/comparison.py --report           # rows and figure from what is finished
 
-Interrupted, it goes on where it stopped (``field/``). Processes share the federations and seeds, and the cores.
-Grey CIFAR-10 is dealt from its test split, which the backbone has not seen: by torchvision from the folder PLACE, or
+If interrupted, it continues where it stopped (``comparison/``). Processes share the federations, seeds and cores.
+Grey CIFAR-10 is dealt from its test split, which the backbone has not seen: by torchvision from the folder SOURCE, or
 from a file of JPEGs. All options are those that were chosen on Fashion-MNIST.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from other_data import grey_cifar10
-from pages import facts, fill, markdown
+from pages import facts
 
 from potara_lite import Setting, attach, from_torchvision, lab_vit, prepare, torchvision_vit
 from potara_lite.baselines.methods import FAMILIES, METHODS, REFERENCES
@@ -72,15 +72,15 @@ def prepare_paper(root: str, setting: Setting, seed: int, *, weights: str | None
     return adapted.to(setting.device), federation.to(setting.device)
 
 
-def prepare_grey(place: str, setting: Setting, seed: int):
+def prepare_grey(source: str, setting: Setting, seed: int):
     """Grey CIFAR-10 and the lab ViT with LoRA in all its blocks."""
     adapted = attach(lab_vit(10), rank=setting.rank, seed=seed).to(setting.device)
-    return adapted, grey_cifar10(setting, seed, place).to(setting.device).map(adapted.embed)
+    return adapted, grey_cifar10(setting, seed, source).to(setting.device).map(adapted.embed)
 
 
 RATES = 1, 0.5, 2
-HIGHER, LOWER = (*RATES, 4), (*RATES, 0.25)  # where the highest or the lowest was best
-OPTIONS = {  # what is tried: of each option first what the others are tried at
+HIGHER, LOWER = (*RATES, 4), (*RATES, 0.25)  # where the highest or lowest rate was the best
+OPTIONS = {  # the values that are tried; the first of each option is used while others are tried
     "local": {"lr_scale": LOWER},
     "FedIT": {"lr_scale": (*HIGHER, 8)},
     "FedIT, fine-tuned": {"lr_scale": LOWER, "rounds_scale": (1, 1.5)},
@@ -124,7 +124,7 @@ TOGETHER = {  # what was best alone, together
 
 
 def equal_merge(federated_lr_scale: float, local_lr_scale: float, rounds: int) -> Method:
-    """Half of each of the two models that all merges share, trained otherwise; the steps of both stay as many."""
+    """The mean of the two models of the merges, trained with other options; their steps together stay the same."""
 
     def method(run: Run) -> Result:
         local_steps = run.setting.total_steps - int(rounds) * run.setting.round_steps
@@ -140,7 +140,7 @@ MERGED = {PAIR: equal_merge, FROM_FEDERATED: FAMILIES["uniform, local from feder
 
 
 def usual(options: dict[str, tuple]) -> dict[str, float]:
-    """What each option is while another one is tried."""
+    """The value of each option while another one is tried."""
     return {option: values[0] for option, values in options.items()}
 
 
@@ -150,22 +150,22 @@ def label(name: str, options: dict[str, float]) -> str:
 
 
 def tried(name: str) -> list[dict[str, float]]:
-    """The options of a method that are tried: one at a time other than the first, and what follows from these."""
+    """The options of a method that are tried: one at a time, and the best ones together."""
     options = OPTIONS[name]
     single = [usual(options) | {option: value} for option, values in options.items() for value in values]
-    return [*{label(name, own): own for own in single}.values(), *TOGETHER.get(name, [])]
+    return [*{label(name, each): each for each in single}.values(), *TOGETHER.get(name, [])]
 
 
 def candidates() -> dict[str, Method]:
     """The methods to be tuned, with every choice of options that is tried."""
     families = FAMILIES | MERGED
-    return {label(name, own): families[name](**own) for name in OPTIONS for own in tried(name)}
+    return {label(name, each): families[name](**each) for name in OPTIONS for each in tried(name)}
 
 
 def best(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Of each method's options those with the highest mean accuracy."""
+    """The options of each method with the highest mean accuracy."""
     accuracy = rows.groupby("method").accuracy.mean()
-    return {name: max(tried(name), key=lambda own: accuracy[label(name, own)]) for name in OPTIONS}
+    return {name: max(tried(name), key=lambda each: accuracy[label(name, each)]) for name in OPTIONS}
 
 
 def overview(board: pd.DataFrame) -> pd.DataFrame:
@@ -187,8 +187,8 @@ def overview(board: pd.DataFrame) -> pd.DataFrame:
 
 
 def survives(lab: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """A line per federation: how alike two data sets rank the methods (Spearman), and places of methods on both, the
-    first being the most accurate of those that are no reference."""
+    """A line per federation: the rank correlation of the methods on two data sets (Spearman), and the ranks of some
+    methods on both; rank 1 is the most accurate, without the references."""
     boards, lines = [leaderboard(rows).accuracy.drop(REFERENCES, level="method") for rows in (lab, other)], {}
     for federation in boards[1].index.unique("federation"):
         one, two = (board.loc[federation] for board in boards)
@@ -206,17 +206,12 @@ def keep(rows: pd.DataFrame, path: Path) -> None:
 
 
 def report(rows: pd.DataFrame, name: str, folder: Path) -> None:
-    """Write the rows, the tables that are read off them, and the figure."""
-    keep(rows, folder / f"field-{name}.csv.gz")
-    board, differences = leaderboard(rows), paired_differences(rows)
-    frontiers(board, pareto_front(board), references=list(REFERENCES)).savefig(folder / f"field-{name}.png", dpi=100)
-    parts = [f"Every method.\n\n{markdown(overview(board))}"]
-    for federation in dict.fromkeys(rows.federation):
-        table = markdown(differences.loc[federation].sort_values("difference"), digits=4)
-        parts.append(
-            f"{federation.capitalize()}: accuracy of `potara-calibrated` minus that of each method.\n\n{table}"
-        )
-    (folder / f"field-{name}.md").write_text("\n\n".join(parts) + "\n")
+    """Write the rows and the figure."""
+    keep(rows, folder / f"comparison-{name}.csv.gz")
+    board = leaderboard(rows)
+    differences = paired_differences(rows)
+    picture = frontiers(board, pareto_front(board), references=list(REFERENCES))
+    picture.savefig(folder / f"comparison-{name}.png", dpi=100)
     print(board.to_string(float_format="{:.3f}".format), differences.to_string(float_format="{:.4f}".format), sep="\n")
 
 
@@ -243,7 +238,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", default="datasets", help="where torchvision keeps what it downloads, or CIFAR-10 is")
-    parser.add_argument("--out", type=Path, default=HERE / "field", help="for what is finished; tables go beside it")
+    parser.add_argument("--out", type=Path, default=HERE / "comparison", help="for finished results")
     args = parser.parse_args()
     args.name = f"{args.scale}-tune" if args.tune else args.scale
     folder, began = args.out.parent, time.perf_counter()
@@ -251,18 +246,13 @@ def main() -> None:
         before = len(read_results(args.out / args.name))
         torch.multiprocessing.spawn(work, (args,), nprocs=args.processes) if args.processes > 1 else work(0, args)
         run = {"processes": args.processes, "rows before": before, "minutes": (time.perf_counter() - began) / 60}
-        (folder / f"field-{args.name}.json").write_text(json.dumps(run | facts(), indent=1) + "\n")
+        (folder / f"comparison-{args.name}.json").write_text(json.dumps(run | facts(), indent=1) + "\n")
     rows = read_results(args.out / args.name)
     if args.tune:
-        keep(rows, folder / f"field-{args.name}.csv.gz")
+        keep(rows, folder / f"comparison-{args.name}.csv.gz")
         print(*(f"{method}: {options}" for method, options in best(rows).items()), sep="\n")
     else:
         report(rows, args.name, folder)
-    if args.name in ("lab", "grey-cifar10") and folder == HERE:
-        page, lab = HERE.parent / "docs" / "field.md", pd.read_csv(HERE / "field-lab.csv.gz")
-        fill(page, args.name, markdown(overview(leaderboard(rows))))
-        if (other := HERE / "field-grey-cifar10.csv.gz").exists():
-            fill(page, "survives", markdown(survives(lab, pd.read_csv(other))))
 
 
 if __name__ == "__main__":

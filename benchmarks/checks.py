@@ -1,8 +1,9 @@
 """What the checks of arguments and data cost: their share of the seconds of the command's default run.
 
-    python benchmarks/door.py       # writes door.json
+    python benchmarks/checks.py       # writes checks.json
 
-Every check is timed where the library calls it, a check inside another one with the outer one.
+A check is a function of the library whose name begins with ``check_``; ``check_arguments`` is the one that ``@checked``
+calls. Each is timed wherever the library calls it, and a check inside another one as part of the outer one.
 """
 
 from __future__ import annotations
@@ -11,27 +12,38 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 from pages import facts
 
-from potara_lite import Setting, checks as door, compare
-from potara_lite.adapters.lora import state as stacks
-from potara_lite.federation.inputs import check_alike, check_examples, check_pairs
-from potara_lite.training import train as training
+from potara_lite import Setting, compare
 
-CHECKS = (
-    door.checked, check_alike, check_examples, check_pairs, training.check_clients, training.check_labels,
-    training.check_losses, training._check_finite, stacks.all_finite, stacks.fitting,
-)  # fmt: skip
+OTHER = "potara_lite.course", "potara_lite.files"  # they check exercises and checksums
+
+
+def modules() -> list[ModuleType]:
+    """The modules of the library that are imported."""
+    return [module for name, module in list(sys.modules.items()) if name.startswith("potara_lite")]
+
+
+def checks() -> set[Callable]:
+    """The functions of the library that check arguments and data."""
+    functions = [one for module in modules() for one in vars(module).values() if isinstance(one, FunctionType)]
+    return {
+        one
+        for one in functions
+        if one.__name__.lstrip("_").startswith("check_")
+        and one.__module__.startswith("potara_lite")
+        and not one.__module__.startswith(OTHER)
+    }
 
 
 @contextmanager
-def timed(checks: tuple[Callable, ...]) -> Iterator[list[float]]:
+def timed(checks: Iterable[Callable]) -> Iterator[list[float]]:
     """Seconds of each outermost call of a check, in every module of the library that has it."""
     calls: list[float] = []
     depth = 0
@@ -50,19 +62,19 @@ def timed(checks: tuple[Callable, ...]) -> Iterator[list[float]]:
 
         return call
 
-    places = [
-        (module, name, one)
-        for module in [module for name, module in sys.modules.items() if name.startswith("potara_lite")]
-        for name, one in vars(module).items()
-        if isinstance(one, FunctionType) and one in checks
-    ]
     watchers = {check: watched(check) for check in checks}
+    replaced = [
+        (module, name, one)
+        for module in modules()
+        for name, one in vars(module).items()
+        if isinstance(one, FunctionType) and one in watchers
+    ]
     try:
-        for module, name, check in places:
+        for module, name, check in replaced:
             setattr(module, name, watchers[check])
         yield calls
     finally:
-        for module, name, check in places:
+        for module, name, check in replaced:
             setattr(module, name, check)
 
 
@@ -71,7 +83,7 @@ def main(repeats: int = 5) -> None:
     runs = []
     for _ in range(repeats):
         began = time.perf_counter()
-        with timed(CHECKS) as calls:
+        with timed(checks()) as calls:
             compare(Setting(), [0])
         runs.append({"seconds": time.perf_counter() - began, "in checks": sum(calls), "checks": len(calls)})
     share = statistics.median(run["in checks"] / run["seconds"] for run in runs)
