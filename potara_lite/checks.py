@@ -52,36 +52,43 @@ def invalid(name: str, expected: str, value: object) -> NoReturn:
 # Numbers and flags.
 
 
-def _number(value: Any) -> Any:
-    """One of numpy's numbers as Python's."""
-    if isinstance(value, Real) and not isinstance(value, bool | int | float):
-        return int(value) if isinstance(value, Integral) else float(value)
-    return value
+def _whole(value: Any) -> Any:
+    """One of numpy's whole numbers as Python's."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def _float(value: Any) -> Any:
+    """A real number of Python or numpy as a float."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+    except OverflowError:
+        return _in_float32(inf if value > 0 else -inf, value)
 
 
 def _flag(value: Any) -> Any:
     return bool(value) if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_") else value
 
 
-def _in_float32(value: float) -> float:
-    if 0 < abs(value) < FLOAT32[0] or FLOAT32[1] < abs(value) < inf:
-        invalid("", f"in the range of float32 ({FLOAT32[0]} to {FLOAT32[1]})", value)
+def _in_float32(value: float, given: Any = None) -> float:
+    if 0 < abs(value) < FLOAT32[0] or FLOAT32[1] < abs(value) < inf or given is not None:
+        invalid("", f"in the range of float32 ({FLOAT32[0]} to {FLOAT32[1]})", value if given is None else given)
     return value
 
 
-_python = BeforeValidator(_number)
-_float32 = AfterValidator(_in_float32)
+_python = BeforeValidator(_whole)
+_real = BeforeValidator(_float)
+_float32 = AfterValidator(lambda value: _in_float32(value))
 
 Count = Annotated[int, _python, Field(ge=0, le=LARGEST)]
 Size = Annotated[int, _python, Field(ge=1, le=LARGEST)]
 Seed = Annotated[int, _python, Field(ge=0, le=LARGEST)]
-Finite = Annotated[float, _python, _float32, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, _python, _float32, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, _python, _float32, Field(gt=0, allow_inf_nan=False)]
-PositiveOrInf = Annotated[float, _python, _float32, Field(gt=0)]
-Fraction = Annotated[float, _python, _float32, Field(ge=0, le=1)]
-Share = Annotated[float, _python, _float32, Field(gt=0, le=1)]
-Probability = Annotated[float, _python, _float32, Field(gt=0, lt=1)]
+Finite = Annotated[float, _real, _float32, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, _real, _float32, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, _real, _float32, Field(gt=0, allow_inf_nan=False)]
+PositiveOrInf = Annotated[float, _real, _float32, Field(gt=0)]
+Fraction = Annotated[float, _real, _float32, Field(ge=0, le=1)]
+Share = Annotated[float, _real, _float32, Field(gt=0, le=1)]
+Probability = Annotated[float, _real, _float32, Field(gt=0, lt=1)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 BOUNDS = {
     "Count": "a whole number of at least 0",
@@ -175,10 +182,10 @@ class Numbers:
             shapes = [f"({', '.join(dims.split())})" if dims else "()" for dims in self.dims.split("|")]
             sizes = ", ".join(f"{name} = {size}" for name, size in _SIZES.get({}).items() if name in self.dims)
             invalid("", f"numbers of shape {' or '.join(shapes)}{sizes and f' with {sizes}'}", value)
-        if self.whole and found.is_floating_point():
-            invalid("", "whole numbers", value)
         if not all_finite(found):
             raise ValueError(f"must be finite, {'not' if found.dim() == 0 else 'unlike'} {shown(value)}")
+        if self.whole and found.is_floating_point():
+            invalid("", "whole numbers", value)
         if not is_traced(found):
             most = _SIZES.get({}).get(self.most) if isinstance(self.most, str) else self.most
             low, high = (bound.item() for bound in found.detach().aminmax())
@@ -262,14 +269,17 @@ EXPECTED = {  # by pydantic's type of error; its own words for the others
     "bool_type": "True or False",
     "string_type": "a string",
     "callable_type": "a function",
-    "too_short": "at least {min_length} of them",
+    "unexpected_keyword_argument": "an option of this function",
+    "too_short": "a list or a dictionary of at least {min_length}",
 }
 
 
 def _message(error: ValidationError, given: Mapping[str, Any]) -> str:
     """What pydantic found, in one line: the argument, what it must be, what was given."""
-    found = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))  # of a union, the nearest
-    name, *inside = found["loc"]
+    errors = error.errors(include_url=False)
+    is_list = isinstance(errors[0]["input"], list | tuple)
+    found = max(errors[:: -1 if is_list else 1], key=lambda one: len(one["loc"]))  # of a union's, the nearest
+    name, inside = str(found["loc"][0]), found["loc"][1:]
     value = given.get(name)
     for part in inside:  # an index, a key, or one of pydantic's names of types
         if isinstance(part, int) or (isinstance(value, Mapping) and part in value):
@@ -277,7 +287,15 @@ def _message(error: ValidationError, given: Mapping[str, Any]) -> str:
     if found["type"] == "value_error":
         return f"{name} {found['ctx']['error']}"
     expected = EXPECTED.get(found["type"], found["msg"].removeprefix("Input should be "))
-    return f"{name} must be {expected.format(**found.get('ctx', {}))}, not {shown(found['input'])}"
+    given_value = _of_type(found["input"]) if "instance of" in found["msg"] else shown(found["input"])
+    return f"{name} must be {expected.format(**found.get('ctx', {}))}, not {given_value}"
+
+
+def _of_type(value: object) -> str:
+    """A plain value or a tensor as it is shown, anything else by its type."""
+    if value is None or isinstance(value, str | bytes | int | float) or hasattr(value, "shape"):
+        return shown(value)
+    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
 
 
 @cache
@@ -307,15 +325,15 @@ def check_arguments(function: Callable, given: Mapping[str, Any]) -> dict[str, A
 
 def _with_bounds(function: Callable) -> str:
     """The docstring, and what the annotations say of the arguments in words."""
-    found = {name: re.findall(r"\w+", str(hint)) for name, hint in function.__annotations__.items()}
-    bounds = [f"``{name}`` {BOUNDS[word]}" for name, words in found.items() for word in words if word in BOUNDS]
+    words = {name: dict.fromkeys(re.findall(r"\w+", str(hint))) for name, hint in function.__annotations__.items()}
+    bounds = [f"``{name}`` {BOUNDS[word]}" for name, found in words.items() for word in found if word in BOUNDS]
     return f"{function.__doc__ or ''}\n\nBounds: {'; '.join(bounds)}." if bounds else function.__doc__
 
 
 def checked(thing: T) -> T:
     """A decorator: the function, or the dataclass when it is made, with the checks that its annotations say.
 
-    The function itself, for calls inside the library whose arguments were checked before, is ``unchecked`` of it.
+    The function itself, without them, is its ``__wrapped__``.
     """
     if isinstance(thing, type):
         thing.__init__ = checked(thing.__init__)
@@ -333,30 +351,3 @@ def checked(thing: T) -> T:
 
     outside.__doc__ = _with_bounds(function)
     return cast(T, outside)
-
-
-def unchecked(function: T) -> T:
-    """The function without its checks, for loops inside the library."""
-    return getattr(function, "__wrapped__", function)
-
-
-# TEMPORARY: names of the old checks, so that files that are not converted yet can be imported.
-
-
-def _nothing(*_, **__):
-    return lambda function=None, *_, **__: function
-
-
-door = kind = whole = several = named = one_or_several = optional = options_of = real = _nothing
-positive = positive_or_infinite = not_negative = fraction = share = finite = text = path = seed = seeds = flag = None
-function = device = valid_seed = any_function = probability = None
-refuse = invalid
-Check = Any
-
-
-def unchecked(function):
-    return getattr(function, "__wrapped__", function)
-
-
-def check_fields(*_, **__):
-    pass

@@ -138,7 +138,7 @@ class Run:
     setting: Setting
     seed: Seed
     progress: Flag = False
-    pairs: dict[tuple, ModelPair] = field(default_factory=dict, init=False, repr=False)  # further ones
+    pairs: dict[tuple, ModelPair] = field(default_factory=dict, init=False, repr=False)  # others, by what they are
 
     @cached_property
     def pair(self) -> ModelPair:
@@ -200,13 +200,14 @@ def initial_adapter(run: Run) -> Result:
 
 
 def federated_model(run: Run) -> Result:
-    """The federated one of the two models that are merged, at its part of the steps."""
+    """The federated one of the two models that are merged, with what its own training costs."""
     pair = run.pair
     return Result(run.adapted, pair.federated, pair.ledgers[0], pair.seconds[0], torch.ones(len(run.federation)))
 
 
 def local_model(run: Run) -> Result:
-    """The local one of the two models that are merged, at its part of the steps, and those that it starts from."""
+    """The local one of the two models that are merged, with what its training costs; if it starts from the federated
+    model, that one's training, too."""
     pair = run.pair
     ledger, seconds = pair.ledgers[1], pair.seconds[1]
     if pair.local_from_federated:

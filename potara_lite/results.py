@@ -18,7 +18,6 @@ from .files import FileError, data_path, reading
 from .setting import Setting
 
 COLUMNS = ["method", "seed", "client", "accuracy", "loss", "weight", "bytes_up", "bytes_down", "steps", "seconds"]
-
 NUMBERS = (*COLUMNS[3:], "union_accuracy")
 
 
@@ -159,7 +158,8 @@ def paired_differences(
             raise ValueError(f"{name} must be one of {shown(sorted(known))}, not {one!r}")
     seeds = rows.groupby([*_keys(rows), "seed"], sort=False)[score].mean()
     parts = {name: seeds[name] for name in dict.fromkeys(rows.federation)} if "federation" in rows else {None: seeds}
-    lines, index = [], []
+    lines: list[list[float]] = []
+    index: list = []
     for federation, means in parts.items():
         others = [name for name in dict.fromkeys(means.index.get_level_values("method")) if name != method]
         pairs = [(means[method] - means[name]).dropna() for name in others]

@@ -274,7 +274,7 @@ def test_a_result_file_is_computed_again_when_what_made_it_changes(tmp_path, pre
     assert [once(method(1)), once(method(1)), once(method(2)), once(method(2))] == [1, 0, 1, 0]
     assert once(method(2), eval_split=lambda data: data.calibration) == 1
     assert once(method(2), prepare=lambda setting, seed: prepared(setting, seed)) == 1
-    monkeypatch.setattr("potara_lite.__init__.__version__", "0.0")
+    monkeypatch.setattr("potara_lite.baselines.sweep.__version__", "0.0")
     assert [once(method(2)), once(method(2))] == [1, 0]
 
 

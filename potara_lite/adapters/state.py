@@ -138,7 +138,7 @@ def count_clients(stack: Adapter) -> int:
 
 
 def match_adapter(name: str, adapter: Adapter, like: Adapter, *, stacked: bool, same_rank: bool = False) -> Adapter:
-    """The adapter (with ``stacked`` a stack) in the order of the tensors of ``like``, one adapter, which must be its own.
+    """The adapter (with ``stacked`` a stack) in the order of the tensors of ``like``, one adapter that it must match.
 
     Raises ``ValueError`` for other names or shapes; the ranks may differ unless ``same_rank``.
     """
@@ -350,14 +350,3 @@ def unflatten(flat: Tensor, like: Adapter) -> Adapter:
 def adapter_bytes(adapter: Mapping[str, Tensor]) -> int:
     """What an adapter weighs when it travels: the bytes of its tensors, in the dtype they have."""
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
-
-
-from ..checks import _nothing
-
-door = numbers = per_client = of_as_many = shaped_like = curves_over = one_for_each = sizes_of = groups_of = _nothing
-interval = stacks = stack = models = model = like_federated = weights_of_clients = mixing_weights = direction = None
-trained_stack = rows_of_clients = any_adapter = whole_adapter = one_adapter = client_row = labels = None
-
-
-def fitting(name, adapter, adapted, dims=1):
-    return check_adapter(adapted, adapter, name, stacked=bool(dims))

@@ -17,8 +17,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from ..adapters.lora import AdaptedBackbone
@@ -179,7 +181,7 @@ FLORA = replace(FEDEX, name="FLoRA", aggregate=stacked, on_receive=merge_and_red
 
 
 @checked
-def flexlora(ranks: List[Size] | None = None) -> Algorithm:
+def flexlora(ranks: Annotated[List[Size], AfterValidator(tuple)] | None = None) -> Algorithm:
     """The mean of the products, cut by an SVD to the rank of each client (Bai et al., NeurIPS 2024, arXiv 2402.11505).
 
     ``ranks``: one for each client, in the order of their ids, at most the configuration's, whose scaling all keep. A

@@ -77,21 +77,14 @@ def remaining_steps(setting: Setting, rounds_scale: float) -> int:
 def finetuned_after(algorithm: Algorithm, lr_scale: Positive = 1.0, rounds_scale: NonNegative = 1.0) -> Method:
     """The algorithm with local steps after its rounds; both are Potara's, or ``rounds_scale`` times as many rounds and
     what is left of the steps."""
-
-    def tuned(setting: Setting) -> Algorithm:
-        return algorithms.finetuned(algorithm, remaining_steps(setting, rounds_scale))
-
-    return from_algorithm(tuned, lr_scale)
+    return from_algorithm(lambda s: algorithms.finetuned(algorithm, remaining_steps(s, rounds_scale)), lr_scale)
 
 
 @checked
 def wise_ft(weight: Fraction, lr_scale: Positive, rounds_scale: NonNegative) -> Method:
     """The straight line between FedIT and what the fine-tuning makes of it; ``weight`` is on FedIT's model."""
-
-    def mixed(setting: Setting) -> Algorithm:
-        return algorithms.wise_ft(algorithms.FEDIT, remaining_steps(setting, rounds_scale), weight)
-
-    return from_algorithm(mixed, lr_scale)
+    fedit = algorithms.FEDIT
+    return from_algorithm(lambda s: algorithms.wise_ft(fedit, remaining_steps(s, rounds_scale), weight), lr_scale)
 
 
 @checked
@@ -99,8 +92,7 @@ def local_training(lr_scale: Positive = 1.0) -> Method:
     """Every client alone, for all of the steps."""
 
     def method(run: Run) -> Result:
-        clients = len(run.federation)
-        steps = run.setting.total_steps
+        clients, steps = len(run.federation), run.setting.total_steps
         began = time.perf_counter()
         options = training_options(run.setting, lr_scale) | dict(steps=steps, seed=(run.seed, 1))
         initial = repeat_adapter(run.adapted.initial, clients)

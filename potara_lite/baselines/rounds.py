@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator
@@ -105,7 +105,7 @@ class Phase:
 class Algorithm:
     """A method: what its clients hold, train, send and receive, and which of their models is evaluated.
 
-    Stacks have the clients in the order of their ids, in whatever order a split has them.
+    Stacks have the clients in the order of their ids, which may differ from the split's.
 
     ``init``: from the stack of initial adapters to what the clients hold. ``phases``: the local training.
     ``is_uploaded``: the tensors that clients send. ``aggregate(stack, sizes)``: from what they sent to the next
@@ -206,8 +206,8 @@ def run_algorithm(
 
     Each phase reads the client's batch stream ``(seed, 0)`` from where the round begins, so a phase with all the steps
     of a round sees what ``fedit`` sees. ``participation``: the share of clients in each round, drawn as ``fedit`` does.
-    The ledger counts the messages as they were passed, and an optimiser step for every model that took one. In whatever
-    order the clients stand, their models are the same to the last bit.
+    The ledger counts the messages as they were passed, and an optimiser step for every model that took one. The clients'
+    models are the same to the last bit in any order of the clients.
 
     Raises ``ValueError`` for a phase that trains none of the tensors, and for less than full participation in a method
     whose messages differ from client to client.
@@ -225,8 +225,10 @@ def run_algorithm(
     by_id = sorted(range(len(split)), key=split.ids.__getitem__)  # sums of floats depend on the clients' order
     if by_id != list(range(len(split))):
         split = split.rows(by_id)
-    options = dict(rounds=rounds, participation=participation, progress=progress)
-    result = _run_rounds(algorithm, adapted, split, **options, local_steps=local_steps, seed=seed, **training)
+    local = dict(local_steps=local_steps, seed=seed, **training)
+    result = _run_rounds(
+        algorithm, adapted, split, rounds=rounds, participation=participation, progress=progress, local=local
+    )
     return result.rows(torch.tensor(by_id).argsort())
 
 
@@ -238,9 +240,9 @@ def _run_rounds(
     rounds: int,
     participation: float,
     progress: bool,
-    **local,
+    local: dict[str, Any],
 ) -> Personalised:
-    """``run_algorithm`` with the clients in their order; ``local`` goes to ``client_step``."""
+    """``run_algorithm`` with the clients in the order of their ids; ``local``: the options of ``client_step``."""
     backbone = algorithm.backbone(adapted)
     clients = len(split)
     everyone = torch.arange(clients)

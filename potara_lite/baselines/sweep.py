@@ -127,8 +127,8 @@ def read_results(folder: PathLike) -> pd.DataFrame:
 
 
 def fingerprint(thing: object) -> str:
-    """A digest of a function and of what it holds: its code, defaults, closure and arguments, as far as these are
-    numbers, strings, tuples, lists, dictionaries, functions and dataclasses; not of the functions that it calls."""
+    """A digest of a function: of its code, defaults, closure and bound arguments, as far as these are numbers, strings,
+    tuples, dictionaries, functions and dataclasses. Lists and the functions that it calls do not count."""
     return hashlib.sha256(repr(_contents(thing, ())).encode()).hexdigest()[:16]
 
 
@@ -138,7 +138,7 @@ def _contents(thing: object, above: tuple[int, ...]) -> object:
         return "itself"
     if isinstance(thing, FunctionType):
         closure = tuple(cell.cell_contents for cell in thing.__closure__ or ())
-        parts = thing.__code__, thing.__defaults__, thing.__kwdefaults__, closure
+        parts: tuple = thing.__code__, thing.__defaults__, thing.__kwdefaults__, closure
     elif isinstance(thing, CodeType):
         parts = thing.co_code, thing.co_names, *thing.co_consts
     elif isinstance(thing, partial):
@@ -147,7 +147,7 @@ def _contents(thing: object, above: tuple[int, ...]) -> object:
         parts = tuple(getattr(thing, field.name) for field in fields(thing))
     elif isinstance(thing, dict):
         parts = tuple(thing.items())
-    elif isinstance(thing, tuple | list):
+    elif isinstance(thing, tuple):
         parts = thing
     else:
         plain = str | bytes | int | float | complex | None

@@ -215,8 +215,10 @@ def estimate_gradient(
     federated, local = check_models(adapted, split, federated=federated, local=local)
     g_f, g_l = (per_sample_gradients(adapted, stack, split) for stack in (federated, local))
     _, groups = group_coordinates(local, by)
-    options = dict(unbiased=unbiased, damping=damping, cross_fit=cross_fit, groups=groups)
-    return from_moments(gradient_moments(g_f, g_l, split.sizes, **options), local, by)
+    moments = gradient_moments(
+        g_f, g_l, split.sizes, unbiased=unbiased, damping=damping, cross_fit=cross_fit, groups=groups
+    )
+    return from_moments(moments, local, by)
 
 
 # James–Stein.

@@ -64,8 +64,8 @@ def estimate_pooled(
         return client_losses(adapted, merged, split)
 
     offset, more = pooled_offset(losses_at(-step), losses_at(0.0), losses_at(step), split.sizes, step=step)
-    weights = offset_weights(local, weight, offset, by)
-    return Estimate(weights, None, {"client": weight, **details, **more}, floats=(points + 4, 3))
+    layer_weights = offset_weights(local, weight, offset, by)
+    return Estimate(layer_weights, None, {"client": weight, **details, **more}, floats=(points + 4, 3))
 
 
 def two_groups(adapter: Adapter) -> bool:
@@ -99,9 +99,9 @@ def pooled_weight(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Each client's weight ``(C,)`` from its held-out losses ``(C, W, N)`` at W ≥ 3 equally spaced ``weights``.
 
-    Padded samples must have loss zero. ``parabolas`` are taken at the point of the grid where the mean loss of all
-    clients' samples is lowest, or next to it if it is an end of the grid. ``weigh`` makes the weights of them, with
-    the standard deviations ``tau`` and ``sigma``. Raises ``ValueError`` for weights of another number or spacing.
+    Padded samples must have loss zero. ``parabolas`` fits one to each client's losses around the inner point of the
+    grid where the mean loss of all samples is lowest; ``weigh`` computes the weights, with the standard deviations
+    ``tau`` and ``sigma``. Raises ``ValueError`` for weights of another number or spacing.
     """
     spacings = weights.double().diff()
     if len(weights) < 3 or not (spacings > 0).all() or not torch.allclose(spacings, spacings[0]):
@@ -116,8 +116,8 @@ def pooled_weight(
 
 
 def lowest_inside(mean: Tensor, sizes: Tensor) -> int:
-    """The index of the point where the mean losses ``(C, W)`` of all samples together are lowest, the two ends left
-    out."""
+    """The index of the inner point of the grid where the mean loss of all samples is lowest, from the clients' mean
+    losses ``(C, W)``."""
     return 1 + int((sizes.double() @ mean)[1:-1].argmin())
 
 
@@ -149,8 +149,8 @@ def weigh(
 
         estimate                           variance              what it is
         client_estimate_i = at - g_i / h   s_i² = v / (n_i h²)   the minimum of the client's own parabola
-        prior_mean                         τ², ``tau``²          the mean about which the best weights scatter
-        ½                                  σ², ``sigma``²        the middle, about which prior_mean scatters
+        prior_mean                         τ² = tau²             the mean about which the best weights scatter
+        ½                                  σ² = sigma²           the middle, about which prior_mean scatters
 
     A precision is one over a variance, and the weights follow from them (Bates & Granger, 1969)::
 
@@ -208,6 +208,6 @@ def weigh_offset(
     v = pooled_mean(variance, sizes - 1)
     n = float(sizes.sum())
     shrinkage = tau**2 / (tau**2 + v / (n * h**2)) if h > 0 else 0.0
-    offset = -shrinkage * pooled_mean(slope, sizes) / h if h > 0 else 0.0
-    offset = torch.tensor(min(max(offset, -2 * step), 2 * step), dtype=torch.float64)
+    shrunk = -shrinkage * pooled_mean(slope, sizes) / h if h > 0 else 0.0
+    offset = torch.tensor(min(max(shrunk, -2 * step), 2 * step), dtype=torch.float64)
     return offset, {"offset": offset, "offset_shrinkage": torch.tensor(shrinkage, dtype=torch.float64)}

@@ -67,7 +67,8 @@ class Moments:
         except RuntimeError:
             invalid("weight", f"a number or of shape {tuple(self.a.shape)}, as the moments", weight)
         parts = (weight**2, self.a), ((1 - weight) ** 2, self.b), (2 * weight * (1 - weight), self.c)
-        return sum(torch.where(factor == 0, 0.0, factor * moment) for factor, moment in parts)
+        of_a, of_b, of_c = (torch.where(factor == 0, 0.0, factor * moment) for factor, moment in parts)
+        return of_a + of_b + of_c
 
     @property
     def optimum(self) -> Tensor:

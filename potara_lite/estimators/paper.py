@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -80,7 +82,7 @@ def estimate_paper(
     """
     federated, local = check_models(adapted, split, federated=federated, local=local)
     _, groups = group_coordinates(local, by, on_delta)
-    options = dict(damping=damping, relative=relative, clip=clip, groups=groups)
+    options: dict[str, Any] = dict(damping=damping, relative=relative, clip=clip, groups=groups)
     models = federated, local
     labels = _labels(adapted, models, split, sample_labels)
     if not on_delta:

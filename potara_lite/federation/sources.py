@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..checks import Flag, PathLike, Seed, Size, checked
+from ..checks import Flag, PathLike, Seed, Size, check_arguments, checked
 from ..files import check_file, data_path, reading
 from .inputs import Examples, check_examples, check_pairs, take
 from .partition import partition
@@ -49,6 +49,7 @@ def from_torchvision(dataset: str, root: PathLike, *, download: Flag = True, **o
     kinds = {"FashionMNIST": 10, "CIFAR10": 10, "CIFAR100": 100}
     if dataset not in kinds:
         raise ValueError(f"dataset must be one of {sorted(kinds)}, not {dataset!r}")
+    check_arguments(partition, dict(pool=None, test_pool=None, classes=kinds[dataset], **options))
     pools = []
     for train in (True, False):
         source = getattr(datasets, dataset)(root, train=train, download=download)

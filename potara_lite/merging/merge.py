@@ -192,7 +192,7 @@ def concat_ranks(adapter: Adapter, other: Adapter) -> Adapter:
 
 def limit_rank(adapter: Adapter) -> Adapter:
     """The same deltas with no rank above the smaller side of the layer: there, one factor is the identity."""
-    too_wide = {}
+    too_wide: Adapter = {}
     for layer in lora_layers(adapter):
         a, b = factors(adapter, layer)
         if a.shape[-2] > min(a.shape[-1], b.shape[-2]):

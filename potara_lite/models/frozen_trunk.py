@@ -2,8 +2,8 @@
 
 In a network with its blocks in a list (torchvision's ViTs, BERT-like encoders, Llama-like language models), the blocks
 before the first adapted one compute the same for every adapter. ``run_frozen_blocks`` computes their features once;
-``call_network`` runs the network from there: it skips these blocks and runs everything before and after them (embedding,
-masks, norm, head) as usual.
+``call_network`` runs the network from there: it skips these blocks and runs everything before and after them
+(embedding, masks, norm, head) as usual.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ def check_names(network: nn.Module, x: Inputs) -> None:
 def run_frozen_blocks(
     network: nn.Module, x: Inputs, frozen: Sequence[nn.Module], trained: Sequence[nn.Module]
 ) -> Inputs:
-    """``x`` together with the features of the ``frozen`` blocks, as ``HIDDEN``; ``x`` itself where there are none, where
-    one of the ``trained`` modules is called before they are done, or where a block returns more than a tensor."""
+    """``x`` and the features of the ``frozen`` blocks, as ``HIDDEN``; ``x`` itself where there are none, where one of the ``trained`` modules is called before they are done, or where a block returns more than a tensor."""
     if not frozen:
         return x
     found: list[Tensor] = []

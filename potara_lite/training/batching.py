@@ -139,7 +139,9 @@ def plan_execution(
             memory = execution.memory_on(adapted.device)
             chunk = chunk or max(1, int(memory // (example_bytes * batch_size + copies)))
             examples = max(1, min(batch_size, int((memory - copies) // example_bytes)))
-    chunks = _even_chunks(len(any_tensor(x)), chunk if vectorize else 1, exact=execution.chunk_size is not None)
+    chunks = _even_chunks(
+        len(any_tensor(x)), chunk if vectorize and chunk else 1, exact=execution.chunk_size is not None
+    )
     forward = group_lora(adapted) if vectorize else adapted
     return ExecutionPlan(vectorize, chunks, with_autocast(forward, execution.autocast), examples)
 
@@ -181,7 +183,8 @@ def _measure(
             return _saved_bytes(adapted, function, one, few)
         except RuntimeError:
             map_clients(function, one, few)
-            return tuple(4 * size for size in _measure(adapted, repeat_adapter(adapted.initial, 1), few, None, None))
+            kept, largest = _measure(adapted, repeat_adapter(adapted.initial, 1), few, None, None)
+            return 4 * kept, 4 * largest
     inputs = few if isinstance(few, dict) else {"": few}
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in [*one.items(), *inputs.items()])
     key = ("bytes of a client", shapes, autocast, any_tensor(few).device, adapted.model.training)

@@ -27,6 +27,7 @@ from ..federation.split import Split
 from .train import OptimizerState, train
 
 Costs = Annotated[Tensor, Numbers("C|rounds C", whole=True, least=0)]
+Rows = Annotated[Tensor, Numbers("K", whole=True, least=0)]  # of some clients
 
 
 @checked
@@ -52,14 +53,7 @@ class Ledger:
         return Ledger(*torch.zeros(3, clients, dtype=torch.int64))
 
     @checked
-    def add(
-        self,
-        clients: Annotated[Tensor, Numbers("K", whole=True, least=0)],
-        *,
-        up: Count = 0,
-        down: Count = 0,
-        steps: Count = 0,
-    ) -> Ledger:
+    def add(self, clients: Rows, *, up: Count = 0, down: Count = 0, steps: Count = 0) -> Ledger:
         """The ledger after these clients sent ``up`` bytes, received ``down`` bytes and took ``steps`` steps each."""
         columns = ((self.up, up), (self.down, down), (self.steps, steps))
         return Ledger(*(column.index_add(0, clients, torch.full_like(clients, n)) for column, n in columns))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -94,25 +95,23 @@ def _one_by_one(x: Inputs) -> Inputs:
 def _plan_examples(adapted: AdaptedBackbone, adapters: Adapter, x: Inputs, execution: Execution) -> ExecutionPlan:
     """The plan for all examples, each as one client; ``forward`` is a ``GroupedLoRA`` only where that is exact."""
     examples = _one_by_one(x)
-    options = dict(batch_size=1, backward=True, execution=execution)
-    copies = 2 if isinstance(group_lora(adapted), GroupedLoRA) else None
-    execution_plan = plan_execution(adapted, adapters, examples, adapter_copies=copies, **options)
+    plan = partial(plan_execution, adapted, adapters, examples, batch_size=1, backward=True, execution=execution)
+    execution_plan = plan(adapter_copies=2 if isinstance(group_lora(adapted), GroupedLoRA) else None)
     if not isinstance(execution_plan.forward, GroupedLoRA):
         return execution_plan
     first = {name: tensor[:1].to(adapted.device) for name, tensor in adapters.items()}
     two_examples = map_inputs(lambda tensor: tensor[:2].to(adapted.device), examples)
     if execution_plan.forward.matches_vmap(first, two_examples):
         return execution_plan
-    return replace(plan_execution(adapted, adapters, examples, **options), forward=adapted)
+    return replace(plan(), forward=adapted)
 
 
 def _client_per_example(execution_plan: ExecutionPlan, stack: Adapter, x: Inputs, y: Tensor) -> Tensor:
     """The gradients ``(K, M, P)`` of ``x`` ``(K, M, ...)``, with a client for every example."""
     rows = flatten(stack).repeat_interleave(y.shape[1], 0).requires_grad_()  # (K M, P)
     like = {name: tensor[0] for name, tensor in stack.items()}
-    batch = _one_by_one(x), _one_by_one(y)
-    vectorize = execution_plan.vectorize
-    values = losses(execution_plan.forward, unflatten(rows, like), *batch, _sum_of_losses, vectorize=vectorize)
+    clients = unflatten(rows, like), _one_by_one(x), y.reshape(-1, 1, *y.shape[2:])
+    values = losses(execution_plan.forward, *clients, _sum_of_losses, vectorize=execution_plan.vectorize)
     return torch.autograd.grad(values.sum(), rows)[0].view(*y.shape[:2], -1)
 
 
@@ -185,8 +184,8 @@ def directional_derivatives(
 
         return torch.stack(jvp(logits, (row,), (tangent,)))  # (2, N, classes)
 
-    options = dict(batch_size=split.y.shape[1], backward=True, execution=execution)
-    execution_plan = plan_execution(adapted, adapters, split.x, **options)
+    examples = split.y.shape[1]
+    execution_plan = plan_execution(adapted, adapters, split.x, batch_size=examples, backward=True, execution=execution)
     parts = []
     for rows in execution_plan.chunks:
         stacks = flat[rows], direction.to(flat)[rows], take(split.x, rows)

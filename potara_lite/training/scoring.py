@@ -38,8 +38,8 @@ def log_likelihoods(
 ) -> Tensor:
     """The log-likelihood (nats) of each example's targets, summed over its tokens, ``(C, N)``; 0 for padding."""
     result = torch.zeros(split.y.shape[:2], dtype=torch.float64)
-    options = dict(batch_size=batch_size, execution=execution)
-    for rows, columns, logits, y in batched_logits(adapted, adapters, split, **options):
+    blocks = batched_logits(adapted, adapters, split, batch_size=batch_size, execution=execution)
+    for rows, columns, logits, y in blocks:
         losses = F.cross_entropy(checked_logits(logits, y).flatten(0, -2), y.flatten(), reduction="none")
         result[rows, columns] = -losses.view(y.shape).double().sum(-1).cpu()
     return result
@@ -63,13 +63,14 @@ def multiple_choice(
     Raises ``ValueError`` for a question with fewer than two options.
     """
     check_count("adapters", adapters, len(questions))
-    for question in sum(questions, []):
-        if len(question.options) < 2:
-            raise ValueError(f"{question.prompt!r} needs two options or more, not {list(question.options)}")
     examples = []
     for of_client in questions:
-        pairs = [(question.prompt, f" {option}") for question in of_client for option in question.options]
-        examples.append(encode_answers(tokenizer, *zip(*pairs), max_length))
+        for question in of_client:
+            if len(question.options) < 2:
+                raise ValueError(f"{question.prompt!r} needs two options or more, not {list(question.options)}")
+        prompts = [question.prompt for question in of_client for _ in question.options]
+        answers = [f" {option}" for question in of_client for option in question.options]
+        examples.append(encode_answers(tokenizer, prompts, answers, max_length))
     scores = log_likelihoods(adapted, adapters, Split.of(examples), **options)
     right = torch.zeros(2, len(questions), dtype=torch.float64)
     for client, of_client in enumerate(questions):
@@ -106,10 +107,10 @@ def greedy_tokens(
     lengths = split.x[MASK].sum(-1, keepdim=True)  # (C, N, 1)
     x = map_inputs(lambda tensor: F.pad(tensor, (0, steps)), split.x)
     tokens = torch.full((*split.y.shape, steps), PADDING)
-    options = dict(batch_size=batch_size, execution=execution)
     for step in range(steps):
         texts = Split(x, split.y, split.sizes, split.ids)
-        for rows, columns, logits, _ in batched_logits(adapted, adapters, texts, **options):
+        blocks = batched_logits(adapted, adapters, texts, batch_size=batch_size, execution=execution)
+        for rows, columns, logits, _ in blocks:
             last = (lengths[rows, columns] + step - 1).to(logits.device)
             likeliest = logits.take_along_dim(last.unsqueeze(-1), dim=2).argmax(-1)[..., 0]
             tokens[rows, columns, step] = likeliest.to(tokens.device)

@@ -194,6 +194,7 @@ def train(
     Raises ``ValueError`` for adapters, data, a state or numbers that do not fit, and ``DivergedError`` (a subclass)
     naming the client and the step when a loss is not finite; the result for the other clients is in its ``trained``.
     """
+    fixed = {name: tensor.detach() for name, tensor in (fixed or {}).items()}
     if objective is plain_loss and not fixed:
         adapters = check_clients(adapted, adapters, split)
         if loss is mean_loss:
@@ -201,19 +202,17 @@ def train(
     else:  # what trains need not be an adapter of the backbone
         check_models(adapted, split)
         adapted.check_inputs(split.x, split.ids)
-        for name, stack in dict(adapters=adapters, fixed=fixed).items():
-            if stack:
-                check_count(name, stack, len(split))
+        check_count("adapters", adapters, len(split))
+        if fixed:
+            check_count("fixed", fixed, len(split))
     flat = flatten(adapters).detach().to(adapted.dtype)
     like = {name: tensor[0] for name, tensor in adapters.items()}
     if state is not None:
         state.check(*flat.shape)
     state = OptimizerState.zeros(flat) if state is None else state.rows(torch.arange(len(split)))  # a copy
     curves = flat.new_zeros(len(split), steps)
-    fixed = {name: tensor.detach() for name, tensor in (fixed or {}).items()}
-    execution_plan, step_losses = _plan_training(
-        adapted, adapters | fixed, split, batch_size, loss, objective, execution
-    )
+    tensors = adapters | fixed
+    execution_plan, step_losses = _plan_training(adapted, tensors, split.x, batch_size, loss, objective, execution)
     with tqdm(total=steps * len(split), disable=not progress, unit="step", desc="training") as bar:
         for chunk in execution_plan.chunks:
             chunk_fixed = {name: tensor.to(adapted.device) for name, tensor in select_clients(fixed, chunk).items()}
@@ -237,7 +236,7 @@ def train(
 def _plan_training(
     adapted: AdaptedBackbone,
     tensors: Adapter,
-    split: Split,
+    x: Inputs,
     batch_size: int,
     loss: Loss,
     objective: Objective,
@@ -250,8 +249,9 @@ def _plan_training(
         return objective(lambda adapter: alone(adapter, x).sum(), client_tensors)
 
     function = None if objective is plain_loss else total_logits
-    options = dict(batch_size=batch_size, backward=True, execution=execution, function=function)
-    execution_plan = plan_execution(adapted, tensors, split.x, **options)
+    execution_plan = plan_execution(
+        adapted, tensors, x, batch_size=batch_size, backward=True, execution=execution, function=function
+    )
     vectorize = execution_plan.vectorize
     compiled = vectorize and execution.compile
     forward = alone if compiled else execution_plan.forward
@@ -329,8 +329,9 @@ def batched_logits(
     adapters = check_clients(adapted, adapters, split)
     check_labels(adapted, adapters, split)
     examples = split.y.shape[1]
-    options = dict(batch_size=min(batch_size, examples), backward=False, execution=execution)
-    execution_plan = plan_execution(adapted, adapters, split.x, **options)
+    execution_plan = plan_execution(
+        adapted, adapters, split.x, batch_size=min(batch_size, examples), backward=False, execution=execution
+    )
     size = min(batch_size, execution_plan.examples)
     for rows in execution_plan.chunks:
         part = split.rows(rows).to(adapted.device)
