@@ -1,7 +1,7 @@
-"""Files: where the shipped ones lie, one error for whatever cannot be read, and writing in one step.
+"""Files: where the shipped ones are, one error for whatever cannot be read, writing in one step, the folder of a run.
 
-What is read may be cut off, damaged or made to do harm, and the libraries that read it raise errors of every type: here
-they become one, ``FileError``. Nothing on disk is a pickle.
+A file may be truncated, damaged or malicious, and the libraries that read it raise errors of many types; here they
+become one, ``FileError``. No file is a pickle.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def reading(path: str | Path) -> Iterator[None]:
         yield
     except FileError:
         raise
-    except Exception as error:  # zip, xz, JSON, Unicode, regular expressions, safetensors, memory: each has its own
+    except Exception as error:  # each of zip, xz, JSON, Unicode, safetensors, … has errors of its own types
         raise FileError(f"cannot read {path}: {one_line(error)}") from error
 
 
@@ -45,14 +45,14 @@ def one_line(error: BaseException) -> str:
 
 
 def data_path(name: str = "", folder: str = "data") -> Path:
-    """Where the shipped file ``name`` lies: inside an installed wheel, or in this ``folder`` of a checkout."""
+    """Where the shipped file ``name`` is: inside an installed wheel, or in this ``folder`` of a checkout."""
     package = Path(__file__).resolve().parent
     shipped = package / "_data"
     return (shipped if shipped.is_dir() else package.parent / folder) / name
 
 
 def check_file(path: str | Path) -> Path:
-    """The path itself, once the file's SHA-256 equals the one in the ``.sha256`` file beside it.
+    """The path, if the file's SHA-256 equals the one in the ``.sha256`` file beside it.
 
     Raises ``FileError`` when one of them is missing or the file is damaged.
     """
@@ -67,26 +67,27 @@ def check_file(path: str | Path) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step, so that a reader or an interruption never sees half of it.
+    """Replace a file in one step, so that no reader sees half of it, and no interruption leaves half of it.
 
-    What a process that was killed left of the same file goes, too; what another one is writing stays.
+    Partial files of this one that a killed process left are deleted; those of running processes stay.
     """
-    mine = f"{path.name}.{platform.node()}"  # a folder may be shared by machines
-    for left in path.parent.glob(f"{glob.escape(mine)}.*.part"):
-        if not _lives(left.suffixes[-2][1:]):
-            left.unlink(missing_ok=True)
-    partial = path.with_name(f"{mine}.{os.getpid()}.part")
+    partial_name = f"{path.name}.{platform.node()}"  # machines may share a folder
+    for partial in path.parent.glob(f"{glob.escape(partial_name)}.*.part"):
+        if not _may_run(process=partial.suffixes[-2][1:]):
+            partial.unlink(missing_ok=True)
+    partial = path.with_name(f"{partial_name}.{os.getpid()}.part")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
-    finally:  # where the disk was full, say
+    finally:  # also where the disk is full
         partial.unlink(missing_ok=True)
 
 
-def _lives(process: str) -> bool:
-    """Whether there is a process of this number; where that cannot be asked, there may be."""
+def _may_run(process: str) -> bool:
+    """Whether a process of this number runs, or the operating system does not say."""
     try:
-        os.kill(int(process), 0) if os.name == "posix" else None
+        if os.name == "posix":
+            os.kill(int(process), 0)
     except ProcessLookupError:
         return False
     except (OSError, ValueError, OverflowError):  # of another user, or no number
@@ -99,8 +100,10 @@ RUN_FILES = "results.csv", "results.digest", "figure.png", "config.json"  # besi
 
 @dataclass
 class RunFolder:
-    """A run while this process has its folder: ``config``, what it is made with (JSON), and ``text``, the rows of what
-    is finished as they stand in ``results.csv``."""
+    """The folder of a run that this process writes.
+
+    ``config``: what the run is made with, as JSON. ``text``: the finished rows, as they are in ``results.csv``.
+    """
 
     path: Path
     config: str
@@ -117,7 +120,7 @@ class RunFolder:
         return {(row.method, row.seed) for row in self.rows.itertuples()}
 
     def begin(self) -> None:
-        """Before the first result is written: what another run left goes, its configuration last; then comes ours."""
+        """Before the first result: delete the files of another run, its configuration last, and write ours."""
         if self.text:
             return
         for folder in self.path.glob("adapters/seed-*"):
@@ -127,20 +130,20 @@ class RunFolder:
         write_atomically(self.path / "config.json", self.config)
 
     def add(self, rows: pd.DataFrame) -> None:
-        """Write the rows of one more result, after all that belongs to it."""
+        """Write the rows of one more result, after its other files."""
         text = self.text + rows.to_csv(index=False, header=not self.text, lineterminator="\n")
-        digests = _digest(self.config, text), _digest(self.config, self.text)  # of what comes, and of what is there
-        write_atomically(self.path / "results.digest", "\n".join(digests) + "\n")
+        digests = f"{_digest(self.config, text)}\n{_digest(self.config, self.text)}\n"  # of the new and the old rows
+        write_atomically(self.path / "results.digest", digests)
         write_atomically(self.path / "results.csv", text)
         self.text = text
 
 
 @contextmanager
 def run_folder(path: Path, config: str, overwrite: bool = False) -> Iterator[RunFolder]:
-    """The folder of a run, for this process alone; ``config`` says as JSON what the run is made with.
+    """The folder of a run, locked for this process; ``config`` says as JSON what the run is made with.
 
-    Raises ``ValueError`` where another process writes into it and, but for ``overwrite``, where it holds another run,
-    or files that are damaged or were changed by hand.
+    Raises ``ValueError`` where another process writes into it and, unless ``overwrite``, where it has another run, or
+    files that are damaged or were changed by hand.
     """
     path.mkdir(parents=True, exist_ok=True)
     try:
@@ -148,19 +151,19 @@ def run_folder(path: Path, config: str, overwrite: bool = False) -> Iterator[Run
             for pattern in (*(f"{name}.*.part" for name in RUN_FILES), "adapters/seed-*/**/*.part"):
                 for partial in path.glob(pattern):  # of a run that was killed while it wrote
                     partial.unlink()
-            yield RunFolder(path, config, "" if overwrite else _kept(path, config))
+            yield RunFolder(path, config, "" if overwrite else _finished_rows(path, config))
     except Timeout:
         raise ValueError(f"{path} is in use: another process writes its results there") from None
 
 
-def _kept(path: Path, config: str) -> str:
-    """The rows of this run that a folder holds."""
+def _finished_rows(path: Path, config: str) -> str:
+    """The rows of this run in its folder, as text."""
     if not any(path.glob("adapters/seed-*")) and not any((path / name).exists() for name in RUN_FILES):
         return ""
     try:
         with reading(path / "config.json"):
-            held = (path / "config.json").read_bytes().decode()
-            then, now = (pd.json_normalize(json.loads(text)).iloc[0].to_dict() for text in (held, config))
+            found = (path / "config.json").read_bytes().decode()
+            then, now = (pd.json_normalize(json.loads(text)).iloc[0].to_dict() for text in (found, config))
             names = [name for name in now | then if then.get(name) != now.get(name)]
         if odd := [f"{name} {then.get(name)}, not {now.get(name)}" for name in names]:
             raise FileError(f"{path} holds another run: {textwrap.shorten('; '.join(odd), 200, placeholder=' …')}")
@@ -176,5 +179,5 @@ def _kept(path: Path, config: str) -> str:
 
 
 def _digest(config: str, text: str) -> str:
-    """What tells whether rows are those that this run wrote."""
+    """A SHA-256 that tells whether rows are those that this run wrote."""
     return hashlib.sha256((config + text).encode()).hexdigest()

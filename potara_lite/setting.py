@@ -1,13 +1,13 @@
 """One federation and how its models are trained, as numbers: what the command, the notebooks and the benchmarks vary.
 
-This file imports nothing heavy, so that the command answers ``--help`` and bad options at once.
+This file imports neither torch nor numpy, so that the command answers ``--help`` and bad options at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .checks import Count, Flag, Positive, PositiveOrInf, Size, checked, shown
+from .checks import Count, Flag, Positive, PositiveOrInf, Size, checked, invalid
 
 DATA = "fashion-mnist", "wordnet", "wordnet-domains"
 
@@ -15,14 +15,16 @@ DATA = "fashion-mnist", "wordnet", "wordnet-domains"
 @checked
 @dataclass(frozen=True)
 class Setting:
-    """One federation and how its models are trained. The defaults were chosen on calibration data of other seeds
-    (``benchmarks/choose_default.py``). ``federated_lr_scale`` and ``local_lr_scale`` multiply ``lr`` for the two models
-    that are merged; with ``local_from_federated`` the local one starts from the finished federated one instead of
-    independently of it. ``data`` is one of ``DATA``: images, WordNet's glosses with label skew, or a domain of them per
-    client; ``backbone`` is a text encoder, by default MiniLM.
+    """One federation and how its models are trained.
 
-    Raises ``ValueError`` for what is no number of its kind (numpy's will do), sizes below 1, negative lengths, rates or
-    ``alpha`` that are not positive, and data that is not known or does not go with ``shift`` or ``backbone``.
+    The defaults were chosen on calibration data of other seeds (``benchmarks/choose_default.py``).
+    ``federated_lr_scale`` and ``local_lr_scale`` multiply ``lr`` for the two models that are merged. With
+    ``local_from_federated`` the local model starts from the trained federated one, else from the same initial adapter.
+    ``data`` is one of ``DATA``: images, WordNet's glosses with label skew, or a domain of glosses for each client;
+    ``backbone`` is a text encoder, by default MiniLM.
+
+    Raises ``ValueError`` for numbers outside their bounds, for unknown data, and for data that does not go with
+    ``shift`` or ``backbone``.
     """
 
     clients: Size = 8
@@ -47,7 +49,7 @@ class Setting:
 
     def __post_init__(self):
         if self.data not in DATA:
-            raise ValueError(f"data must be one of {', '.join(DATA)}, not {shown(self.data)}")
+            invalid("data", f"one of {', '.join(DATA)}", self.data)
         if self.shift and self.is_text:
             raise ValueError("shift turns and inverts images: it does not go with text")
         if self.backbone is not None and not self.is_text:
@@ -60,11 +62,11 @@ class Setting:
 
     @property
     def partition(self) -> dict:
-        """What a data set is told about the clients and their examples."""
+        """The options of ``partition``: the clients and their examples."""
         names = "clients", "train_size", "calibration_size", "test_size", "alpha", "shift"
         return {name: getattr(self, name) for name in names}
 
     @property
     def total_steps(self) -> int:
-        """The optimiser steps per client of the two models together: the budget of every method that is compared."""
+        """The optimiser steps of each client for the two models together: every method of a comparison may use them."""
         return self.rounds * self.round_steps + self.local_steps

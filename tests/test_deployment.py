@@ -1,4 +1,4 @@
-"""Credentials, the app's configuration, what was measured; with ``POTARA_DEPLOYMENT=1`` a whole deployment (minutes)."""
+"""Credentials, the app's configuration, what was measured; with ``POTARA_DEPLOYMENT=1`` a whole run (minutes)."""
 
 import argparse
 import json

@@ -128,7 +128,7 @@ def test_what_cannot_be_scored_is_refused(adapted, stack):
     ):
         with pytest.raises(ValueError, match=message):
             Question(*given)
-    for found, expected, message in ((["a"], ["a", "b"], "1 answers for 2"), ([], [], "found must be at least 1")):
+    for found, expected, message in ((["a"], ["a", "b"], "1 answers for 2"), ([], [], "must be .*at least 1")):
         with pytest.raises(ValueError, match=message):
             exact_match(found, expected)
 

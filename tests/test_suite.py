@@ -98,7 +98,7 @@ def test_trained_models_are_kept_and_the_shared_gradients_change_nothing(small, 
     alone = small.measure(small.SUITE[0], 0, {name: small.ESTIMATORS[name]})
     shared = rows[rows.estimator == name].reset_index(drop=True)
     pd.testing.assert_frame_equal(alone, shared, rtol=1e-9)
-    modules = [getattr(small.estimators, name) for name in ("paper", "laplace", "gradient", "shrinkage")]
+    modules = [getattr(small.estimators, name) for name in ("paper", "alternatives")]
     before = [module.per_sample_gradients for module in modules]
     with small.remembering():
         inside = {module.per_sample_gradients for module in modules}

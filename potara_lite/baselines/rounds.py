@@ -206,8 +206,8 @@ def run_algorithm(
 
     Each phase reads the client's batch stream ``(seed, 0)`` from where the round begins, so a phase with all the steps
     of a round sees what ``fedit`` sees. ``participation``: the share of clients in each round, drawn as ``fedit`` does.
-    The ledger counts the messages as they were passed, and an optimiser step for every model that took one. The clients'
-    models are the same to the last bit in any order of the clients.
+    The ledger counts the messages as they were passed, and an optimiser step for every model that took one. The
+    clients' models are the same to the last bit in any order of the clients.
 
     Raises ``ValueError`` for a phase that trains none of the tensors, and for less than full participation in a method
     whose messages differ from client to client.

@@ -1,21 +1,28 @@
-"""The examples of one client: inputs and labels, what they must be, and how they are stacked."""
+"""The examples of one client, inputs and labels: what they must be, and how those of several clients are padded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import torch
+from pydantic import PlainValidator
 from torch import Tensor
 
-from ..checks import invalid, shown
+from ..checks import all_finite, invalid, is_dense, shown
 
 Inputs = Tensor | dict[str, Tensor]  # one tensor, or by name what the network is called with (token ids and their mask)
-
 Examples = tuple[Inputs, Tensor]  # inputs (n, ...); labels (n,), or token-level targets (n, T)
-
 PADDING = -100  # the label of a padded example and of a token that is no target, which cross_entropy ignores
-
 MASK = "attention_mask"  # of a mapping: 1 for a real token, 0 for padding
+
+
+def _as_pair(value: Any) -> Any:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    return value if is_pair else invalid("", "a pair of inputs and labels", value)
+
+
+Pair = Annotated[Examples, PlainValidator(_as_pair)]  # in a signature; ``check_examples`` looks inside
 
 
 def map_inputs(function: Callable[..., Tensor], *inputs: Inputs) -> Inputs:
@@ -35,46 +42,57 @@ def any_tensor(inputs: Inputs) -> Tensor:
     return inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
 
 
+def is_float(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating numbers."""
+    return is_dense(tensor) and tensor.is_floating_point()
+
+
+def is_integer(tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers; true and false are none."""
+    return is_dense(tensor) and not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def check_examples(client: int | str, x: Inputs, y: Tensor) -> None:
-    """Raise ``ValueError``, which names the client (or what it is called), for anything but examples: as many inputs as
-    labels, one at least; inputs of finite floating numbers, or token ids; labels of whole numbers from 0 on, one for
-    each input or a target per token."""
+    """Raise ``ValueError``, which names the client (or what it is called), for anything but examples.
+
+    There are as many inputs as labels, one or more. Inputs are finite floating numbers, or token ids; labels are whole
+    numbers of 0 or more, one for each input or a target for each token.
+    """
     name = client if isinstance(client, str) else f"client {client}"
     tensors = list(x.values()) if isinstance(x, dict) and x else [x]
     for part, found in (("labels", [y]), ("inputs", tensors)):
         if odd := [one for one in found if not isinstance(one, Tensor) or one.dim() == 0]:
-            raise ValueError(f"{name}: {part} must be tensors with an example a row, not {shown(odd[0])}")
+            raise ValueError(f"{name}: {part} must be tensors with an example in each row, not {shown(odd[0])}")
     if len(y) == 0:
         raise ValueError(f"{name} has no examples")
     for tensor in tensors:
         if len(tensor) != len(y):
             raise ValueError(f"{name} has {len(tensor)} inputs and {len(y)} labels")
         _check_input(name, tensor)
-    _check_labels(name, x, y, tensors[0])
+    _check_labels(name, x, y)
     if isinstance(x, dict) and MASK in x and (empty := (x[MASK].flatten(1) == 0).all(1)).any():
         raise ValueError(f"{name}: example {int(empty.nonzero()[0])} is empty: its {MASK} is 0 everywhere")
 
 
 def _check_input(name: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.device.type == "meta":
+    if not is_dense(tensor):
         raise ValueError(f"{name}: inputs must hold their numbers, not {tensor.layout} on {tensor.device}")
-    if tensor.dtype == torch.bool or tensor.is_complex() or (tensor.dim() > 2 and not tensor.is_floating_point()):
-        raise ValueError(f"{name}: images must be floats, scaled to [0, 1] say, not {tensor.dtype}")
-    if tensor.is_floating_point() and not tensor.sum().isfinite():  # or so many that only their sum is infinite
-        finite = tensor.isfinite().reshape(len(tensor), -1).all(1)
-        if not finite.all():
-            raise ValueError(f"{name}: input {int((~finite).nonzero()[0])} is not finite")
+    if not is_float(tensor) and (tensor.dim() > 2 or not is_integer(tensor)):
+        raise ValueError(f"{name}: images must be floating numbers, such as those in [0, 1], not {tensor.dtype}")
+    if not all_finite(tensor):
+        is_finite = tensor.isfinite().reshape(len(tensor), -1).all(1)
+        raise ValueError(f"{name}: input {int((~is_finite).nonzero()[0])} is not finite")
 
 
-def _check_labels(name: str, x: Inputs, y: Tensor, first: Tensor) -> None:
-    if not _is_whole(y):
+def _check_labels(name: str, x: Inputs, y: Tensor) -> None:
+    if not is_integer(y):
         raise ValueError(f"{name}: labels must be whole numbers, not {y.dtype}")
     is_column = isinstance(x, Tensor) and y.shape[1:] == (1,)
-    if y.dim() > 2 or (y.dim() == 2 and (is_column or y.shape[1:] != first.shape[1:2])):
+    if y.dim() > 2 or (y.dim() == 2 and (is_column or y.shape[1:] != any_tensor(x).shape[1:2])):
         raise ValueError(f"{name}: labels must be of shape ({len(y)},), or a target per token, not {shown(y)}")
     if (bad := y[(y < 0) & ((y != PADDING) | (y.dim() == 1))]).numel():
         raise ValueError(f"{name}: label {int(bad[0])} is below 0")
-    if y.dim() > 1 and (ignored := (y == PADDING).flatten(1).all(1)).any():
+    if y.dim() > 1 and (ignored := (y == PADDING).all(1)).any():
         raise ValueError(f"{name}: all targets of example {int(ignored.nonzero()[0])} are {PADDING}, ignored")
 
 
@@ -86,18 +104,17 @@ def kind_of(x: Inputs) -> dict[str, str]:
 
 def check_alike(ids: Sequence[int], examples: Sequence[Examples]) -> None:
     """Raise ``ValueError`` unless all clients have inputs of the same names, dtypes and dimensions, and of the same
-    length where nothing would tell what is padding."""
-
-    first = examples[0][0]
+    length where no mask says what is padding."""
+    first_x, first_y = examples[0]
     for client, (x, y) in zip(ids, examples):
-        if kind_of(x) != kind_of(first):
-            raise ValueError(f"client {client} has inputs {kind_of(x)}, client {ids[0]} has {kind_of(first)}")
-        if y.dim() != examples[0][1].dim():
-            raise ValueError(f"client {client} has labels of {y.dim()} dimensions, client {ids[0]} others")
-        shape, like = any_tensor(x).shape[1:], any_tensor(first).shape[1:]
-        if shape != like and (isinstance(x, Tensor) or MASK not in x):
+        if kind_of(x) != kind_of(first_x):
+            raise ValueError(f"client {client} has inputs {kind_of(x)}, client {ids[0]} has {kind_of(first_x)}")
+        if y.dim() != first_y.dim():
+            raise ValueError(f"client {client} has labels of {y.dim()} dimensions, client {ids[0]} of {first_y.dim()}")
+        shape, expected = any_tensor(x).shape[1:], any_tensor(first_x).shape[1:]
+        if shape != expected and (isinstance(x, Tensor) or MASK not in x):
             raise ValueError(
-                f"client {client} has inputs of shape {tuple(shape)}, client {ids[0]} of {tuple(like)}: texts of "
+                f"client {client} has inputs of shape {tuple(shape)}, client {ids[0]} of {tuple(expected)}: texts of "
                 f"different lengths come as a mapping with an {MASK!r}"
             )
 
@@ -109,22 +126,3 @@ def pad_stack(tensors: Sequence[Tensor], value: int) -> Tensor:
     for row, tensor in zip(stack, tensors):
         row[tuple(map(slice, tensor.shape))] = tensor.detach()
     return stack
-
-
-def check_pairs(name: str, examples: Sequence[Examples]) -> None:
-    """Raise ``ValueError`` unless it is a list of a pair of inputs and labels for each client, one at least."""
-    if isinstance(examples, str) or not isinstance(examples, Sequence) or not examples:
-        invalid(name, "inputs and labels of 1 client or more", examples)
-    if odd := [one for one in examples if not isinstance(one, list | tuple) or len(one) != 2]:
-        invalid(f"{name}[{list(map(id, examples)).index(id(odd[0]))}]", "a pair of inputs and labels", odd[0])
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor holds whole numbers."""
-    plain = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
-    return plain and tensor.layout == torch.strided and not tensor.is_meta
-
-
-def _is_real(tensor: Tensor) -> bool:
-    """Whether a tensor holds floating numbers."""
-    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta

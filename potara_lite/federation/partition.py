@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ..checks import Count, Flag, List, PositiveOrInf, Seed, Size, checked, invalid
-from .inputs import Examples, _is_real, check_examples, check_pairs, take
+from ..checks import Count, Flag, List, PositiveOrInf, Seed, Size, check_arguments, checked, invalid
+from .inputs import Examples, Pair, check_examples, is_float, take
 from .split import Federation, Split
 
 DRAWS = 100  # how often a federation's class proportions are drawn anew before a class counts as run out
@@ -61,48 +62,42 @@ def draw(
 
 
 @checked
-def shift_images(x: Any, client: Count, clients: Size) -> Tensor:
-    """Images in [0, 1] seen through client ``client``'s own domain: turned by 360° · client / clients, and inverted
-    (1 - x) for odd clients. Client 0 keeps the originals."""
+def shift_images(x: Tensor, client: Count, clients: Size) -> Tensor:
+    """Images in [0, 1] in the domain of client ``client``: turned by 360° · client / clients, and inverted (1 - x) for
+    odd clients. Client 0 keeps the originals."""
     from torchvision.transforms.functional import InterpolationMode, rotate
 
-    if not isinstance(x, Tensor) or x.dim() != 4 or not _is_real(x) or not len(x):
+    if x.dim() != 4 or not is_float(x) or not len(x):
         invalid("x", "images (n, channels, height, width), floats", x)
     if client:
         x = rotate(x, 360 * client / clients, interpolation=InterpolationMode.BILINEAR)
     return 1 - x if client % 2 else x
 
 
-def _check_pools(pool: Examples, test_pool: Examples, classes: int, shift: bool) -> None:
-    """Raise ``ValueError`` for pools that are no examples, or that cannot be dealt by their labels."""
-    for name, examples in (("pool", pool), ("test_pool", test_pool)):
-        check_pairs(name, [examples])
-        check_examples(name, *examples)
-        labels = examples[1]
-        if labels.dim() > 1:
-            raise ValueError("examples are dealt by their labels, and token-level targets have none: use from_tensors")
-        if (labels >= classes).any():
-            raise ValueError(f"{name} has label {int(labels.max())}, which is outside 0 … {classes - 1}")
-    if shift and isinstance(pool[0], dict):
-        raise ValueError("shift=True is for images, not for a mapping of tensors")
+def _check_pool(name: str, pool: Examples, classes: int) -> None:
+    """Raise ``ValueError`` for a pool that is no examples, or that cannot be dealt by its labels."""
+    check_examples(name, *pool)
+    _, labels = pool
+    if labels.dim() > 1:
+        raise ValueError("examples are dealt by their labels, and token-level targets have none: use from_tensors")
+    if (labels >= classes).any():
+        raise ValueError(f"{name} has label {int(labels.max())}, which is outside 0 … {classes - 1}")
 
 
-def _check_supply(pool: Examples, test_pool: Examples, wanted: int, wanted_test: int, clients: int) -> None:
-    """Raise ``SupplyError`` for more examples than there are, before a hundred draws that cannot succeed."""
-    parts = ("training and calibration", wanted, len(pool[1])), ("test", wanted_test, len(test_pool[1]))
-    for part, asked, there in parts:
-        if asked > there:
-            raise SupplyError(
-                f"the pool runs out: {clients} clients ask for {asked} {part} examples, there are {there}; take fewer "
-                "clients or smaller sizes"
-            )
+def _check_supply(part: str, clients: int, wanted: int, available: int) -> None:
+    """Raise ``SupplyError`` for more examples than there are, before a hundred draws that would all fail."""
+    if wanted > available:
+        raise SupplyError(
+            f"the pool runs out: {clients} clients ask for {wanted} {part} examples, there are {available}; take fewer "
+            "clients or smaller sizes"
+        )
 
 
 def _proportions(value: Any, clients: int, classes: int) -> np.ndarray:
     """Class proportions ``(C, K)``. Raises ``ValueError`` for another shape, and for rows below 0 or all 0."""
     try:
         found = np.asarray(value, dtype=float)
-    except (ValueError, TypeError, RuntimeError):  # rows of different lengths, text, a tensor that has a gradient
+    except (ValueError, TypeError, RuntimeError):  # rows of different lengths, text, a tensor with a gradient
         invalid("proportions", f"numbers, a row for each of {clients} clients", value)
     if found.shape != (clients, classes):
         raise ValueError(f"proportions are of shape {found.shape}, not a row for each of {clients}")
@@ -113,8 +108,8 @@ def _proportions(value: Any, clients: int, classes: int) -> np.ndarray:
 
 @checked
 def partition(
-    pool: Any,
-    test_pool: Any,
+    pool: Pair,
+    test_pool: Pair,
     classes: Size,
     *,
     clients: Size = 8,
@@ -130,7 +125,7 @@ def partition(
     """Deal two pools of examples out to clients: train and calibration from ``pool``, test from ``test_pool``.
 
     Each client draws its class proportions from a Dirichlet(``alpha``), or has its row of ``proportions`` ``(C, K)``,
-    and keeps them in all three splits; ``shift=True`` gives each an image domain of its own as well (``shift_images``);
+    and keeps them in all three splits; ``shift=True`` also gives each client another domain (``shift_images``);
     ``alpha=inf`` with ``shift=True`` is feature shift alone. ``train_size`` may differ from client to client. No
     example is dealt twice; Dirichlet draws that together ask for more of a class than the pools hold are drawn anew,
     up to 100 times.
@@ -141,17 +136,21 @@ def partition(
     """
     rng = np.random.default_rng([seed, 2602_18658])
     sizes = [train_size] * clients if isinstance(train_size, int) else list(train_size)
-    _check_pools(pool, test_pool, classes, shift)
     if len(sizes) != clients:
         raise ValueError(f"train_size names {len(sizes)} clients, not {clients}")
+    _check_pool("pool", pool, classes)
+    _check_pool("test_pool", test_pool, classes)
+    if shift and isinstance(pool[0], dict):
+        raise ValueError("shift=True is for images, not for a mapping of tensors")
     if proportions is not None:
         proportions = _proportions(proportions, clients, classes)
-    _check_supply(pool, test_pool, sum(sizes) + clients * calibration_size, clients * test_size, clients)
+    _check_supply("training and calibration", clients, sum(sizes) + clients * calibration_size, len(pool[1]))
+    _check_supply("test", clients, clients * test_size, len(test_pool[1]))
     for attempt in range(DRAWS):
         shares = dirichlet_proportions(clients, classes, alpha, rng) if proportions is None else proportions
         try:
-            chosen = draw(pool[1].numpy(), shares, [n + calibration_size for n in sizes], rng)
-            tested = draw(test_pool[1].numpy(), shares, [test_size] * clients, rng)
+            drawn = draw(pool[1].numpy(), shares, [n + calibration_size for n in sizes], rng)
+            drawn_test = draw(test_pool[1].numpy(), shares, [test_size] * clients, rng)
             break
         except SupplyError:
             if proportions is not None or attempt == DRAWS - 1:
@@ -165,9 +164,17 @@ def partition(
         return Split.of(examples)
 
     return Federation(
-        train=split(pool, [rows[:n] for rows, n in zip(chosen, sizes)]),
-        calibration=split(pool, [rows[n:] for rows, n in zip(chosen, sizes)]),
-        test=split(test_pool, tested),
+        train=split(pool, [rows[:n] for rows, n in zip(drawn, sizes)]),
+        calibration=split(pool, [rows[n:] for rows, n in zip(drawn, sizes)]),
+        test=split(test_pool, drawn_test),
         classes=classes,
         name=name,
     )
+
+
+def partition_options(**options) -> dict[str, Any]:
+    """The options of ``partition``, with its defaults, before there are pools. Raises ``ValueError`` for bad ones."""
+    pools = dict.fromkeys(("pool", "test_pool"), (None, None))
+    given = signature(partition).bind(**pools, classes=1, **options).arguments  # a TypeError for unknown names
+    found = check_arguments(partition, given)
+    return {name: value for name, value in found.items() if name not in (*pools, "classes")}

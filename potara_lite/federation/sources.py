@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
-from ..checks import Flag, PathLike, Seed, Size, check_arguments, checked
+from ..checks import Flag, List, PathLike, Seed, Size, checked
 from ..files import check_file, data_path, reading
-from .inputs import Examples, check_examples, check_pairs, take
-from .partition import partition
+from .inputs import Pair, check_examples, take
+from .partition import partition, partition_options
 from .split import Federation, Split
 
 
@@ -49,22 +47,22 @@ def from_torchvision(dataset: str, root: PathLike, *, download: Flag = True, **o
     kinds = {"FashionMNIST": 10, "CIFAR10": 10, "CIFAR100": 100}
     if dataset not in kinds:
         raise ValueError(f"dataset must be one of {sorted(kinds)}, not {dataset!r}")
-    check_arguments(partition, dict(pool=None, test_pool=None, classes=kinds[dataset], **options))
+    options = partition_options(**{"name": dataset, **options})  # checked before the download
     pools = []
     for train in (True, False):
         source = getattr(datasets, dataset)(root, train=train, download=download)
         x = torch.as_tensor(source.data)
         x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2)
         pools.append((x / 255, torch.as_tensor(source.targets).long()))
-    return partition(*pools, classes=kinds[dataset], **{"name": dataset, **options})
+    return partition(*pools, classes=kinds[dataset], **options)
 
 
 @checked
 def from_tensors(
-    train: Sequence[Examples],
-    test: Sequence[Examples],
+    train: List[Pair],
+    test: List[Pair],
     *,
-    calibration: Sequence[Examples] | None = None,
+    calibration: List[Pair] | None = None,
     calibration_size: Size = 30,
     classes: Size | None = None,
     seed: Seed = 0,
@@ -78,10 +76,6 @@ def from_tensors(
     Raises ``ValueError`` for what ``check_examples`` refuses, labels outside the classes, splits of different clients
     or inputs, and a client too small to withhold from.
     """
-    for part, examples in (("train", train), ("test", test), ("calibration", calibration)):
-        if part != "calibration" or examples is not None:
-            check_pairs(part, examples)
-    train = list(train)
     for client, examples in enumerate(train):
         check_examples(client, *examples)
     if classes is None:
@@ -92,7 +86,7 @@ def from_tensors(
             if len(y) <= calibration_size:
                 raise ValueError(f"client {client} has {len(y)} examples: none is left if {calibration_size} calibrate")
             order = torch.from_numpy(np.random.default_rng([seed, client]).permutation(len(y)))
-            held, kept = order[:calibration_size], order[calibration_size:]
-            calibration.append((take(x, held), y[held]))
-            train[client] = (take(x, kept), y[kept])
+            withheld, rest = order[:calibration_size], order[calibration_size:]
+            calibration.append((take(x, withheld), y[withheld]))
+            train[client] = (take(x, rest), y[rest])
     return Federation(Split.of(train), Split.of(calibration), Split.of(test), classes, name)

@@ -1,33 +1,36 @@
 """A federation: C clients, each with examples to train on, to calibrate on and to be tested on.
 
-Partitioners are pure functions of labels and a generator. Loaders read the Fashion-MNIST subset in ``data/``, the
-full data sets through torchvision, or your own tensors.
+``partition.py``, ``sources.py`` and ``tasks.py`` make federations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
-from ..checks import AnyList, Count, Device, Size, checked, invalid, shown
+from ..checks import AnyList, Count, Device, List, Size, checked, invalid, shown
 from .inputs import (
     PADDING,
     Examples,
     Inputs,
-    _is_real,
-    _is_whole,
+    Pair,
     any_tensor,
     check_alike,
     check_examples,
-    check_pairs,
+    is_float,
+    is_integer,
     kind_of,
     map_inputs,
     pad_stack,
     take,
 )
+
+Rows = slice | AnyList[Count]  # of clients
 
 
 @checked
@@ -38,43 +41,44 @@ class Split:
     ``x`` is one tensor or a mapping of tensors, the keyword arguments that the network is called with: of a text
     ``input_ids`` and ``attention_mask`` ``(C, N, T)``, both 0 behind its end. ``y`` may be token-level, ``(C, N, T)``,
     -100 where a token is no target. ``sizes``: real examples of each client ``(C,)``; behind them ``x`` is 0, and a
-    mapping repeats the client's first example, as a text without tokens is NaN to many a network. ``ids``: the clients'
-    numbers, which seed their batches, so that a client trains alike in whatever company.
+    mapping repeats the client's first example, because many networks return NaN for a text without tokens. ``ids``: the
+    clients' numbers, which seed their batches, so that a client's training does not depend on the other clients.
     """
 
     x: Inputs
     y: Tensor
     sizes: Tensor
-    ids: AnyList[Count]
+    ids: Annotated[AnyList[Count], AfterValidator(tuple)]
 
     def __post_init__(self):
-        tensors = [self.x] if isinstance(self.x, Tensor) else list(self.x.values()) if isinstance(self.x, dict) else []
-        if not isinstance(self.y, Tensor) or self.y.dim() not in (2, 3) or not _is_whole(self.y):
+        tensors = [self.x] if isinstance(self.x, Tensor) else list(self.x.values())
+        if self.y.dim() not in (2, 3) or not is_integer(self.y):
             invalid("y", "labels (C, N) or (C, N, T), whole numbers", self.y)
-        if not tensors or any(not isinstance(one, Tensor) or one.shape[:2] != self.y.shape[:2] for one in tensors):
-            invalid("x", f"tensors of shape ({', '.join(map(str, self.y.shape[:2]))}, …) like y", self.x)
-        if odd := [one for one in tensors if not (_is_whole(one) or _is_real(one)) or one.dim() > 3 and _is_whole(one)]:
-            invalid("x", "of floating numbers, or token ids", odd[0])
-        if not isinstance(self.sizes, Tensor) or self.sizes.shape != self.y.shape[:1] or not _is_whole(self.sizes):
-            invalid("sizes", f"a whole number for each of {len(self.y)} clients", self.sizes)
-        if len(self.sizes) and not 1 <= int(self.sizes.min()) <= int(self.sizes.max()) <= self.y.shape[1]:
-            raise ValueError(f"sizes must be in [1, {self.y.shape[1]}], not {self.sizes.tolist()}")
-        real = torch.arange(self.y.shape[1], device=self.y.device) < self.sizes.to(self.y.device).unsqueeze(1)
-        if self.y.dim() == 2 and (real & (self.y < 0)).any():
+        clients, most = self.y.shape[:2]
+        if not tensors or any(tensor.shape[:2] != (clients, most) for tensor in tensors):
+            invalid("x", f"tensors of shape ({clients}, {most}, …) like y", self.x)
+        for tensor in tensors:
+            if not is_float(tensor) and (tensor.dim() > 3 or not is_integer(tensor)):
+                invalid("x", "of floating numbers, or token ids", tensor)
+        if self.sizes.shape != (clients,) or not is_integer(self.sizes):
+            invalid("sizes", f"a whole number for each of {clients} clients", self.sizes)
+        if clients and not 1 <= int(self.sizes.min()) <= int(self.sizes.max()) <= most:
+            raise ValueError(f"sizes must be in [1, {most}], not {self.sizes.tolist()}")
+        is_example = torch.arange(most, device=self.y.device) < self.sizes.to(self.y.device).unsqueeze(1)
+        if self.y.dim() == 2 and (is_example & (self.y < 0)).any():
             raise ValueError(f"y must be at least 0 for the examples that count, unlike {shown(self.y.tolist())}")
-        object.__setattr__(self, "ids", tuple(self.ids))
-        if len(self.ids) != len(self.y) or len(set(self.ids)) < len(self.ids):
-            raise ValueError(f"ids must be {len(self.y)} different numbers, one for each client, not {shown(self.ids)}")
+        if len(self.ids) != clients or len(set(self.ids)) < clients:
+            raise ValueError(f"ids must be {clients} different numbers, one for each client, not {shown(self.ids)}")
 
     @staticmethod
-    def of(examples: Sequence[Examples], ids: Sequence[int] | None = None) -> Split:
+    @checked
+    def of(examples: List[Pair], ids: AnyList[Count] | None = None) -> Split:
         """Pad and stack the clients' examples.
 
         Raises ``ValueError`` for an empty client, mismatched lengths, ids that are not a different one for each client,
         what ``check_examples`` refuses, and clients whose inputs differ in names, dtypes or dimensions.
         """
-        check_pairs("examples", examples)
-        ids = tuple(range(len(examples))) if ids is None else tuple(ids)
+        ids = range(len(examples)) if ids is None else ids
         if len(ids) != len(examples):
             raise ValueError(f"ids: {len(ids)} of them for {len(examples)} clients")
         for client, (x, y) in zip(ids, examples):
@@ -100,8 +104,8 @@ class Split:
         return take(self.x, (i, slice(n))), self.y[i, :n]
 
     @checked
-    def rows(self, index: slice | AnyList[Count]) -> Split:
-        """The clients in these rows, as a split of their own."""
+    def rows(self, index: Rows) -> Split:
+        """The clients in these rows, as another split."""
         if isinstance(index, slice):
             return Split(take(self.x, index), self.y[index], self.sizes[index], self.ids[index])  # a view, no copy
         for i, row in enumerate(index):
@@ -145,18 +149,16 @@ class Federation:
             split = getattr(self, part)
             if kind_of(split.x) != kind_of(self.train.x):
                 raise ValueError(f"{part} has inputs {kind_of(split.x)}, train has {kind_of(self.train.x)}")
-            shape, like = any_tensor(split.x).shape[2:], any_tensor(self.train.x).shape[2:]
-            if shape != like and isinstance(split.x, Tensor):
-                raise ValueError(f"{part} has inputs of shape {tuple(shape)}, train of {tuple(like)}")
+            shape, expected = any_tensor(split.x).shape[2:], any_tensor(self.train.x).shape[2:]
+            if shape != expected and isinstance(split.x, Tensor):
+                raise ValueError(f"{part} has inputs of shape {tuple(shape)}, train of {tuple(expected)}")
             if split.ids != self.train.ids:
                 raise ValueError(f"{part} has clients {split.ids}, train has {self.train.ids}")
-            for client in range(len(split)):
-                labels = split.client(client)[1]
+            for row, client in enumerate(split.ids):
+                _, labels = split.client(row)
                 labels = labels if labels.dim() == 1 else labels[labels != PADDING]
                 if (bad := labels[(labels < 0) | (labels >= self.classes)]).numel():
-                    raise ValueError(
-                        f"client {split.ids[client]}: {part} label {int(bad[0])} is outside 0 … {self.classes - 1}"
-                    )
+                    raise ValueError(f"client {client}: {part} label {int(bad[0])} is outside 0 … {self.classes - 1}")
 
     def __len__(self) -> int:
         return len(self.train)
@@ -166,11 +168,13 @@ class Federation:
         """The same federation on ``device``."""
         return self._each(lambda split: split.to(device))
 
-    def rows(self, index: slice | Sequence[int]) -> Federation:
-        """The clients in these rows, as a federation of their own."""
+    @checked
+    def rows(self, index: Rows) -> Federation:
+        """The clients in these rows, as another federation."""
         return self._each(lambda split: split.rows(index))
 
-    def map(self, function: Callable[[Inputs], Inputs], batch_size: int = 512) -> Federation:
+    @checked
+    def map(self, function: Callable, batch_size: Size = 512) -> Federation:
         """The same federation with ``function`` applied to all inputs, such as a backbone's frozen ``embed``."""
         return self._each(lambda split: split.map(function, batch_size))
 

@@ -1,8 +1,8 @@
 """Language data: federations of WordNet's glosses, and examples of task files on your disk.
 
-What is stored is text; a loader makes token ids of it with the backbone's own tokenizer. A gloss is what WordNet says a
-noun means, its label the supersense: is it an animal, an act, a time? Prompts with answers come
-from FLAN-style files and the commonsense suites.
+What is stored is text; the tokenizer of the backbone makes token ids of it. A gloss is what WordNet says a noun means,
+its label the supersense: is it an animal, an act, a time? Prompts with answers come from FLAN-style files and the
+commonsense suites.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
-from ..checks import AnyList, Flag, List, PathLike, Seed, Size, checked, shown
+from ..checks import AnyList, Flag, List, PathLike, Seed, Size, checked, invalid, shown
 from ..files import FileError, check_file, data_path, reading
 from .inputs import Examples
-from .partition import partition
+from .partition import partition, partition_options
 from .split import Federation, Split
 from .text import encode_texts
 
@@ -65,8 +67,8 @@ def read_glosses() -> tuple[list[str], list[str], Tensor]:
 
 @checked
 def domain_proportions(names: List[str], clients: Size) -> np.ndarray:
-    """Class proportions ``(C, K)``: client i has the classes of one of the ``DOMAINS``, which take turns, alike."""
-    domains = [[name in own for name in names] for own in DOMAINS.values()]
+    """Class proportions ``(C, K)``: client after client has the next of the ``DOMAINS``, all its classes alike."""
+    domains = [[name in classes for name in names] for classes in DOMAINS.values()]
     rows = np.array([domains[client % len(domains)] for client in range(clients)], dtype=float)
     return rows / rows.sum(1, keepdims=True)
 
@@ -75,21 +77,23 @@ def domain_proportions(names: List[str], clients: Size) -> np.ndarray:
 def wordnet_glosses(tokenizer: Callable, *, longest: Size = 32, domains: Flag = False, **options) -> Federation:
     """A federation of the WordNet glosses in ``data/``: which of 24 supersenses is a noun of? No download.
 
-    ``tokenizer``: the backbone's own, of Hugging Face. ``options`` are those of ``partition``; with ``domains`` each
-    client has the supersenses of one of the ``DOMAINS`` instead of a Dirichlet draw, so labels differ from client to
-    client, and so do the sizes: from ``train_size`` down to a tenth of it. A third of the glosses, the same for every
-    seed, is the pool of test examples. Inputs are ``input_ids`` and ``attention_mask`` ``(C, N, T)``.
+    ``tokenizer``: the backbone's, from Hugging Face. ``options`` are those of ``partition``. With ``domains`` each
+    client has the supersenses of one of the ``DOMAINS`` instead of a Dirichlet draw, and the clients' sizes go from
+    ``train_size`` down to a tenth of it. A third of the glosses, the same for every seed, is the pool of test examples.
+    Inputs are ``input_ids`` and ``attention_mask`` ``(C, N, T)``.
     """
+    options = partition_options(**{"name": "WordNet glosses", **options})
     names, texts, labels = read_glosses()
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
     test, train = order.tensor_split([len(order) // 3])
     if domains:
-        clients, most = options.setdefault("clients", 8), options.get("train_size", 100)
+        clients, largest = options["clients"], options["train_size"]
+        if not isinstance(largest, int):
+            invalid("train_size", "one number, the largest client's, with domains=True", largest)
         options["proportions"] = domain_proportions(names, clients)
-        options["train_size"] = np.geomspace(most, most / 10, clients).round().astype(int).clip(1).tolist()
+        options["train_size"] = np.geomspace(largest, largest / 10, clients).round().astype(int).clip(1).tolist()
     pools: list[Examples] = [(part, labels[part]) for part in (train, test)]
-    dealt = partition(*pools, classes=len(names), **{"name": "WordNet glosses", **options})
-    return with_tokens(dealt, texts, tokenizer, longest)
+    return with_tokens(partition(*pools, classes=len(names), **options), texts, tokenizer, longest)
 
 
 @checked
@@ -102,11 +106,10 @@ class Question:
 
     prompt: str
     answer: str
-    options: AnyList[str] = ()
+    options: Annotated[AnyList[str], AfterValidator(tuple)] = ()
     task: str = ""
 
     def __post_init__(self):
-        object.__setattr__(self, "options", tuple(self.options))
         if not self.prompt.strip() or not self.answer.strip():
             raise ValueError("its prompt or its answer is empty")
         if not all(option.strip() for option in self.options):
@@ -117,12 +120,12 @@ class Question:
 
 @checked
 def read_task(path: PathLike, seed: Seed = 0) -> list[Question]:
-    """The examples in a JSON array or a JSON-lines file, shuffled by ``seed``, for many files are in order of class.
+    """The examples in a JSON array or a JSON-lines file, shuffled by ``seed``, because many files are sorted by class.
 
     A record has the fields of one of these formats:
 
     - FLAN-style: ``instruction`` (with its options after ``OPTIONS:``, a ``- `` before each), ``output``, ``task``;
-    - the commonsense suites as one fine-tunes on them: ``instruction`` (which ends ``Answer format: a/b/c``),
+    - the commonsense suites in the form for fine-tuning: ``instruction`` (which ends ``Answer format: a/b/c``),
       ``answer``;
     - ARC and OpenBookQA: ``question`` with ``stem`` and ``choices`` (``label``, ``text``), ``answerKey``;
     - BoolQ: ``passage``, ``question``, ``answer`` (true or false).
@@ -130,9 +133,10 @@ def read_task(path: PathLike, seed: Seed = 0) -> list[Question]:
     Raises ``FileError`` (a ``ValueError``) naming file and line (of an array, the record) for what is none of these, a
     field of another kind, an empty prompt or answer, and an answer that is no option.
     """
-    path, examples = Path(path), []
-    for place, record in _records(path):
-        with reading(f"{path}, {place}"):
+    path = Path(path)
+    examples = []
+    for position, record in _records(path):
+        with reading(f"{path}, {position}"):
             examples.append(_example(record, path.stem))
     if not examples:
         raise FileError(f"{path} has no examples")
@@ -140,25 +144,29 @@ def read_task(path: PathLike, seed: Seed = 0) -> list[Question]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, object]]:
-    """The records of a file, and where each stands."""
+    """The records of a file, each with its position: its line or, in an array, its number."""
     if not path.is_file():
         raise FileError(f"{path} is missing")
     with reading(path):
         text = path.read_text("utf-8")
-    whole = text.lstrip().startswith("[")
-    parts = [(1, text)] if whole else [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for number, part in parts:
-        with reading(f"{path}, line {number}"):
-            try:
-                found = json.loads(part)
-            except json.JSONDecodeError as error:
-                raise FileError(f"{path}, line {number + error.lineno - 1}: no JSON: {error.msg}") from None
-        records = enumerate(found, 1) if whole else [(number, found)]
-        yield from ((f"{'record' if whole else 'line'} {n}", record) for n, record in records)
+    if text.lstrip().startswith("["):
+        yield from ((f"record {n}", record) for n, record in enumerate(_json(path, text, 1), 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"line {number}", _json(path, line, number)
+
+
+def _json(path: Path, text: str, first_line: int) -> Any:
+    with reading(f"{path}, line {first_line}"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise FileError(f"{path}, line {first_line + error.lineno - 1}: no JSON: {error.msg}") from None
 
 
 def _example(record: object, task: str) -> Question:
-    """A record as an example. Raises ``ValueError`` for what cannot be one."""
+    """A record as an example. Raises ``ValueError`` for one of no known format."""
     fields = set(record) if isinstance(record, Mapping) else set()
     for needed, read in FORMATS:
         if needed <= fields:
@@ -198,8 +206,8 @@ def _choices(record: Mapping, task: str) -> Question:
 def _boolq(record: Mapping, task: str) -> Question:
     if not isinstance(record["answer"], bool):
         raise ValueError(f"its answer must be true or false, not {record['answer']!r}")
-    prompt, answer = f"{_text(record, 'passage')}\n{_text(record, 'question')}?", "yes" if record["answer"] else "no"
-    return Question(prompt, answer, ("yes", "no"), task)
+    prompt = f"{_text(record, 'passage')}\n{_text(record, 'question')}?"
+    return Question(prompt, "yes" if record["answer"] else "no", ("yes", "no"), task)
 
 
 FORMATS: list[tuple[set[str], Callable[[Mapping, str], Question]]] = [  # the fields of each, and what reads it

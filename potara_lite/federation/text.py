@@ -65,8 +65,8 @@ def encode_answers(
         rows.append(row[-max_length:])
     x = pad_tokens(rows)
     is_answer = torch.zeros_like(x[MASK], dtype=torch.bool)
-    for place, row, length in zip(is_answer, rows, lengths):
-        place[len(row) - length : len(row)] = True
+    for row_is_answer, row, length in zip(is_answer, rows, lengths):
+        row_is_answer[len(row) - length : len(row)] = True
     return x, next_tokens(x["input_ids"], is_answer)
 
 

@@ -1,9 +1,8 @@
 """The frozen trunk, all blocks before the first adapted one: its features of an example are computed once.
 
-In a network with its blocks in a list (torchvision's ViTs, BERT-like encoders, Llama-like language models), the blocks
-before the first adapted one compute the same for every adapter. ``run_frozen_blocks`` computes their features once;
-``call_network`` runs the network from there: it skips these blocks and runs everything before and after them
-(embedding, masks, norm, head) as usual.
+In a network with its blocks in a list (torchvision's ViTs, BERT-like encoders, Llama-like language models), these
+blocks compute the same for every adapter. ``run_frozen_blocks`` computes their features once; ``call_network`` skips
+the blocks and runs everything before and after them (embedding, masks, norm, head) as usual.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from ..checks import Size, checked
 from ..federation.inputs import Inputs
 
-ALONE = "(input)"  # the name of an only tensor, where it goes together with HIDDEN
 LINEAR = nn.Linear, Conv1D  # the second is GPT-2's, of ``transformers``: its weight is (in, out)
-HIDDEN = "(hidden)"  # the name of what the blocks frozen make of an example
+HIDDEN = "(hidden)"  # the name of the frozen blocks' features of an example
+ALONE = "(input)"  # the name of an only input tensor that goes together with HIDDEN
 
 
 class _Reached(Exception):
@@ -36,9 +35,10 @@ def frozen_blocks(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
             path = ".".join(names[:depth])
             blocks = model.get_submodule(path)
             if isinstance(blocks, nn.ModuleList | nn.Sequential):
-                inside = [name[len(path) + 1 :].split(".")[0] for name in layers if name.startswith(f"{path}.")]
-                order = list(blocks._modules)
-                return list(blocks)[: min(map(order.index, inside))]
+                inside = blocks.named_modules(remove_duplicate=False)
+                order = [name for name, _ in inside if name and "." not in name]
+                adapted = {name[len(path) + 1 :].split(".")[0] for name in layers if name.startswith(f"{path}.")}
+                return list(blocks)[: min(map(order.index, adapted))]
     return []
 
 
@@ -46,15 +46,16 @@ def frozen_blocks(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
 def linear_layers(network: nn.Module, last: Size | None = None) -> list[str]:
     """The names of the linear layers in the blocks of a network, of the ``last`` so many or of all: targets of LoRA.
 
-    GPT-2's ``Conv1D``, a linear layer with its weight the other way round, is one of them. The network's blocks are the
-    list of modules that has the most parameters. Raises ``ValueError`` where there are not as many.
+    GPT-2's ``Conv1D``, a linear layer with a transposed weight, is one of them. The network's blocks are the list of
+    modules that has the most parameters. Raises ``ValueError`` where there are not as many.
     """
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     blocks = list(max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=[]))
-    if not 1 <= (last := len(blocks) if last is None else last) <= len(blocks):
+    last = len(blocks) if last is None else last
+    if not 1 <= last <= len(blocks):
         raise ValueError(f"the last {last} blocks of a network that has {len(blocks)}")
-    chosen = {id(module) for block in blocks[-last:] for module in block.modules() if type(module) in LINEAR}
-    return [name for name, module in network.named_modules() if id(module) in chosen]
+    layers = {module for block in blocks[-last:] for module in block.modules() if type(module) in LINEAR}
+    return [name for name, module in network.named_modules() if module in layers]
 
 
 def call_network(call: Callable, x: Inputs, frozen: Sequence[nn.Module]) -> Tensor:
@@ -67,28 +68,33 @@ def call_network(call: Callable, x: Inputs, frozen: Sequence[nn.Module]) -> Tens
         output = call(x)
     else:
         named = dict(x)
-        hidden, args = named.pop(HIDDEN, None), [named.pop(ALONE)] if ALONE in named else []
-        passing = {} if hidden is None else {block: lambda *args, **kwargs: hidden for block in frozen}
-        with replaced_forwards(passing):
+        hidden = named.pop(HIDDEN, None)
+        args = [named.pop(ALONE)] if ALONE in named else []
+        skipped = frozen if hidden is not None else []
+        with replaced_forwards(dict.fromkeys(skipped, lambda *args, **kwargs: hidden)):
             output = call(*args, **named)
     return getattr(output, "logits", output)
 
 
 def check_names(network: nn.Module, x: Inputs) -> None:
-    """Raise ``ValueError`` for a mapping with a name that the network's ``forward`` does not know, and without one that
+    """Raise ``ValueError`` for a mapping with a name that the network's ``forward`` does not know, or without one that
     it needs."""
-    taken, named = signature(network.forward), dict.fromkeys(x.keys() - {ALONE, HIDDEN})
+    parameters = signature(network.forward)
     try:
-        taken.bind(*[None] * (ALONE in x), **named)
+        parameters.bind(*[None] * (ALONE in x), **dict.fromkeys(x.keys() - {ALONE, HIDDEN}))
     except TypeError as error:
-        raise ValueError(f"the backbone takes {', '.join(taken.parameters)}: {error}") from None
+        raise ValueError(f"the backbone takes {', '.join(parameters.parameters)}: {error}") from None
 
 
 @torch.no_grad()
 def run_frozen_blocks(
     network: nn.Module, x: Inputs, frozen: Sequence[nn.Module], trained: Sequence[nn.Module]
 ) -> Inputs:
-    """``x`` and the features of the ``frozen`` blocks, as ``HIDDEN``; ``x`` itself where there are none, where one of the ``trained`` modules is called before they are done, or where a block returns more than a tensor."""
+    """``x`` with the features of the ``frozen`` blocks, as ``HIDDEN``.
+
+    It is ``x`` itself where there are no such blocks, where one of the ``trained`` modules is called before they are
+    done, and where a block returns more than a tensor.
+    """
     if not frozen:
         return x
     found: list[Tensor] = []
@@ -111,7 +117,7 @@ def run_frozen_blocks(
 
 @contextmanager
 def replaced_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
-    """The modules with other forwards, for a while."""
+    """Replace the modules' ``forward`` inside a ``with`` block."""
     before = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():

