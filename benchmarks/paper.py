@@ -48,8 +48,9 @@ from potara_lite.experiment import (
     Method,
     ModelPair,
     Run,
+    federated_model,
     local_from_federated,
-    one_of_pair,
+    local_model,
     training_options,
     with_estimator,
 )
@@ -129,10 +130,10 @@ def candidates() -> dict[str, Method]:
     """Every baseline, and each of the two models of the merges, at every learning rate."""
     found = {label(name, r): with_600_steps(FAMILIES[name](lr_scale=r)) for name in BASELINES for r in rates_of(name)}
     for rate in rates_of("federated part"):  # each without the other
-        only = with_setting(one_of_pair(0), federated_lr_scale=rate, local_steps=0)
+        only = with_setting(federated_model, federated_lr_scale=rate, local_steps=0)
         found[label("federated part", rate)] = only
     for rate in rates_of("local part"):
-        found[label("local part", rate)] = with_setting(one_of_pair(1), local_lr_scale=rate, rounds=0)
+        found[label("local part", rate)] = with_setting(local_model, local_lr_scale=rate, rounds=0)
     start = FAMILIES["uniform, local from federated"]
     return found | {label("local from federated", r): start(lr_scale=r) for r in rates_of("local from federated")}
 
@@ -239,7 +240,7 @@ def federated_without(late: bool, run: Run) -> ModelPair:
 
 def latecomers() -> dict[str, Method]:
     """The federated model and merges of clients that came late, and of the same clients where they took part."""
-    found = {"local": one_of_pair(1)}
+    found = {"local": local_model}
     for late, name in ((True, "late"), (False, "took part")):
         model_pair = partial(federated_without, late)
         found[f"federated, {name}"] = with_estimator(every(1.0), model_pair=model_pair)
@@ -255,10 +256,10 @@ THREE = {name: CONDITIONS[name] for name in ("feature shift", "base")} | {
     "feature shift, 16 clients": replace(BASE, shift=True, clients=16)
 }
 TRIPLES = [  # what is tried, one option at a time
-    dict(clusters=2, own=0.5, share=0.5),
-    *(dict(clusters=clusters, own=0.5, share=0.5) for clusters in (3, 4)),
-    *(dict(clusters=2, own=own, share=0.5) for own in (0.0, 0.25, 0.75)),
-    dict(clusters=2, own=0.5, share=0.25),
+    dict(clusters=2, client_share=0.5, cluster_share=0.5),
+    *(dict(clusters=clusters, client_share=0.5, cluster_share=0.5) for clusters in (3, 4)),
+    *(dict(clusters=2, client_share=own, cluster_share=0.5) for own in (0.0, 0.25, 0.75)),
+    dict(clusters=2, client_share=0.5, cluster_share=0.25),
 ]
 
 

@@ -33,19 +33,19 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time the same lines say where a name is
-    from ..adapters.files import load_adapter as load_adapter, save_adapter as save_adapter
-    from ..adapters.lora import AdaptedBackbone as AdaptedBackbone, attach as attach
-    from ..adapters.state import (
+    from .adapters.files import load_adapter as load_adapter, save_adapter as save_adapter
+    from .adapters.lora import AdaptedBackbone as AdaptedBackbone, attach as attach
+    from .adapters.state import (
         adapter_bytes as adapter_bytes,
         client_adapter as client_adapter,
         delta as delta,
         repeat_adapter as repeat_adapter,
         stack_adapters as stack_adapters,
     )
-    from ..baselines.methods import METHODS as METHODS
-    from ..baselines.rounds import Algorithm as Algorithm, Phase as Phase, run_algorithm as run_algorithm
-    from ..baselines.sweep import sweep as sweep
-    from ..estimators import (
+    from .baselines.methods import METHODS as METHODS
+    from .baselines.rounds import Algorithm as Algorithm, Phase as Phase, run_algorithm as run_algorithm
+    from .baselines.sweep import sweep as sweep
+    from .estimators import (
         ESTIMATORS as ESTIMATORS,
         Estimate as Estimate,
         estimate_calibrated as estimate_calibrated,
@@ -54,60 +54,60 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time the same li
         estimate_pooled as estimate_pooled,
         estimate_uniform as estimate_uniform,
     )
-    from ..estimators.moments import Moments as Moments, combination_weights as combination_weights
-    from ..experiment import (
+    from .estimators.moments import Moments as Moments, combination_weights as combination_weights
+    from .experiment import (
         ModelPair as ModelPair,
         Result as Result,
         Run as Run,
         prepare as prepare,
         train_pair as train_pair,
     )
-    from ..federation.partition import partition as partition
-    from ..federation.sources import (
+    from .federation.partition import partition as partition
+    from .federation.sources import (
         fashion_mnist as fashion_mnist,
         from_tensors as from_tensors,
         from_torchvision as from_torchvision,
     )
-    from ..federation.split import Federation as Federation, Split as Split
-    from ..federation.tasks import Question as Question, read_task as read_task, wordnet_glosses as wordnet_glosses
-    from ..federation.text import (
+    from .federation.split import Federation as Federation, Split as Split
+    from .federation.tasks import Question as Question, read_task as read_task, wordnet_glosses as wordnet_glosses
+    from .federation.text import (
         encode_answers as encode_answers,
         encode_texts as encode_texts,
         next_tokens as next_tokens,
     )
-    from ..files import FileError as FileError
-    from ..merging.connectivity import (
+    from .files import FileError as FileError
+    from .merging.connectivity import (
         along_plane as along_plane,
         along_segment as along_segment,
         barrier as barrier,
         weight_grid as weight_grid,
     )
-    from ..merging.merge import (
+    from .merging.merge import (
         change_basis as change_basis,
         combine_adapters as combine_adapters,
         compress as compress,
         merge_exact as merge_exact,
         merge_factors as merge_factors,
     )
-    from ..models.frozen_trunk import linear_layers as linear_layers
-    from ..models.language import causal_lm as causal_lm, text_encoder as text_encoder
-    from ..models.vit import lab_vit as lab_vit, torchvision_vit as torchvision_vit
-    from ..results import (
+    from .models.frozen_trunk import linear_layers as linear_layers
+    from .models.language import causal_lm as causal_lm, text_encoder as text_encoder
+    from .models.vit import lab_vit as lab_vit, torchvision_vit as torchvision_vit
+    from .results import (
         compare as compare,
         leaderboard as leaderboard,
         paired_differences as paired_differences,
         summary as summary,
     )
-    from ..setting import Setting as Setting
-    from ..training.batching import Execution as Execution
-    from ..training.fedavg import Ledger as Ledger, fedit as fedit
-    from ..training.gradients import diagonal_fisher as diagonal_fisher, per_sample_gradients as per_sample_gradients
-    from ..training.scoring import (
+    from .setting import Setting as Setting
+    from .training.batching import Execution as Execution
+    from .training.fedavg import Ledger as Ledger, fedit as fedit
+    from .training.gradients import diagonal_fisher as diagonal_fisher, per_sample_gradients as per_sample_gradients
+    from .training.scoring import (
         exact_match as exact_match,
         multiple_choice as multiple_choice,
         write_answers as write_answers,
     )
-    from ..training.train import DivergedError as DivergedError, evaluate as evaluate, train as train
+    from .training.train import DivergedError as DivergedError, evaluate as evaluate, train as train
 
 
 else:

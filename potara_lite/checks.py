@@ -277,13 +277,15 @@ EXPECTED = {  # by pydantic's type of error; its own words for the others
 def _message(error: ValidationError, given: Mapping[str, Any]) -> str:
     """What pydantic found, in one line: the argument, what it must be, what was given."""
     errors = error.errors(include_url=False)
+    errors = [one for one in errors if one["loc"][0] == errors[0]["loc"][0]]  # of the first wrong argument
     is_list = isinstance(errors[0]["input"], list | tuple)
     found = max(errors[:: -1 if is_list else 1], key=lambda one: len(one["loc"]))  # of a union's, the nearest
     name, inside = str(found["loc"][0]), found["loc"][1:]
     value = given.get(name)
     for part in inside:  # an index, a key, or one of pydantic's names of types
         if isinstance(part, int) or (isinstance(value, Mapping) and part in value):
-            name, value = f"{name}[{part!r}]", value[part] if isinstance(value, Mapping | Sequence) else None
+            name = f"{name}[{part!r}]"
+            value = value[part] if isinstance(value, Mapping) else None
     if found["type"] == "value_error":
         return f"{name} {found['ctx']['error']}"
     expected = EXPECTED.get(found["type"], found["msg"].removeprefix("Input should be "))

@@ -132,7 +132,7 @@ class RunFolder:
     def add(self, rows: pd.DataFrame) -> None:
         """Write the rows of one more result, after its other files."""
         text = self.text + rows.to_csv(index=False, header=not self.text, lineterminator="\n")
-        digests = f"{_digest(self.config, text)}\n{_digest(self.config, self.text)}\n"  # of the new and the old rows
+        digests = f"{digest(self.config, text)}\n{digest(self.config, self.text)}\n"  # of the new and the old rows
         write_atomically(self.path / "results.digest", digests)
         write_atomically(self.path / "results.csv", text)
         self.text = text
@@ -171,13 +171,13 @@ def _finished_rows(path: Path, config: str) -> str:
             return ""
         with reading(path / "results.csv"):
             text = (path / "results.csv").read_bytes().decode()
-            if _digest(config, text) not in (path / "results.digest").read_text().split():
+            if digest(config, text) not in (path / "results.digest").read_text().split():
                 raise ValueError("it is damaged or was changed by hand")
         return text
     except FileError as error:
         raise FileError(f"{error}; name another --out, or replace it by --overwrite") from error
 
 
-def _digest(config: str, text: str) -> str:
-    """A SHA-256 that tells whether rows are those that this run wrote."""
-    return hashlib.sha256((config + text).encode()).hexdigest()
+def digest(*texts: str) -> str:
+    """A SHA-256 of the texts together: it tells whether a file holds what was written."""
+    return hashlib.sha256("".join(texts).encode()).hexdigest()

@@ -59,12 +59,16 @@ def test_an_adapter_has_the_names_and_shapes_that_peft_gives_it(any_config, back
 
 def test_with_b_zero_the_adapted_model_equals_the_backbone(any_config, backbone, federation):
     adapter, x = dict(any_config.initial), federation.train.client(1)[0]
-    assert all(not t.any() for name, t in adapter.items() if "lora_B" in name or ".head." in name)
+    assert all(not t.any() for name, t in adapter.items() if "lora_B" in name)
     assert all(t.any() for name, t in adapter.items() if "lora_A" in name)
-    assert not any_config(adapter, x).any()  # the new head is zero
-    for part in ("weight", "bias"):
-        adapter[f"base_model.model.head.{part}"] = backbone.head.get_parameter(part)
     assert torch.equal(any_config(adapter, x), backbone(x))
+
+
+def test_a_new_head_starts_from_zero(backbone, federation):
+    adapted, x = attach(backbone, rank=2), federation.train.client(1)[0]
+    assert not adapted(adapted.initial, x).any()
+    pretrained = {f"base_model.model.head.{part}": backbone.head.get_parameter(part) for part in ("weight", "bias")}
+    assert torch.equal(adapted(adapted.initial | pretrained, x), backbone(x))
 
 
 def test_the_adapted_model_is_the_backbone_with_its_weights_moved_by_delta(
@@ -160,7 +164,7 @@ def test_attach_draws_by_its_seed_and_leaves_the_global_generator_alone(backbone
         (dict(lora_dropout=0.1), "lora_dropout=0.1"),
         (dict(use_dora=True), "use_dora=True"),
         (dict(target_modules=["wings"]), "wings"),
-        (dict(lora_bias=True), "only LoRA factors A and B"),
+        (dict(lora_bias=True), "lora_bias=True: with this option a layer is not W"),
         (dict(bias="lora_only"), "bias"),
     ],
 )
@@ -172,7 +176,7 @@ def test_what_cannot_be_merged_exactly_is_refused(backbone, options, message):
 
 def test_embedding_layers_are_refused():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match="lora_embedding"):
+    with pytest.raises(ValueError, match="0 is a layer of Embedding"):
         attach(model, config=LoraConfig(r=2, target_modules=["0", "1"]))
 
 
@@ -267,12 +271,32 @@ def test_a_folder_of_another_base_rank_or_scaling_is_refused(adapted, random_ada
         other = attach(backbone, **options)
         return save_adapter(other, random_adapter(other, 0), tmp_path / name)
 
-    with pytest.raises(ValueError, match="another base"):
-        load_adapter(adapted, saved("layers", tiny_vit(), rank=2, alpha=3, targets=("qkv", "fc1")))
-    with pytest.raises(ValueError, match="not of this base"):
+    fewer = attach(tiny_vit(), rank=2, alpha=3, targets=("qkv", "fc1"))
+    with pytest.raises(ValueError, match="4 tensors are of no layer that is adapted here, such as .*proj.lora_A"):
+        load_adapter(fewer, saved("layers", tiny_vit(), rank=2, alpha=3, targets=("qkv", "fc1", "fc2", "proj")))
+    with pytest.raises(ValueError, match="must be of this base"):
         load_adapter(adapted, saved("shapes", LabViT(classes=4, dim=32, depth=1, heads=2), rank=2, alpha=3))
-    with pytest.raises(ValueError, match="scaling 2.0, this backbone uses 1.5"):
-        load_adapter(adapted, saved("scaling", tiny_vit(), rank=2, alpha=4))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(r=2, lora_alpha=4),
+        dict(r=3, lora_alpha=2, use_rslora=True),
+        dict(r=4, lora_alpha=7, target_modules=["fc1"]),
+        dict(r=1, lora_alpha=1, rank_pattern={"fc2": 3}, alpha_pattern={"qkv": 5}),
+    ],
+)
+def test_a_folder_of_another_rank_scaling_or_fewer_layers_has_its_own_logits(
+    options, backbone, adapted, federation, random_adapter, tmp_path
+):
+    """Also where stock PEFT wrote it: B is multiplied, absent layers change nothing, an absent head is the new one."""
+    everywhere = dict(target_modules=["qkv", "proj", "fc1", "fc2"], modules_to_save=["head"])
+    other = attach(backbone, config=LoraConfig(**everywhere | options))
+    adapter = random_adapter(other, 0)
+    x = federation.train.client(1)[0]
+    loaded = load_adapter(adapted, save_adapter(other, adapter, tmp_path))
+    torch.testing.assert_close(adapted(loaded, x), other(adapter, x), rtol=1e-5, atol=1e-6)
 
 
 def test_a_folder_for_other_classes_is_refused(adapted, random_adapter, tmp_path):
@@ -286,9 +310,9 @@ def test_a_folder_for_other_classes_is_refused(adapted, random_adapter, tmp_path
 def test_adapters_of_different_ranks_or_bases_are_refused(backbone, adapted):
     rank3 = attach(backbone, rank=3).initial
     bare = attach(backbone, rank=2, head=None).initial
-    with pytest.raises(ValueError, match="different ranks or bases: .* has shapes"):
-        check_same_base(adapted.initial, rank3)
-    with pytest.raises(ValueError, match="different bases: 2 tensors are in one only, such as 'base_model.model.head"):
+    with pytest.raises(ValueError, match=r"adapters\[1\] must be of this base: .* has shape"):
+        check_same_base("adapters", [adapted.initial, rank3])
+    with pytest.raises(ValueError, match=r"adapters\[2\] must be of this base: 2 tensors are of one only"):
         stack_adapters([adapted.initial, adapted.initial, bare])
 
 

@@ -20,7 +20,7 @@ from potara_lite.federation.text import next_tokens, pad_tokens
 from potara_lite.merging.merge import merge_exact
 from potara_lite.models.frozen_trunk import HIDDEN, linear_layers, replaced_forwards
 from potara_lite.models.language import TextClassifier, causal_lm, text_encoder
-from potara_lite.training.batching import Execution, plan
+from potara_lite.training.batching import Execution, plan_execution
 from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
 from potara_lite.training.grouped_lora import GroupedLoRA
 from potara_lite.training.loss import example_losses, mean_loss
@@ -53,12 +53,12 @@ ENCODERS = {
     | dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"], 0),
     "t5": dict(d_ff=24, d_kv=8),
 }
-HANDS_ON_MORE = ["albert", "deberta-v2", "mpnet", "t5"]  # one shared block; blocks that return more than a tensor
+NO_FROZEN_FEATURES = ["albert", "deberta-v2", "mpnet", "t5"]  # one shared block; blocks that return more than a tensor
 
 
 @pytest.fixture(autouse=True)
 def no_warnings():
-    """Nothing here may run one after another, nor warn of anything else."""
+    """No client runs after another here, and nothing else warns."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
@@ -108,10 +108,10 @@ def logits_of(output):
 def test_all_clients_at_once_train_as_one_after_another_with_peft(case):
     adapted, split, steps = case.adapted, examples((5, 9), case.is_causal, seed=1), 50 if case.name == "gpt2" else 10
     start = repeat_adapter(adapted.initial, 2)
-    chosen = plan(adapted, start, split.x, batch_size=4, backward=True, execution=Execution())
-    assert chosen.vectorize and isinstance(chosen.forward, GroupedLoRA)
+    plan = plan_execution(adapted, start, split.x, batch_size=4, backward=True, execution=Execution())
+    assert plan.vectorize and isinstance(plan.forward, GroupedLoRA)
     # DeBERTa's projections also read the table of relative positions, which has no client: there it is vmap that runs
-    assert chosen.forward.matches_vmap(start, split.x) == (case.name != "deberta-v2")
+    assert plan.forward.matches_vmap(start, split.x) == (case.name != "deberta-v2")
     trained = train(adapted, start, split, steps=steps, batch_size=4, lr=1e-3)
     for client in range(2):
         model, (x, y) = peft_model(adapted), split.client(client)
@@ -151,7 +151,7 @@ def test_what_is_below_the_adapted_block_is_computed_once(case, random_stack):
     adapted, split = case.adapted, examples((4, 3), case.is_causal, seed=3)
     stack, embedded = random_stack(adapted, 2, seed=2), split.map(adapted.embed)
     plain = evaluate(adapted, stack, split)
-    assert (HIDDEN in embedded.x) == (case.name not in HANDS_ON_MORE)
+    assert (HIDDEN in embedded.x) == (case.name not in NO_FROZEN_FEATURES)
     if HIDDEN in embedded.x:
         assert len(adapted.frozen_blocks) == BLOCKS - 1
         with replaced_forwards(dict.fromkeys(adapted.frozen_blocks, lambda *_, **__: pytest.fail("called again"))):
@@ -211,8 +211,8 @@ def test_a_classifier_of_transformers_handed_straight_to_attach_trains_all_at_on
     head = "classifier" if name == "bert" else "classifier.out_proj"
     adapted, split = attach(network, rank=2, targets=linear_layers(network, 1), head=head), examples((5, 9), False, 1)
     start = repeat_adapter(adapted.initial, 2)
-    chosen = plan(adapted, start, split.x, batch_size=4, backward=True, execution=Execution())
-    assert isinstance(chosen.forward, GroupedLoRA) and chosen.forward.matches_vmap(start, split.x)
+    plan = plan_execution(adapted, start, split.x, batch_size=4, backward=True, execution=Execution())
+    assert isinstance(plan.forward, GroupedLoRA) and plan.forward.matches_vmap(start, split.x)
     trained = train(adapted, start, split, steps=10, batch_size=4)
     apart = train(adapted, start, split, steps=10, batch_size=4, execution=Execution(vectorize=False))
     torch.testing.assert_close(flatten(trained.adapters), flatten(apart.adapters), rtol=0, atol=1e-5)

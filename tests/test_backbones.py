@@ -13,7 +13,7 @@ from torch import nn
 from potara_lite.adapters.lora import attach
 from potara_lite.adapters.state import lora_layers
 from potara_lite.files import FileError, data_path
-from potara_lite.models import vit as backbones
+from potara_lite.models import vit
 from potara_lite.models.vit import Attention, LabViT, lab_vit, torchvision_vit
 
 
@@ -74,7 +74,7 @@ def checkpoint(tmp_path):
     return write
 
 
-def test_a_checkpoint_of_ones_own_loads(checkpoint):
+def test_another_checkpoint_loads(checkpoint):
     model, original = lab_vit(classes=3, checkpoint=checkpoint()), tiny_vit()
     x = torch.rand(2, 1, 28, 28)
     assert torch.equal(model.features(x), original.features(x))
@@ -101,7 +101,7 @@ def test_a_truncated_checkpoint_is_refused(checkpoint, length, checksum):
 def test_a_missing_checkpoint_is_refused(tmp_path, monkeypatch):
     with pytest.raises(FileError, match="nothing.safetensors"):
         lab_vit(checkpoint=tmp_path / "nothing.safetensors")
-    monkeypatch.setattr(backbones, "data_path", lambda name="": tmp_path / name)
+    monkeypatch.setattr(vit, "data_path", lambda name="": tmp_path / name)
     with pytest.raises(FileError, match="lab_vit.safetensors"):
         lab_vit()
 

@@ -23,15 +23,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_text_encoder, tiny_vit, within
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from potara_lite.adapters.files import load_adapter, save_adapter
-from potara_lite.adapters.lora import attach, pattern
+from potara_lite.adapters.lora import attach
 from potara_lite.adapters.state import rank_dim, stack_adapters
 from potara_lite.baselines.sweep import read_results, sweep
 from potara_lite.experiment import Result
-from potara_lite.federation import split as data, tasks as text_data
+from potara_lite.federation import partition, sources as data, tasks as text_data
 from potara_lite.federation.tasks import Question, read_task
 from potara_lite.files import FileError, check_file, reading, run_folder, write_atomically
 from potara_lite.merging.merge import merge_exact
@@ -203,7 +202,7 @@ def images(tmp_path, monkeypatch):
     def load():
         try:
             return data.fashion_mnist(**options)
-        except data.SupplyError:  # of whole files with fewer examples of a class
+        except partition.SupplyError:  # of whole files with fewer examples of a class
             return None
 
     def verify(federation):
@@ -353,29 +352,30 @@ def tensors(change):
 
 
 HARM = {
-    "alpha is NaN": (edited(lora_alpha=float("nan")), "has scaling nan, this backbone uses 1.5"),
-    "alpha is infinite": (edited(lora_alpha=float("inf")), "has scaling inf"),
+    "alpha is NaN": (edited(lora_alpha=float("nan")), "the scaling of .* must be positive, not nan"),
+    "alpha is infinite": (edited(lora_alpha=float("inf")), "the scaling of .* must be positive, not inf"),
     "alpha is text": (edited(lora_alpha="3"), "TypeError"),
-    "DoRA": (edited(use_dora=True), "use_dora=True: such a layer is not W"),
+    "DoRA": (edited(use_dora=True), "use_dora=True: with this option a layer is not W"),
     "activated LoRA": (edited(alora_invocation_tokens=[1]), "alora_invocation_tokens="),
     "another kind": (edited(peft_type="IA3"), "peft_type must be 'LORA', not 'IA3'"),
     "no kind": (edited(peft_type=None), "peft_type must be 'LORA'"),
     "another rank": (edited(r=4), "has rank 2, adapter_config.json says 4"),
     "a broken pattern": (edited(alpha_pattern={"(": 3}), "cannot read .*adapter"),
     "patterns that are none": (edited(alpha_pattern=[1]), "cannot read .*adapter"),
-    "a pattern that is met": (edited(alpha_pattern={"attn.qkv": 6}), "qkv has scaling 3.0"),
-    "rsLoRA": (edited(use_rslora=True), "has scaling 2.1"),
-    "NaN": (tensors(lambda a, b, head: (a, b * torch.nan, head)), "values that are not finite"),
-    "infinite": (tensors(lambda a, b, head: (a, b, head / 0)), "values that are not finite"),
-    "whole numbers": (tensors(lambda a, b, head: (a.int(), b, head)), "dtype torch.int32, expected a float"),
-    "true and false": (tensors(lambda a, b, head: (a, b, head.bool())), "dtype torch.bool"),
-    "complex": (tensors(lambda a, b, head: (a, b, head + 0j)), "dtype torch.complex64"),
-    "eight bits": (tensors(lambda a, b, head: (a.to(torch.float8_e4m3fn), b, head)), "dtype torch.float8_e4m3fn"),
-    "a dimension more": (tensors(lambda a, b, head: (a, b.unsqueeze(0), head)), "has a dimension too many"),
-    "a dimension more at the end": (tensors(lambda a, b, head: (a, b.unsqueeze(2), head)), "has a dimension too many"),
+    "a rewritten base": (edited(init_lora_weights="pissa_niter_4"), "belongs to other base weights"),
+    "a bias": (edited(bias="lora_only"), "bias='lora_only': with this option"),
+    "an option of the future": (edited(use_magic=[1]), r"use_magic=\[1\]: with this option"),
+    "NaN": (tensors(lambda a, b, head: (a, b * torch.nan, head)), "must be finite"),
+    "infinite": (tensors(lambda a, b, head: (a, b, head / 0)), "must be finite"),
+    "whole numbers": (tensors(lambda a, b, head: (a.int(), b, head)), "16 bits or more: .* torch.int32"),
+    "true and false": (tensors(lambda a, b, head: (a, b, head.bool())), "torch.bool"),
+    "complex": (tensors(lambda a, b, head: (a, b, head + 0j)), "torch.complex64"),
+    "eight bits": (tensors(lambda a, b, head: (a.to(torch.float8_e4m3fn), b, head)), "torch.float8_e4m3fn"),
+    "a dimension more": (tensors(lambda a, b, head: (a, b.unsqueeze(0), head)), "dim 0 of all its tensors or of none"),
+    "a dimension more at the end": (tensors(lambda a, b, head: (a, b.unsqueeze(2), head)), "dim 0 of all its tensors"),
     "a kernel": (tensors(lambda a, b, head: (a[..., None, None], b[..., None, None], head)), "has shape"),
-    "rank 0": (tensors(lambda a, b, head: (a[:0], b[:, :0], head)), "has shape"),
-    "two ranks": (tensors(lambda a, b, head: (a[:1], b, head)), "ranks 1 and 2"),
+    "rank 0": (tensors(lambda a, b, head: (a[:0], b[:, :0], head)), "has rank 0"),
+    "two ranks": (tensors(lambda a, b, head: (a[:1], b, head)), "has rank 1, adapter_config.json says 2"),
     "turned": (tensors(lambda a, b, head: (a, b.T, head)), "has shape"),
 }  # fmt: skip
 
@@ -403,42 +403,36 @@ USUAL = [
 
 
 @pytest.mark.parametrize("endless", ENDLESS)
-def test_a_pattern_that_may_never_be_matched_is_refused_at_once(endless, adapter_folder, tmp_path, backbone):
-    _, load, _ = adapter_folder
+def test_a_pattern_that_may_never_end_does_no_harm(endless, adapter_folder, tmp_path):
+    """Those of targets are not read: names come from the tensors. Those of ranks and alphas are given up in time."""
+    original, load, _ = adapter_folder
     config = tmp_path / "adapter" / "adapter_config.json"
     before = config.read_text()
-    with within(20):
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
-            edited(**{name: {endless: 2} if name in ("rank_pattern", "alpha_pattern") else endless})(config.parent)
-            with pytest.raises(FileError, match=f"{name} must be a pattern that is soon matched") as caught:
-                load()
-            assert str(config) in str(caught.value) and repr(endless)[1:7] in str(caught.value)
+    with within(30):
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            edited(**{name: endless})(config.parent)
+            load()
             config.write_text(before)
-        for options in (
-            dict(targets=endless),
-            dict(config=LoraConfig(target_modules=["fc1"], alpha_pattern={endless: 2})),
-        ):
-            with pytest.raises(ValueError, match="(targets|alpha_pattern) must be a pattern that is soon matched"):
-                attach(backbone, **options)
+        for name in ("rank_pattern", "alpha_pattern"):
+            edited(**{name: {endless: 2}})(config.parent)
+            try:
+                load()
+            except FileError as error:
+                assert str(config.parent) in str(error)
+            config.write_text(before)
 
 
-def test_the_usual_patterns_stay(adapter_folder, tmp_path, backbone):
-    assert [pattern("targets", usual) for usual in USUAL] == USUAL
+def test_the_usual_patterns_are_matched_as_peft_does(adapter_folder, tmp_path, backbone):
     edited(target_modules=USUAL[0], alpha_pattern=dict.fromkeys(USUAL[1:4], 3), exclude_modules=USUAL[-1])(
         tmp_path / "adapter"
     )
     adapter_folder[1]()
     assert len(attach(backbone, targets=r".*\.[0-9]+\..*(fc1|fc2)").scaling) == 2
-    edited(rank_pattern={f"layer{i}": 2 for i in range(1001)})(tmp_path / "adapter")
-    with pytest.raises(FileError, match="rank_pattern must have at most 1000 patterns, not 1001"):
-        adapter_folder[1]()
-    for broken in ("(", "a{2", "[", "*"):
-        assert broken == "a{2" or pytest.raises(ValueError, pattern, "targets", broken)
 
 
 def test_no_file_of_an_adapter_is_asked_of_the_network(adapter_folder, tmp_path, network):
     files, load, _ = adapter_folder
-    for path in files:
+    for path in (path for path in files if path.name != "README.md"):  # the model card, which nothing reads
         content = path.read_bytes()
         path.unlink()
         with pytest.raises(FileError, match=f"cannot read .*{path.name}"):
@@ -452,15 +446,15 @@ def test_no_file_of_an_adapter_is_asked_of_the_network(adapter_folder, tmp_path,
 
 
 NO_ADAPTER = {
-    "a stack": (lambda one: stack_adapters([one, one]), "has a dimension too many"),
-    "a stack of merges": (lambda one: stack_adapters([merge_exact(one, one, 0.5)] * 2), "has a dimension too many"),
-    "a layer less": (lambda one: dict(list(one.items())[2:]), "2 tensors differ"),
-    "no head": (lambda one: {name: t for name, t in one.items() if "head" not in name}, "2 tensors differ"),
-    "a tensor more": (lambda one: one | {"extra": torch.zeros(2)}, "1 tensors differ, such as 'extra'"),
-    "NaN": (lambda one: {name: t * torch.nan for name, t in one.items()}, "not finite"),
-    "half, too large": (lambda one: {name: (1e6 * t.abs() + 1e6).half() for name, t in one.items()}, "not finite"),
-    "whole numbers": (lambda one: {name: t.long() for name, t in one.items()}, "dtype torch.int64"),
-    "another shape": (lambda one: {name: t[..., :1] for name, t in one.items()}, "not of this base|ranks"),
+    "a stack": (lambda one: stack_adapters([one, one]), "must be one adapter, not a stack of 2"),
+    "a stack of merges": (lambda one: stack_adapters([merge_exact(one, one, 0.5)] * 2), "not a stack of 2"),
+    "a layer less": (lambda one: dict(list(one.items())[2:]), "2 tensors are of one only"),
+    "no head": (lambda one: {name: t for name, t in one.items() if "head" not in name}, "2 tensors are of one only"),
+    "a tensor more": (lambda one: one | {"extra": torch.zeros(2)}, "1 tensors are of one only, such as 'extra'"),
+    "NaN": (lambda one: {name: t * torch.nan for name, t in one.items()}, "must be finite"),
+    "half, too large": (lambda one: {name: (1e6 * t.abs() + 1e6).half() for name, t in one.items()}, "must be finite"),
+    "whole numbers": (lambda one: {name: t.long() for name, t in one.items()}, "torch.int64"),
+    "another shape": (lambda one: {name: t[..., :1] for name, t in one.items()}, "of this base|rank"),
 }  # fmt: skip
 
 
@@ -475,7 +469,7 @@ def test_what_is_no_adapter_is_not_saved(name, adapted, random_adapter, tmp_path
 def test_an_adapter_is_saved_as_the_same_bytes_and_as_peft_saves_its_configuration(adapted, random_adapter, tmp_path):
     one, two = (save_adapter(adapted, random_adapter(adapted, 0), tmp_path / name) for name in "ab")
     assert {path.name: path.read_bytes() for path in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
-    assert {path.name for path in one.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in one.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     adapted.config.save_pretrained(tmp_path / "peft")
     ours, theirs = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("a", "peft"))
     assert ours["target_modules"] == sorted(theirs["target_modules"])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from potara_lite.federation import split as data
-from potara_lite.federation.partition import dirichlet_proportions, draw, partition, shift_images
+from potara_lite.federation import sources
+from potara_lite.federation.partition import dirichlet_proportions, draw, partition, partition_options, shift_images
 from potara_lite.federation.sources import fashion_mnist, from_tensors, from_torchvision
 from potara_lite.federation.split import Federation, Split
-from potara_lite.files import check_file
+from potara_lite.files import check_file, data_path
 
 
 def numbered_pool(per_class, classes=10, start=0):
@@ -138,8 +138,8 @@ def test_from_tensors_withholds_calibration_examples_from_training(sizes, seed):
     federation = from_tensors(train, train, calibration_size=5, classes=2, seed=seed)
     for client, (start, n) in enumerate(zip(starts, sizes)):
         kept = federation.train.client(client)[0].flatten().tolist()
-        held = federation.calibration.client(client)[0].flatten().tolist()
-        assert len(held) == 5 and sorted(kept + held) == list(range(start, start + n))
+        withheld = federation.calibration.client(client)[0].flatten().tolist()
+        assert len(withheld) == 5 and sorted(kept + withheld) == list(range(start, start + n))
 
 
 def test_classes_default_to_the_largest_label_plus_one():
@@ -165,7 +165,7 @@ def test_inputs_and_labels_of_different_length_are_refused_by_name():
 
 
 def test_no_clients_at_all_are_refused():
-    with pytest.raises(ValueError, match="client"):
+    with pytest.raises(ValueError, match=r"must be a list .*at least 1, not \[\]"):
         from_tensors([], [])
 
 
@@ -197,9 +197,9 @@ ALIKE = np.eye(10)[[0] * 10]  # ten clients of class 0
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(alpha=0), "alpha must be positive, not 0"),
-        (dict(alpha=-0.5), "alpha must be positive, not -0.5"),
-        (dict(alpha=float("nan")), "alpha must be positive"),
+        (dict(alpha=0), "alpha must be above 0, not 0"),
+        (dict(alpha=-0.5), "alpha must be above 0, not -0.5"),
+        (dict(alpha=float("nan")), "alpha must be above 0, not nan"),
         (dict(clients=0), "clients must be at least 1, not 0"),
         (dict(train_size=0), "train_size must be at least 1, not 0"),
         (dict(calibration_size=0), "calibration_size must be at least 1, not 0"),
@@ -219,7 +219,7 @@ def test_partition_refuses(options, message):
 
 @pytest.fixture(scope="module")
 def shipped_labels():
-    with np.load(check_file(data.data_path("fashion_mnist.npz")), allow_pickle=False) as file:
+    with np.load(check_file(data_path("fashion_mnist.npz")), allow_pickle=False) as file:
         return [torch.from_numpy(file[f"{split}_labels"]).long() for split in ("train", "test")]
 
 
@@ -242,10 +242,10 @@ def test_fashion_mnist_has_images_in_the_unit_range_from_its_own_splits():
 
 
 def test_a_damaged_or_missing_data_file_is_refused(tmp_path, monkeypatch):
-    good = data.data_path("fashion_mnist.npz")
+    good = data_path("fashion_mnist.npz")
     content = bytearray(good.read_bytes())
     content[len(content) // 2] ^= 1
-    monkeypatch.setattr(data, "data_path", lambda name="": tmp_path / name)
+    monkeypatch.setattr(sources, "data_path", lambda name="": tmp_path / name)
     with pytest.raises(ValueError, match="fashion_mnist.npz is missing"):
         fashion_mnist()
     (tmp_path / good.name).write_bytes(content)
@@ -321,3 +321,18 @@ def test_torchvision_data_sets_are_read_from_their_real_format(tmp_path, monkeyp
 def test_an_unknown_torchvision_data_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'MNIST'"):
         from_torchvision("MNIST", str(tmp_path), download=False)
+
+
+def test_options_are_checked_before_a_download(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", lambda *_, **__: pytest.fail("downloaded"))
+    for options, error, message in (
+        (dict(alpha=-1), ValueError, "alpha must be above 0, not -1"),
+        (dict(train_size=[3, 0]), ValueError, r"train_size\[1\] must be at least 1, not 0"),
+        (dict(client=3), TypeError, "client"),
+    ):
+        with pytest.raises(error, match=message):
+            from_torchvision("CIFAR10", str(tmp_path), **options)
+    assert partition_options(clients=np.int64(3), name="x") == dict(
+        clients=3, train_size=100, calibration_size=30, test_size=250, alpha=0.5, proportions=None, shift=False, seed=0,
+        name="x",
+    )  # fmt: skip

@@ -45,7 +45,7 @@ from potara_lite.merging.merge import merge_exact
 from potara_lite.models.frozen_trunk import HIDDEN, linear_layers
 from potara_lite.models.language import TextClassifier, causal_lm, text_encoder
 from potara_lite.setting import Setting
-from potara_lite.training.batching import Execution, plan
+from potara_lite.training.batching import Execution, plan_execution
 from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
 from potara_lite.training.grouped_lora import GroupedLoRA, group_lora
 from potara_lite.training.loss import example_accuracies, example_losses, mean_loss
@@ -56,7 +56,7 @@ SIZES, VOCABULARY = (5, 11, 8), 40
 
 @pytest.fixture(autouse=True)
 def no_warnings():
-    """Nothing here may run one after another, nor warn of anything else."""
+    """No client runs after another here, and nothing else warns."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "There is a performance drop")  # of torchvision's attention
@@ -96,9 +96,10 @@ def labelled(rows, seed):
 
 def answered(rows, seed=0):
     """Texts of which the last token, or the last two of a long text, are to be predicted."""
-    x, length = pad_tokens(rows), torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    place = torch.arange(x["input_ids"].shape[1])
-    return x, next_tokens(x["input_ids"], (place < length) & (place >= length - 1 - (length > 5).long()))
+    x = pad_tokens(rows)
+    length = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    position = torch.arange(x["input_ids"].shape[1])
+    return x, next_tokens(x["input_ids"], (position < length) & (position >= length - 1 - (length > 5).long()))
 
 
 KINDS = {  # network, examples, head, classes, how close two ways are in float64
@@ -194,7 +195,7 @@ def test_targets_are_the_tokens_that_come_next():
 
 def test_all_clients_at_once_train_as_one_after_another_with_peft(kind):
     adapted, split = adapted_of(kind), federation_of(kind).train
-    forward = plan(adapted, repeat_adapter(adapted.initial, 3), split.x, batch_size=4, backward=True,
+    forward = plan_execution(adapted, repeat_adapter(adapted.initial, 3), split.x, batch_size=4, backward=True,
                    execution=Execution()).forward  # fmt: skip
     assert isinstance(forward, GroupedLoRA) and forward.matches_vmap(repeat_adapter(adapted.initial, 3), split.x)
     trained = train(adapted, repeat_adapter(adapted.initial, 3), split, steps=50, batch_size=4, lr=1e-3)
@@ -214,7 +215,7 @@ def test_all_clients_at_once_train_as_one_after_another_with_peft(kind):
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 999), longest=st.integers(3, 12), more=st.integers(0, 6))
 @pytest.mark.parametrize("name", list(KINDS))
-def test_padding_and_the_company_in_a_batch_change_nothing(name, seed, longest, more):
+def test_padding_and_the_rest_of_a_batch_change_nothing(name, seed, longest, more):
     kind = KINDS[name]
     network = kind[0](torch.float64)
     adapted = attach(network, rank=2, alpha=3, targets=linear_layers(network), head=kind[2])
@@ -243,8 +244,8 @@ def test_per_sample_gradients_are_those_of_each_example_alone(kind, random_stack
             oracle = torch.cat([model.get_parameter(adapted.parameter_names[k]).grad.flatten() for k in stack])
             torch.testing.assert_close(gradients[client, i], oracle, **kind[4])
         assert not gradients[client, n:].any()
-    monkeypatch.setattr("potara_lite.training.grouped_lora.group_lora", lambda adapted: adapted)
-    monkeypatch.setattr("potara_lite.training.grouped_lora.group_lora", lambda adapted: adapted)
+    for module in ("batching", "gradients"):
+        monkeypatch.setattr(f"potara_lite.training.{module}.group_lora", lambda adapted: adapted)
     torch.testing.assert_close(per_sample_gradients(adapted, stack, split), gradients, **kind[4])
 
 
@@ -271,7 +272,7 @@ def test_slope_and_curvature_are_derivatives_of_an_examples_loss(kind, random_st
         assert not curvature[client, n:].any() and not slope[client, n:].any()
 
 
-# The frozen blocks below.
+# The frozen blocks.
 
 
 def tiny_vit():
@@ -354,7 +355,7 @@ FEW = ["FedIT", "FedEx-LoRA", "APFL", "FedALT", "RegMean", "Fisher merging", "TI
 
 
 @pytest.mark.parametrize("method", FEW)
-def test_methods_of_the_field_take_text(kind, method):
+def test_methods_of_the_comparison_take_text(kind, method):
     setting = Setting(clients=3, rounds=2, round_steps=2, local_steps=4, batch_size=3)
     adapted = adapted_of(kind, last=1)
     federation = federation_of(kind).map(adapted.embed)
@@ -522,7 +523,7 @@ def test_token_ids_outside_the_vocabulary_name_the_client(kind, token):
         federation.train.map(adapted.embed)
 
 
-def test_bad_examples_are_refused_at_the_door():
+def test_bad_examples_are_refused():
     good = pad_tokens([[1, 2], [3]])
     empty = {**good, "attention_mask": torch.tensor([[1, 1], [0, 0]])}
     other = {"input_ids": good["input_ids"]}

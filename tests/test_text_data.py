@@ -12,8 +12,8 @@ import torch
 from conftest import tiny_text_encoder
 
 from potara_lite import experiment
-from potara_lite.federation import split as data, tasks as text_data
-from potara_lite.federation.partition import partition
+from potara_lite.federation import tasks
+from potara_lite.federation.partition import SupplyError, partition
 from potara_lite.federation.split import Federation, Split
 from potara_lite.federation.tasks import (
     DOMAINS,
@@ -65,18 +65,18 @@ def test_the_glosses_are_what_wordnet_says(glosses):
 
 
 def test_every_supersense_is_in_one_domain(glosses):
-    assert sorted(name for own in DOMAINS.values() for name in own) == glosses[0]
+    assert sorted(name for names in DOMAINS.values() for name in names) == glosses[0]
 
 
 def test_no_gloss_is_dealt_twice_and_each_keeps_its_label(glosses):
     names, texts, labels = glosses
     federation = wordnet_glosses(letters, longest=400, clients=4, train_size=40, test_size=20, alpha=0.3, seed=3)
-    of = dict(zip(texts, labels.tolist()))
+    label_of = dict(zip(texts, labels.tolist()))
     seen = []
     for split in (federation.train, federation.calibration, federation.test):
-        for i, own in enumerate(read_back(split)):
-            assert [of[text] for text in own] == split.client(i)[1].tolist()
-            seen += own
+        for i, of_client in enumerate(read_back(split)):
+            assert [label_of[text] for text in of_client] == split.client(i)[1].tolist()
+            seen += of_client
     assert len(set(seen)) == len(seen) == 4 * (40 + 30 + 20)
     assert federation.classes == 24 and federation.name == "WordNet glosses"
 
@@ -85,8 +85,8 @@ def test_test_glosses_are_the_same_third_for_every_seed():
     trained, tested = set(), set()
     for seed in range(3):
         federation = wordnet_glosses(letters, longest=400, clients=3, train_size=200, test_size=200, alpha=9, seed=seed)
-        trained |= {text for own in read_back(federation.train) for text in own}
-        tested |= {text for own in read_back(federation.test) for text in own}
+        trained |= {text for of_client in read_back(federation.train) for text in of_client}
+        tested |= {text for of_client in read_back(federation.test) for text in of_client}
     assert trained and tested and not trained & tested
 
 
@@ -105,11 +105,14 @@ def test_a_domain_per_client(glosses):
     federation = wordnet_glosses(letters, domains=True, clients=5, train_size=100, test_size=26)
     assert federation.train.sizes.tolist() == [100, 56, 32, 18, 10]
     for i in range(5):
-        own = list(DOMAINS.values())[i % 3]
+        domain = list(DOMAINS.values())[i % 3]
         for split in (federation.train, federation.calibration, federation.test):
-            assert {names[k] for k in split.client(i)[1].tolist()} <= set(own)
+            assert {names[k] for k in split.client(i)[1].tolist()} <= set(domain)
         counts = federation.test.client(i)[1].bincount(minlength=24)
         assert counts.sum() == 26 and counts[counts > 0].max() - counts[counts > 0].min() <= 1
+    for size, message in (("40", "train_size must be a whole number"), ([4] * 8, "train_size must be one number")):
+        with pytest.raises(ValueError, match=message):
+            wordnet_glosses(letters, domains=True, train_size=size)
 
 
 def test_partition_takes_proportions_and_refuses_others():
@@ -123,7 +126,7 @@ def test_partition_takes_proportions_and_refuses_others():
     )
     with pytest.raises(ValueError, match=r"shape \(1, 2\), not a row for each of 2"):
         partition(pool, pool, 2, proportions=np.ones((1, 2)), **options)
-    with pytest.raises(data.SupplyError, match="class 0 runs out"):
+    with pytest.raises(SupplyError, match="class 0 runs out"):
         partition(pool, pool, 2, proportions=np.array([[1, 0], [1, 0]]), **{**options, "train_size": 10})
 
 
@@ -137,7 +140,7 @@ def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
     for name in ("wordnet_glosses.xz", "wordnet_glosses.sha256"):
         (tmp_path / name).write_bytes((ROOT / "data" / name).read_bytes())
     (tmp_path / "wordnet_glosses.xz").write_bytes(lzma.compress(b"act\tnothing\n"))
-    monkeypatch.setattr(text_data, "data_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(tasks, "data_path", lambda name: tmp_path / name)
     with pytest.raises(ValueError, match="damaged"):
         wordnet_glosses(letters)
 
@@ -154,7 +157,7 @@ def test_the_script_makes_the_file(tmp_path, monkeypatch):
     licence = "  1 This software and database  \n"
     (tmp_path / "data.noun").write_text(licence + "\n".join(line.format(file=f, gloss=g) for f, g in nouns) + "\n")
     make_wordnet.main(tmp_path, tmp_path / "wordnet_glosses.xz")
-    monkeypatch.setattr(text_data, "data_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(tasks, "data_path", lambda name: tmp_path / name)
     names, texts, labels = read_glosses()
     assert names == ["act", "animal"] and labels.bincount().tolist() == [100, 100]
     assert texts[100:102] == ["animal number 0", "animal number 1"] and "act number 3; and more of it" in texts

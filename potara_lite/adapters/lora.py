@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from threading import RLock
@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..checks import Device, List, Positive, Seed, Size, checked, invalid, shown
 from ..compat import dropout_rate, has_hooks, make_attention_explicit, shared_parameters
 from ..federation.inputs import Inputs
-from ..models.frozen_trunk import call_network, check_names, frozen_blocks, run_frozen_blocks
+from ..models.frozen_trunk import LINEAR, call_network, check_names, frozen_blocks, run_frozen_blocks
 from ..models.language import check_tokens
 from .state import Adapter, adapter_bytes, is_lora, layer_of, lora_layers
 
@@ -87,7 +88,7 @@ class AdaptedBackbone:
         def run(*args, **kwargs):
             return functional_call(self.model, weights, args, kwargs)
 
-        with self.state.lock:
+        with nullcontext() if torch.compiler.is_compiling() else self.state.lock:  # a compiler cannot take a lock
             return call_network(run, x, self.frozen_blocks)
 
     def embed(self, x: Inputs) -> Inputs:
@@ -163,6 +164,26 @@ class AdaptedBackbone:
         return replace(self, model=self.model.to(device), initial=initial)
 
 
+# What an adapted layer may be: W + scaling * B A, and nothing else.
+PLAIN_OPTIONS = frozenset(  # of PEFT's LoraConfig: they say where LoRA is, how large, and who made it
+    "r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform "
+    "layers_pattern modules_to_save fan_in_fan_out init_lora_weights lora_dropout inference_mode peft_type task_type "
+    "auto_mapping peft_version base_model_name_or_path revision runtime_config megatron_config megatron_core".split()
+)
+PLAIN_INITS = True, "gaussian"  # B = 0, and the backbone's weights stay as they are
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for an option of PEFT's LoRA with which an adapted layer is not ``W + scaling * B A``.
+
+    Options that PEFT may get in the future are refused, too, unless they have no value.
+    """
+    usual = LoraConfig().to_dict()
+    for name, value in options.items():
+        if name not in PLAIN_OPTIONS and value and value != usual.get(name):
+            raise ValueError(f"{name}={shown(value)}: with this option a layer is not W + scaling * B A")
+
+
 @checked
 def attach(
     backbone: nn.Module,
@@ -174,44 +195,79 @@ def attach(
     seed: Seed = 0,
     config: LoraConfig | None = None,
 ) -> AdaptedBackbone:
-    """Put LoRA on the ``targets`` of a copy of ``backbone`` and train ``head`` directly, starting from zero.
+    """Put LoRA on the ``targets`` of a copy of ``backbone`` and train its new ``head`` directly.
 
-    The copy is in eval mode and shares the memory of the frozen weights, so a large backbone is there once.
-    ``alpha`` defaults to ``2 * rank``. Pass a ``config`` of your own for anything else PEFT's LoRA can do (rank
-    patterns, rsLoRA, convolutions); it then replaces ``rank``, ``alpha``, ``targets`` and ``head``.
+    The copy is in eval mode and shares the memory of the frozen weights, so a large backbone is there once; the
+    caller's own stays as it is. ``alpha`` defaults to ``2 * rank``. ``head`` is new: its last layer starts from zero,
+    so all logits do. Pass a ``config`` of your own for anything else that PEFT's LoRA can do (rank patterns, rsLoRA,
+    convolutions, ``modules_to_save`` that go on from their pre-trained values); it then replaces ``rank``, ``alpha``,
+    ``targets`` and ``head``. Untrained, the adapted model is the backbone, but for a new head.
 
-    Raises ``ValueError`` for a ``rank`` below 1, a scaling that is not a positive number, dropout (the random numbers
-    of one client would depend on the others), for DoRA and embedding layers (not a sum of ``B A``), for ``targets`` or
-    a ``head`` that the backbone has not, and for one whose weight is another layer's, too (a language model's output
-    tied to its embedding).
+    Raises ``ValueError`` for a scaling that is not a positive number; dropout (the random numbers of one client would
+    depend on the others); options and layers that are not ``W + scaling * B A``; ``targets`` or a ``head`` that the
+    backbone has not or that are ambiguous; a weight that is another layer's, too (a language model's output tied to
+    its embedding); and a batch norm without running statistics (an example's logits would depend on the others).
     """
+    new_head = None
     if config is None:
+        new_head = None if head is None else _module_named(backbone, head)
         config = LoraConfig(
             r=rank,
             lora_alpha=2 * rank if alpha is None else alpha,
             target_modules=targets if isinstance(targets, str) else list(targets),
-            modules_to_save=[head] if head else None,
+            modules_to_save=None if new_head is None else [_peft_name(backbone, new_head)],
         )
-    if config.lora_dropout:
-        raise ValueError(f"lora_dropout={config.lora_dropout}: train without dropout, so that clients are independent")
-    if config.use_dora:
-        raise ValueError("use_dora=True: a DoRA layer is not W + scaling * B A, so deltas cannot be merged")
+    _check_config(config)
     model = _peft_model(backbone, config, seed)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     initial = {name: tensor.detach().clone() for name, tensor in state.items()}
     parameters = [name for name, _ in model.named_parameters() if ".default." in name]
     parameter_names = {_adapter_name(name): name for name in parameters}
-    _check_mergeable(model, initial, parameter_names)
+    _check_layers(model, initial, parameter_names)
     _check_found(initial, config)
     _check_untied(backbone, initial)
-    for name, tensor in initial.items():
-        if not is_lora(name):
-            tensor.zero_()
+    if new_head is not None:
+        for name in _last_layer(initial, f"base_model.model.{new_head}"):
+            initial[name].zero_()
     scaling = {layer: model.get_submodule(layer).scaling["default"] for layer in lora_layers(initial)}
     for layer, value in scaling.items():
         if not 0 < value < float("inf"):
             invalid(f"the scaling of {layer}", "positive", value)
     return AdaptedBackbone(model, initial, {name: parameter_names[name] for name in initial}, scaling)
+
+
+def _check_config(config: LoraConfig) -> None:
+    if config.lora_dropout:
+        raise ValueError(f"lora_dropout={config.lora_dropout}: train without dropout, so that clients are independent")
+    if config.init_lora_weights not in PLAIN_INITS:
+        init = config.init_lora_weights
+        raise ValueError(
+            f"init_lora_weights={init!r}: an untrained adapter must leave the backbone as it is, with B = 0"
+        )
+    check_options(config.to_dict())
+
+
+def _module_named(backbone: nn.Module, name: str) -> str:
+    """The full name of the one module of this name. Raises ``ValueError`` for none and for several."""
+    modules = [path for path, _ in backbone.named_modules()]
+    found = [path for path in modules if path == name] or [path for path in modules if path.endswith(f".{name}")]
+    if len(found) != 1:
+        what = f"is ambiguous: {', '.join(found)}" if found else "is no module of this backbone"
+        raise ValueError(f"head {name!r} {what}")
+    return found[0]
+
+
+def _peft_name(backbone: nn.Module, path: str) -> str:
+    """What PEFT, which compares the ends of names, is told so that it means this module alone."""
+    alike = [other for other, _ in backbone.named_modules() if other.endswith(path)]
+    return path if len(alike) == 1 else f"base_model.model.{path}"
+
+
+def _last_layer(initial: Adapter, head: str) -> list[str]:
+    """The tensors of the last layer of a directly trained head: with them at zero, its output is zero and it learns."""
+    names = [name for name in initial if name.startswith(f"{head}.") and not is_lora(name)]
+    last = names[-1].rpartition(".")[0]
+    return [name for name in names if name.rpartition(".")[0] == last]
 
 
 def _peft_model(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
@@ -230,7 +286,9 @@ def _peft_model(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel
             model = get_peft_model(network, copy.deepcopy(config))
         except ValueError as error:
             reason = str(error).split(". ")[0]
-            raise ValueError(f"targets {shown(config.target_modules)} cannot be adapted: {reason}") from error
+            raise ValueError(
+                f"targets {shown(config.target_modules)} cannot be adapted: {reason}. {ADAPTABLE}"
+            ) from error
     return model.eval().requires_grad_(False)
 
 
@@ -249,17 +307,34 @@ def _check_untied(backbone: nn.Module, initial: Adapter) -> None:
                 raise ValueError(f"{name} is tied: its weight is also that of {others}, which must stay as it is")
 
 
-def _check_mergeable(model: PeftModel, initial: Adapter, parameter_names: dict[str, str]) -> None:
-    """Raise ``ValueError`` for adapters whose merge would not be that of the models."""
+ADAPTABLE = "LoRA goes on nn.Linear, on Conv1D of transformers, and on nn.Conv2d without groups or dilation"
+
+
+def _check_layers(model: PeftModel, initial: Adapter, parameter_names: dict[str, str]) -> None:
+    """Raise ``ValueError`` for layers whose adapter would not be ``W + scaling * B A``, and for a norm that lets the
+    examples of a batch see each other."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            layer = name.removeprefix("base_model.model.")
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+                reason = "nn.MultiheadAttention reads this weight without calling the layer, so LoRA does nothing"
+                raise ValueError(f"{layer}: {reason}")
+            if reason := _why_not_a_sum(module.get_base_layer()):
+                raise ValueError(f"{layer} is {reason}. {ADAPTABLE}")
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) and module.running_mean is None:
+            layer = name.removeprefix("base_model.model.")
+            raise ValueError(f"{layer} norms by the statistics of the batch: an example's logits depend on the others")
     if missing := sorted(initial.keys() - parameter_names.keys()):
         raise ValueError(f"these adapter tensors have no parameter of their own: {missing}")
-    if odd := [name for name in initial if "lora_" in name and layer_of(name) == name]:
-        raise ValueError(f"only LoRA factors A and B can be merged exactly, not {odd}")
-    for layer in lora_layers(initial):
-        if isinstance(model.get_submodule(layer.rpartition(".")[0]), nn.MultiheadAttention):
-            raise ValueError(
-                f"{layer}: nn.MultiheadAttention reads this weight without calling the layer, so LoRA does nothing"
-            )
+
+
+def _why_not_a_sum(layer: nn.Module) -> str:
+    """What a layer is, if LoRA on it is not ``W + scaling * B A``."""
+    if isinstance(layer, nn.Conv2d):
+        odd = {"groups": layer.groups != 1, "dilation": layer.dilation != (1, 1)}
+        odd["padding_mode"] = layer.padding_mode != "zeros"
+        return next((f"a convolution with {name}={getattr(layer, name)!r}" for name in odd if odd[name]), "")
+    return "" if isinstance(layer, LINEAR) else f"a layer of {type(layer).__name__}"
 
 
 def _check_found(initial: Adapter, config: LoraConfig) -> None:
@@ -268,9 +343,10 @@ def _check_found(initial: Adapter, config: LoraConfig) -> None:
     layers = [f".{layer}" for layer in lora_layers(initial)]
     if missing := sorted(name for name in targets if not any(layer.endswith(f".{name}") for layer in layers)):
         raise ValueError(f"targets {missing} match no layer of this backbone")
-    heads = config.modules_to_save or []
-    if missing := [head for head in heads if not any(f".{head}." in name for name in initial if not is_lora(name))]:
-        raise ValueError(f"head {shown(missing[0])} is no module of this backbone")
+    trained = [f".{name}" for name in initial if not is_lora(name)]
+    for saved in config.modules_to_save or []:
+        if not any(f".{saved}." in name for name in trained):
+            raise ValueError(f"head {saved!r} is no module of this backbone")
 
 
 @contextmanager

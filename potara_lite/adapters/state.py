@@ -29,7 +29,7 @@ Weight = float | Tensor | Mapping[str, float | Tensor]  # on a model: a number, 
 
 def is_lora(name: str, factor: str = "") -> bool:
     """Whether a tensor of this name is a LoRA factor: of either kind, or of the kind ``"A"`` or ``"B"``."""
-    return f".lora_{factor}" in name
+    return name.endswith(f".lora_{factor}.weight" if factor else (".lora_A.weight", ".lora_B.weight"))
 
 
 def layer_of(name: str) -> str:
@@ -43,7 +43,8 @@ def factor_names(layer: str) -> tuple[str, str]:
 
 
 def client_dims(tensor: Tensor) -> int:
-    """1 for a stack, 0 for one adapter: a LoRA factor has 2 dimensions of its own, a convolution's has 4."""
+    """1 for a stack, 0 for one adapter: a LoRA factor has 2 dimensions of its own, that of a Conv2d has 4 (``attach``
+    refuses layers whose factors have an odd number)."""
     return tensor.dim() % 2
 
 

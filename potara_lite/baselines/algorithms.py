@@ -23,7 +23,7 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
-from ..adapters.lora import AdaptedBackbone
+from ..adapters.lora import AdaptedBackbone, ModelState
 from ..adapters.state import (
     Adapter,
     client_adapter,
@@ -334,7 +334,7 @@ def gated(adapted: AdaptedBackbone) -> AdaptedBackbone:
             return values * scores.softmax(dim).repeat_interleave(rank, dim)
 
         down.register_forward_hook(hook)
-    return replace(adapted, model=model)
+    return replace(adapted, model=model, state=ModelState())
 
 
 def others(stack: Adapter, sizes: Tensor) -> Adapter:

@@ -8,7 +8,6 @@ another method or version is computed again. ``results`` reads such tables.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ from ..checks import Count, Flag, List, Named, PathLike, Seeds, Size, checked, i
 from ..experiment import Method, Run, prepare
 from ..federation.inputs import map_inputs
 from ..federation.split import Federation, Split
-from ..files import FileError, reading, write_atomically
+from ..files import FileError, digest, reading, write_atomically
 from ..results import result_rows
 from ..setting import Setting
 
@@ -129,7 +128,7 @@ def read_results(folder: PathLike) -> pd.DataFrame:
 def fingerprint(thing: object) -> str:
     """A digest of a function: of its code, defaults, closure and bound arguments, as far as these are numbers, strings,
     tuples, dictionaries, functions and dataclasses. Lists and the functions that it calls do not count."""
-    return hashlib.sha256(repr(_contents(thing, ())).encode()).hexdigest()[:16]
+    return digest(repr(_contents(thing, ())))[:16]
 
 
 def _contents(thing: object, above: tuple[int, ...]) -> object:
@@ -158,7 +157,7 @@ def _contents(thing: object, above: tuple[int, ...]) -> object:
 def _write_rows(path: Path, key: str, rows: pd.DataFrame) -> None:
     """Write a result file; ``key`` is the fingerprint of what made the rows."""
     text = rows.to_csv(index=False)
-    write_atomically(path, f"# {key} {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    write_atomically(path, f"# {key} {digest(text)}\n{text}")
 
 
 def _read_rows(path: Path) -> tuple[str, pd.DataFrame]:
@@ -166,7 +165,7 @@ def _read_rows(path: Path) -> tuple[str, pd.DataFrame]:
     with reading(path):
         first, _, text = path.read_text().partition("\n")
         words = first.split(" ")
-        if len(words) != 3 or words[0] != "#" or words[2] != hashlib.sha256(text.encode()).hexdigest():
+        if len(words) != 3 or words[0] != "#" or words[2] != digest(text):
             raise FileError(f"{path} is damaged or was changed by hand: delete it, and it is computed again")
         rows = pd.read_csv(StringIO(text))
         federation, method, seed = rows.loc[0, ["federation", "method", "seed"]].astype(str)

@@ -75,8 +75,7 @@ def combine_adapters(adapters: List[CompleteAdapter], weights: List[AnyWeight]) 
     adapters = check_same_base("adapters", adapters)
     if len(weights) != len(adapters):
         raise ValueError(f"weights: {len(adapters)} adapters, {len(weights)} weights")
-    unbounded = (None, None)
-    weights = [check_weight(one, adapters[0], f"weights[{i}]", unbounded) for i, one in enumerate(weights)]
+    weights = [check_weight(one, adapters[0], f"weights[{i}]", (None, None)) for i, one in enumerate(weights)]
     merged = stack_ranks(adapters, weights)
     for name, tensor in merged.items():
         if not all_finite(tensor):

@@ -1,0 +1,135 @@
+"""What touches the insides of other libraries: each function of ``compat.py`` against the library itself."""
+
+import copy
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from peft.utils.other import get_pattern_key
+from torch import nn
+from torch.func import functional_call, vmap
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+from potara_lite import Execution, evaluate
+from potara_lite.compat import (
+    ATTENTION,
+    dropout_rate,
+    has_hooks,
+    is_traced,
+    make_attention_explicit,
+    pattern_value,
+    shared_parameters,
+)
+
+SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+
+
+def test_a_tensor_is_traced_inside_vmap_alone():
+    seen = []
+    vmap(lambda x: (seen.append(is_traced(x)), x)[1])(torch.ones(2, 3))
+    assert seen == [True] and not is_traced(torch.ones(2))
+
+
+def test_hooks_are_found_and_only_they():
+    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert not has_hooks(layer, other)
+    handle = other.register_forward_pre_hook(lambda *_: None)
+    assert has_hooks(layer, other)
+    handle.remove()
+    other.register_forward_hook(lambda *_: None)
+    assert has_hooks(layer, other)
+
+
+def test_a_dropout_rate_is_that_of_torch_or_of_an_attention_layer():
+    attention = nn.Linear(2, 2)
+    attention.attention_dropout = 0.2
+    modules = nn.Dropout(0.1), nn.Dropout2d(0.3), attention, nn.Linear(2, 2), nn.Dropout(0.0)
+    assert [dropout_rate(module) for module in modules] == [0.1, 0.3, 0.2, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("start", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_explicit_attention_computes_the_same_and_vmap_takes_it(kind, start):
+    torch.manual_seed(0)
+    config, model = (LlamaConfig, LlamaModel) if kind == "llama" else (BertConfig, BertModel)
+    network = model._from_config(config(**SIZES), attn_implementation=start).eval()
+    ids, mask = torch.randint(1, 50, (3, 2, 7)), torch.ones(3, 2, 7, dtype=torch.int64)
+    mask[:, 1, 5:] = 0
+    weights = dict(network.named_parameters())
+
+    def hidden(ids, mask):
+        inputs = dict(input_ids=ids, attention_mask=mask)
+        return functional_call(network, weights, (), inputs).last_hidden_state * mask.unsqueeze(-1)
+
+    before = torch.stack([hidden(one, its_mask) for one, its_mask in zip(ids, mask)])
+    make_attention_explicit(network)
+    assert network.config._attn_implementation == ATTENTION
+    after = torch.stack([hidden(one, its_mask) for one, its_mask in zip(ids, mask)])
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-6)
+    torch.testing.assert_close(vmap(hidden)(ids, mask), before, rtol=0, atol=2e-6)
+
+
+def test_other_models_of_the_process_keep_their_attention():
+    """In a process of its own: nothing of transformers is another one after the package was imported."""
+    code = """
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as attentions
+before = {name: one[name] for one in (masks, attentions) for name in ("sdpa",)}, masks["eager"]
+import potara_lite.adapters.lora, potara_lite.models.language, potara_lite.training.train
+assert before == ({name: one[name] for one in (masks, attentions) for name in ("sdpa",)}, masks["eager"])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=170)
+
+
+PATTERNS = {"fc1": 3, r"layers\.[0-4]\.fc2": 5, "^model.head": 7, r".*attn.*": 9}
+
+
+LAYERS = "model.fc1 fc1 myfc1 model.layers.3.fc2 model.layers.7.fc2 model.head a.model.head self_attn.q".split()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_pattern_has_the_value_that_peft_reads(layer):
+    assert pattern_value(PATTERNS, layer, 1) == PATTERNS.get(get_pattern_key(list(PATTERNS), layer), 1)
+
+
+def test_a_pattern_that_does_not_end_is_given_up():
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match="takes too long to match"):
+        pattern_value({"(.|.)" * 30: 2}, "base_model.model.encoder.layers.0.self_attn.q_proj", 1)
+    assert time.perf_counter() - began < 60
+    with pytest.raises(ValueError, match="is no regular expression"):
+        pattern_value({"(": 2}, "fc1", 1)
+
+
+def test_parameters_of_two_modules_are_shared():
+    tied = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
+    assert list(shared_parameters(tied)) == []
+    tied["c"].weight = tied["a"].weight
+    assert list(shared_parameters(tied)) == [["a", "c"]]
+
+
+@pytest.mark.parametrize("vectorize", [None, False])
+def test_two_threads_with_one_backbone_get_what_each_gets_alone(vectorize, adapted, federation, random_stack):
+    stacks = [random_stack(adapted, 3, seed) for seed in (1, 2)]
+    execution, wrong = Execution(vectorize=vectorize), [0, 0]
+    alone = [evaluate(adapted, stack, federation.test, execution=execution)[0] for stack in stacks]
+
+    def work(i):
+        for _ in range(10):
+            loss, _ = evaluate(adapted, stacks[i], federation.test, execution=execution)
+            wrong[i] += not torch.equal(loss, alone[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [0, 0]
+
+
+def test_a_copy_of_a_backbone_has_a_lock_of_its_own(adapted):
+    other = copy.deepcopy(adapted)
+    assert other.state is not adapted.state and other.state.lock is not adapted.state.lock
