@@ -1,6 +1,6 @@
 """Every figure and table of the pages, computed from the committed rows.
 
-    python benchmarks/figures.py       # writes them into README.md, docs/ and benchmarks/
+    python benchmarks/figures.py       # writes them into README.md, docs/, benchmarks/ and data/
 
 One function a page. Nothing is trained here: run a benchmark first, then this. A test compares all pages with what this
 script makes of the committed rows.
@@ -26,9 +26,11 @@ import verdicts
 import workload
 from choose_default import admitted
 from pages import difference, fill, listed, markdown
+from safetensors import safe_open
 from scipy.interpolate import CubicSpline
 
 import notebooks
+from potara_lite import lab_vit
 from potara_lite.baselines.methods import METHODS
 from potara_lite.experiment import ORACLE
 from potara_lite.results import leaderboard, paired_differences
@@ -423,6 +425,18 @@ def small_lm_page() -> dict[str, str]:
     }
 
 
+def data_page() -> dict[str, str]:
+    """What the checkpoint of the lab ViT says about itself."""
+    with safe_open(ROOT / "data" / "lab_vit.safetensors", framework="pt") as file:
+        found = file.metadata()
+    return {
+        "parameters": f"{sum(weights.numel() for weights in lab_vit().parameters()) / 1e6:.2f}",
+        "epochs": found["epochs"],
+        "seed": found["seed"],
+        "accuracy": f"{float(found['test_accuracy']):.3f}",
+    }
+
+
 PAGES = {
     "README.md": readme,
     "docs/index.md": index,
@@ -437,6 +451,7 @@ PAGES = {
     "benchmarks/comparison-lab.md": partial(paired_page, "comparison-lab"),
     "benchmarks/comparison-grey-cifar10.md": partial(paired_page, "comparison-grey-cifar10"),
     "benchmarks/small_lm.md": small_lm_page,
+    "data/README.md": data_page,
 }
 
 

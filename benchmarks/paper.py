@@ -258,7 +258,7 @@ THREE = {name: CONDITIONS[name] for name in ("feature shift", "base")} | {
 TRIPLES = [  # what is tried, one option at a time
     dict(clusters=2, client_share=0.5, cluster_share=0.5),
     *(dict(clusters=clusters, client_share=0.5, cluster_share=0.5) for clusters in (3, 4)),
-    *(dict(clusters=2, client_share=own, cluster_share=0.5) for own in (0.0, 0.25, 0.75)),
+    *(dict(clusters=2, client_share=share, cluster_share=0.5) for share in (0.0, 0.25, 0.75)),
     dict(clusters=2, client_share=0.5, cluster_share=0.25),
 ]
 

@@ -18,9 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class FileError(ValueError):
@@ -112,6 +115,8 @@ class RunFolder:
     @property
     def rows(self) -> pd.DataFrame:
         """The rows as a table."""
+        import pandas as pd
+
         return pd.read_csv(StringIO(self.text)) if self.text else pd.DataFrame()
 
     @property
@@ -163,6 +168,8 @@ def _finished_rows(path: Path, config: str) -> str:
     try:
         with reading(path / "config.json"):
             found = (path / "config.json").read_bytes().decode()
+            import pandas as pd
+
             then, now = (pd.json_normalize(json.loads(text)).iloc[0].to_dict() for text in (found, config))
             names = [name for name in now | then if then.get(name) != now.get(name)]
         if odd := [f"{name} {then.get(name)}, not {now.get(name)}" for name in names]:

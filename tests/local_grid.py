@@ -1,7 +1,7 @@
 """A Flower federation inside this process: no Ray, no ports. Server and client apps are plain callables.
 
-Messages cross as protocol buffers, as they do between machines. It stands on Flower's internals (a message's number,
-the identity of a task), so it may need care when Flower moves.
+Messages are sent as protocol buffers, as between machines. It uses Flower's internals (a message's number, the identity
+of a task), so it may have to change with Flower.
 """
 
 import traceback

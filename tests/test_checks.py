@@ -1,6 +1,7 @@
 """The checks of arguments: every public function against bad input, argument by argument; what is taken; memory; order of clients."""
 
 import importlib
+import json
 import pydoc
 import re
 import warnings
@@ -17,9 +18,11 @@ import torch
 from conftest import tiny_federation, tiny_vit
 from hypothesis import given, settings, strategies as st
 from test_project import FILES, module_name
+from test_results import ROOT, script
 
 import potara_lite
-from potara_lite import estimators, fedit, next_tokens
+from potara_lite import checks as library, estimators, fedit, next_tokens
+from potara_lite.adapters import state
 from potara_lite.adapters.lora import attach
 from potara_lite.adapters.state import client_adapter, repeat_adapter
 from potara_lite.baselines.merges import layer_grams, merge_deltas
@@ -1356,3 +1359,24 @@ def test_no_examples_are_taken_that_are_not_finite_floats_with_labels(x_dtype, y
         assert torch.equal(found.x[0], x) and found.y.dtype == torch.int64 and (found.y == y.long()).all()
         outside = outcome(lambda: potara_lite.Federation(found, found, found, int(y.max()) or 1))
         assert (outside is None) == (int(y.max()) > 0) and t is not None
+
+
+def test_checks_are_timed_wherever_the_library_calls_them_and_once():
+    t, benchmark = things(), script("checks")
+    before = library.check_arguments, state.check_models
+    assert set(before) <= benchmark.checks()
+    with benchmark.timed(benchmark.checks()) as calls:
+        potara_lite.merge_exact(t.federated, t.local, 0.5)  # the arguments, and the weight of these adapters
+        assert state.check_models is not before[1]
+    assert len(calls) >= 2 and min(calls) > 0
+    with benchmark.timed([library.check_arguments, state.check_models, state.check_adapter]) as calls:
+        state.check_models(t.adapted, t.split, federated=t.federated, local=t.local)  # checks inside a check
+    assert len(calls) == 1
+    assert before == (library.check_arguments, state.check_models)
+
+
+def test_the_measured_checks_take_less_than_a_hundredth_of_a_run():
+    found = json.loads((ROOT / "benchmarks" / "checks.json").read_text())
+    shares = sorted(run["in checks"] / run["seconds"] for run in found["runs"])
+    assert shares[len(shares) // 2] == found["share"] and shares[-1] < 0.01
+    assert len({run["checks"] for run in found["runs"]}) == 1

@@ -1,4 +1,4 @@
-"""Files that were cut off, damaged or made to do harm: one error that names the file, or what is loaded verifies.
+"""Files that are truncated, damaged or malicious: one error that names the file, or what is loaded is right.
 
 Seeded mutations of every file that the library reads. ``POTARA_THOROUGH=1`` runs all of them, else a tenth.
 """
@@ -30,7 +30,6 @@ from potara_lite.adapters.lora import attach
 from potara_lite.adapters.state import rank_dim, stack_adapters
 from potara_lite.baselines.sweep import read_results, sweep
 from potara_lite.experiment import Result
-from potara_lite.federation import partition, sources as data, tasks as text_data
 from potara_lite.federation.tasks import Question, read_task
 from potara_lite.files import FileError, check_file, reading, run_folder, write_atomically
 from potara_lite.merging.merge import merge_exact
@@ -68,16 +67,16 @@ def mutated_bytes(content, rng):
 
 def mutated_json(value, rng):
     """A JSON value with one of its parts replaced by a hostile one, swapped with another, renamed or lost."""
-    value, places = copy.deepcopy(value), []
+    value, positions = copy.deepcopy(value), []
 
     def walk(container):
         for key in container if isinstance(container, dict) else range(len(container)):
-            places.append((container, key))
+            positions.append((container, key))
             if isinstance(container[key], dict | list):
                 walk(container[key])
 
     walk(holder := [value])
-    (one, key), (two, other) = rng.choice(places), rng.choice(places[1:] or places)
+    (one, key), (two, other) = rng.choice(positions), rng.choice(positions[1:] or positions)
     kind = rng.choice(["replace", "replace", "grow", "swap", "lose", "rename"])
     if kind == "grow" and isinstance(one[key], int | float | list):  # of a list, a shape say, the first part
         one[key] = [rng.choice([2**40, 10**12]), *one[key][1:]] if isinstance(one[key], list) else one[key] * 2**20
@@ -252,7 +251,7 @@ def tasks(tmp_path):
 
 
 @pytest.fixture
-def cells(tmp_path, adapted, federation):
+def result_files(tmp_path, adapted, federation):
     def method(run):
         stack = stack_adapters([adapted.initial] * 3)
         return Result(adapted, stack, Ledger.zeros(3), 0.0)
@@ -301,7 +300,7 @@ def encoder(tmp_path):
     return files, lambda: (language.text_encoder(folder, 3), language.text_tokenizer(folder)), verify
 
 
-LOADERS = ["adapter_folder", "checkpoint", "images", "glosses", "tasks", "cells", "run_of_a_command", "encoder"]
+LOADERS = ["adapter_folder", "checkpoint", "images", "glosses", "tasks", "result_files", "run_of_a_command", "encoder"]
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -344,8 +343,8 @@ def tensors(change):
     def edit(folder):
         path, names = folder / "adapter_model.safetensors", ("lora_A.weight", "lora_B.weight", "head.weight")
         found = load_file(path)
-        chosen = [next(name for name in found if name.endswith(end)) for end in names]
-        found |= {n: t.contiguous() for n, t in zip(chosen, change(*(found[n] for n in chosen))) if t is not None}
+        keys = [next(name for name in found if name.endswith(end)) for end in names]
+        found |= {n: t.contiguous() for n, t in zip(keys, change(*(found[n] for n in keys))) if t is not None}
         save_file(found, path)
 
     return edit

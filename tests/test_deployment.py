@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import os
-import re
 import stat
 from pathlib import Path
 
@@ -29,7 +28,6 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / "examples" / "flower"
-PAGE = ROOT / "docs" / "deployment.md"
 
 
 @pytest.fixture
@@ -78,14 +76,6 @@ def test_the_apps_configuration_is_that_of_the_library():
     assert Timeouts.of(config) == Timeouts(join=300.0, answer=600.0, least=1)
     read = {name.replace("_", "-") for name in vars(plain)} | {"method", "seed", "clip", "noise-multiplier", "out"}
     assert set(config) <= read | {"join-timeout", "timeout", "min-clients"}
-
-
-def test_the_page_counts_the_numbers_that_travel():
-    text = PAGE.read_text()
-    block = text[text.index("## What travels") : text.index("## When something")]
-    down, up = zip(*(line.split("|")[2:4] for line in block.splitlines() if line.startswith("|")))
-    numbers = [sum(int(n) for cell in column for n in re.findall(r"\*\*(\d+)", cell)) for column in (up, down)]
-    assert numbers == [13, 3] and "13 numbers up and 3 down" in block
 
 
 def test_what_was_measured_of_whole_deployments():

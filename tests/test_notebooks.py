@@ -151,17 +151,17 @@ def test_checker_knows_a_solution(right):
     [
         (lambda w, loss: w[loss.argmin(1)], "a weight per client"),
         (lambda w, loss: w[loss.argmin(1)].mean(), "average their losses"),
-        (lambda w, loss: w[loss.argmin(1)].median(), "lowest at 0.3"),
+        (lambda w, loss: w[loss.argmin(1)].median(), "the answer is 0.3"),
         (lambda w, loss: w[loss.argmin()], "take the mean over them"),
         (lambda w, loss: w[loss.mean(0).argmax()], "largest"),
         (lambda w, loss: 1 - solved(w, loss), "on the local model"),
         (lambda w, loss: loss.mean(0).argmin(), "a position in the grid"),
         (lambda w, loss: loss.mean(0).min(), "the smallest mean loss"),
-        (lambda w, loss: loss.mean(0), "yours has 11"),
-        (lambda w, loss: 0.3, "right for one table"),
-        (lambda w, loss: solved(w, loss) if len(loss) == 3 else 1 / 0, "right for 3 clients"),
+        (lambda w, loss: loss.mean(0), "yours has the shape (11,)"),
+        (lambda w, loss: 0.3, "right on one example"),
+        (lambda w, loss: solved(w, loss) if len(loss) == 3 else 1 / 0, "right on one example"),
         (lambda w, loss: "0.3", "is a str"),
-        (lambda w, loss: float("nan"), "yours says nan"),
+        (lambda w, loss: float("nan"), "yours is nan"),
         (raising(KeyError("x")), "KeyError"),
     ],
 )
@@ -203,9 +203,9 @@ def test_the_ring_sits_on_the_curve():
 
 
 def test_slider_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="loss: 4 columns for 5 weights"):
+    with pytest.raises(ValueError, match=r"loss must be numbers of shape \(C, W\) with W = 5"):
         weight_slider(WEIGHTS, LOSS[:, :4], LOSS[:, :4])
-    with pytest.raises(ValueError, match=r"chosen\['potara-calibrated'\]: 3 of them for 2 clients"):
+    with pytest.raises(ValueError, match=r"chosen\['potara-calibrated'\] must be numbers of shape \(C\) with C = 2"):
         weight_slider(WEIGHTS, LOSS, LOSS, {"potara-calibrated": torch.zeros(3)})
 
 
