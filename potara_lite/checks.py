@@ -186,7 +186,7 @@ class Numbers:
             raise ValueError(f"must be finite, {'not' if found.dim() == 0 else 'unlike'} {shown(value)}")
         if self.whole and found.is_floating_point():
             invalid("", "whole numbers", value)
-        if not is_traced(found):
+        if not _is_traced(found):
             most = _SIZES.get({}).get(self.most) if isinstance(self.most, str) else self.most
             low, high = (bound.item() for bound in found.detach().aminmax())
             if (self.least is not None and low < self.least) or (most is not None and high > most):
@@ -231,16 +231,15 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return str(tensor.layout) == "torch.strided" and tensor.device.type != "meta"
 
 
-def is_traced(tensor: torch.Tensor) -> bool:
-    """Whether it stands for many inside ``vmap`` or another transform, where its values cannot be looked at."""
-    from torch._C._functorch import is_functorch_wrapped_tensor
+def _is_traced(tensor: torch.Tensor) -> bool:
+    from .compat import is_traced  # which imports torch
 
-    return is_functorch_wrapped_tensor(tensor)
+    return is_traced(tensor)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether no entry is NaN or infinite: by their sum, one by one only where that says no."""
-    return is_traced(tensor) or isfinite(tensor.detach().sum().item()) or bool(tensor.isfinite().all())
+    return _is_traced(tensor) or isfinite(tensor.detach().sum().item()) or bool(tensor.isfinite().all())
 
 
 AnyList = Annotated[Sequence[T], BeforeValidator(_as_list)]

@@ -30,6 +30,8 @@ from potara_lite.adapters.lora import attach
 from potara_lite.adapters.state import rank_dim, stack_adapters
 from potara_lite.baselines.sweep import read_results, sweep
 from potara_lite.experiment import Result
+from potara_lite.federation import sources, tasks as task_files
+from potara_lite.federation.partition import SupplyError
 from potara_lite.federation.tasks import Question, read_task
 from potara_lite.files import FileError, check_file, reading, run_folder, write_atomically
 from potara_lite.merging.merge import merge_exact
@@ -152,13 +154,17 @@ def adapter_folder(tmp_path, adapted, random_adapter):
 
     def verify(adapter):
         assert list(adapter) == list(adapted.initial)
+        options = json.loads((folder / "adapter_config.json").read_text())
+        assert options["peft_type"] == "LORA" and options["r"] == 2
+        scaling = options["lora_alpha"] / (2**0.5 if options.get("use_rslora") else 2)
+        stored = load_file(folder / "adapter_model.safetensors")
         for name, tensor in adapter.items():
             shape = list(adapted.initial[name].shape)
             if "lora" in name:
                 shape[rank_dim(name, adapted.initial[name])] = 2
             assert list(tensor.shape) == shape and tensor.is_floating_point() and tensor.isfinite().all()
-        options = json.loads((folder / "adapter_config.json").read_text())
-        assert options["peft_type"] == "LORA" and options["r"] == 2 and options["lora_alpha"] == 3
+            factor = scaling / 1.5 if "lora_B" in name else 1  # the backbone's scaling is 1.5
+            torch.testing.assert_close(tensor, stored[name] * factor)
 
     return [*folder.iterdir()], lambda: load_adapter(adapted, folder), verify
 
@@ -195,13 +201,13 @@ def images(tmp_path, monkeypatch):
     arrays = {f"{part}_images": rng.integers(0, 256, (100, 28, 28), dtype=np.uint8) for part in ("train", "test")}
     arrays |= {f"{part}_labels": np.arange(100, dtype=np.uint8) % 10 for part in ("train", "test")}
     np.savez_compressed(path, **arrays)
-    monkeypatch.setattr(data, "data_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(sources, "data_path", lambda name: tmp_path / name)
     options = dict(clients=2, train_size=10, calibration_size=5, test_size=5, alpha=float("inf"))
 
     def load():
         try:
-            return data.fashion_mnist(**options)
-        except partition.SupplyError:  # of whole files with fewer examples of a class
+            return sources.fashion_mnist(**options)
+        except SupplyError:  # of whole files with fewer examples of a class
             return None
 
     def verify(federation):
@@ -217,13 +223,13 @@ def glosses(tmp_path, monkeypatch):
     path = tmp_path / "wordnet_glosses.xz"
     lines = [f"{sense}\t{sense} number {i}" for sense in ("act", "animal", "time") for i in range(30)]
     path.write_bytes(lzma.compress("\n".join(lines).encode()))
-    monkeypatch.setattr(text_data, "data_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(task_files, "data_path", lambda name: tmp_path / name)
 
     def verify(found):
         names, texts, labels = found
         assert len(texts) == len(labels) and labels.max() == len(names) - 1 and all(text.strip() for text in texts)
 
-    return [path], sealed(path, text_data.read_glosses), verify
+    return [path], sealed(path, task_files.read_glosses), verify
 
 
 TASKS = [
@@ -353,6 +359,7 @@ def tensors(change):
 HARM = {
     "alpha is NaN": (edited(lora_alpha=float("nan")), "the scaling of .* must be positive, not nan"),
     "alpha is infinite": (edited(lora_alpha=float("inf")), "the scaling of .* must be positive, not inf"),
+    "alpha is beyond float32": (edited(lora_alpha=1e308), "finite|float32"),
     "alpha is text": (edited(lora_alpha="3"), "TypeError"),
     "DoRA": (edited(use_dora=True), "use_dora=True: with this option a layer is not W"),
     "activated LoRA": (edited(alora_invocation_tokens=[1]), "alora_invocation_tokens="),

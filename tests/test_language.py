@@ -180,6 +180,12 @@ def test_logits_and_targets_that_do_not_fit_are_an_error(logits, y):
             function(torch.zeros(logits), torch.zeros(y, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_targets_are_int64_whatever_the_token_ids_are(dtype):
+    targets = next_tokens(torch.tensor([[5, 6, 7]], dtype=dtype), torch.tensor([[False, False, True]]))
+    assert targets.tolist() == [[-100, 7, -100]] and targets.dtype == torch.int64
+
+
 def test_targets_are_the_tokens_that_come_next():
     model, (x, y) = tiny_lm(torch.float64), answered(texts(6, seed=3))
     split = Split.of([(x, y)])

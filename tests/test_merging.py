@@ -271,15 +271,28 @@ def test_compress_to_an_impossible_rank_is_refused(adapted, rank, expected):
         compress(adapted.initial, rank)
 
 
-def test_adapters_of_different_ranks_or_bases_are_refused(backbone, adapted):
-    for other in (
-        attach(backbone, rank=3).initial,
-        attach(backbone, rank=2, head=None).initial,
-        attach(backbone, rank=2, targets=("fc1",)).initial,
-    ):
+def test_adapters_of_different_bases_are_refused(backbone, adapted):
+    for options in (dict(head=None), dict(targets=("fc1",))):
+        other = attach(backbone, rank=2, **options).initial
         for merge in (merge_exact, merge_factors):
             with pytest.raises(ValueError, match="local must be of this base"):
                 merge(adapted.initial, other, 0.5)
+    with pytest.raises(ValueError, match="local must be of this base"):
+        merge_factors(adapted.initial, attach(backbone, rank=3).initial, 0.5)
+
+
+@pytest.mark.parametrize("clients", [0, 3])
+def test_an_exact_merge_takes_any_ranks_and_merges_again(backbone, random_adapter, random_stack, clients):
+    base, other = attach(backbone, rank=2, alpha=4), attach(backbone, rank=5, alpha=10)
+    draw = (lambda a, seed: random_stack(a, clients, seed)) if clients else random_adapter
+    one, two, three = draw(base, 0), draw(other, 1), draw(base, 2)
+    merged = merge_exact(merge_exact(one, two, 0.3), three, 0.6)
+    again = combine_adapters([one, two, three], [0.18, 0.42, 0.4])
+    parts = [delta(adapter, base.scaling) for adapter in (one, two, three)]
+    for name in parts[0]:
+        expected = 0.18 * parts[0][name] + 0.42 * parts[1][name] + 0.4 * parts[2][name]
+        torch.testing.assert_close(delta(merged, base.scaling)[name], expected)
+        torch.testing.assert_close(delta(again, base.scaling)[name], expected)
 
 
 def test_weights_that_do_not_fit_are_refused(adapted, random_stack):

@@ -201,7 +201,8 @@ def attach(
     caller's own stays as it is. ``alpha`` defaults to ``2 * rank``. ``head`` is new: its last layer starts from zero,
     so all logits do. Pass a ``config`` of your own for anything else that PEFT's LoRA can do (rank patterns, rsLoRA,
     convolutions, ``modules_to_save`` that go on from their pre-trained values); it then replaces ``rank``, ``alpha``,
-    ``targets`` and ``head``. Untrained, the adapted model is the backbone, but for a new head.
+    ``targets`` and ``head``. Untrained, the adapted model is the backbone, but for a new head. PEFT compares the ends of
+    names, so with DistilBERT's ``classifier`` its ``pre_classifier`` trains, too, from its pre-trained values.
 
     Raises ``ValueError`` for a scaling that is not a positive number; dropout (the random numbers of one client would
     depend on the others); options and layers that are not ``W + scaling * B A``; ``targets`` or a ``head`` that the
@@ -215,7 +216,7 @@ def attach(
             r=rank,
             lora_alpha=2 * rank if alpha is None else alpha,
             target_modules=targets if isinstance(targets, str) else list(targets),
-            modules_to_save=None if new_head is None else [_peft_name(backbone, new_head)],
+            modules_to_save=None if new_head is None else [new_head],
         )
     _check_config(config)
     model = _peft_model(backbone, config, seed)
@@ -255,12 +256,6 @@ def _module_named(backbone: nn.Module, name: str) -> str:
         what = f"is ambiguous: {', '.join(found)}" if found else "is no module of this backbone"
         raise ValueError(f"head {name!r} {what}")
     return found[0]
-
-
-def _peft_name(backbone: nn.Module, path: str) -> str:
-    """What PEFT, which compares the ends of names, is told so that it means this module alone."""
-    alike = [other for other, _ in backbone.named_modules() if other.endswith(path)]
-    return path if len(alike) == 1 else f"base_model.model.{path}"
 
 
 def _last_layer(initial: Adapter, head: str) -> list[str]:

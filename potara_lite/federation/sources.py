@@ -1,4 +1,4 @@
-"""Where a federation comes from: the shipped Fashion-MNIST, torchvision's data sets, your own tensors."""
+"""Where a federation comes from: the shipped Fashion-MNIST, torchvision's data sets, your tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def fashion_mnist(**options) -> Federation:
 
     Raises ``FileError`` (a ``ValueError``) when the file is missing or damaged.
     """
-    path, pools = check_file(data_path("fashion_mnist.npz")), []
+    path = check_file(data_path("fashion_mnist.npz"))
+    pools = []
     with reading(path), np.load(path, allow_pickle=False) as file:
         for part in ("train", "test"):
             images, labels = file[f"{part}_images"], file[f"{part}_labels"]
@@ -68,7 +69,7 @@ def from_tensors(
     seed: Seed = 0,
     name: str = "federation",
 ) -> Federation:
-    """A federation of your own: for each client a pair of inputs ``(n, ...)`` and labels ``(n,)`` (see ``Split``).
+    """A federation of your tensors: for each client a pair of inputs ``(n, ...)`` and labels ``(n,)`` (see ``Split``).
 
     Without ``calibration``, ``calibration_size`` examples of each client are drawn from its ``train`` and withheld
     from training. ``classes`` defaults to the largest label plus one.
@@ -81,12 +82,12 @@ def from_tensors(
     if classes is None:
         classes = 1 + max(int(y.max()) for _, y in [*train, *test] if len(y))
     if calibration is None:
-        calibration = []
+        calibration, rest = [], []
         for client, (x, y) in enumerate(train):
             if len(y) <= calibration_size:
                 raise ValueError(f"client {client} has {len(y)} examples: none is left if {calibration_size} calibrate")
             order = torch.from_numpy(np.random.default_rng([seed, client]).permutation(len(y)))
-            withheld, rest = order[:calibration_size], order[calibration_size:]
-            calibration.append((take(x, withheld), y[withheld]))
-            train[client] = (take(x, rest), y[rest])
+            for examples, rows in ((calibration, order[:calibration_size]), (rest, order[calibration_size:])):
+                examples.append((take(x, rows), y[rows]))
+        train = rest
     return Federation(Split.of(train), Split.of(calibration), Split.of(test), classes, name)

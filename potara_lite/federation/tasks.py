@@ -151,10 +151,9 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
         text = path.read_text("utf-8")
     if text.lstrip().startswith("["):
         yield from ((f"record {n}", record) for n, record in enumerate(_json(path, text, 1), 1))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"line {number}", _json(path, line, number)
+    else:
+        lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+        yield from ((f"line {n}", _json(path, line, n)) for n, line in lines)
 
 
 def _json(path: Path, text: str, first_line: int) -> Any:

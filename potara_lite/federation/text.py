@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..checks import AnyList, Count, List, Size, checked, invalid
-from .inputs import MASK, PADDING
+from .inputs import MASK, PADDING, is_integer
 
 
 @checked
@@ -22,10 +23,9 @@ def pad_tokens(rows: List[AnyList[Count]]) -> dict[str, Tensor]:
     """
     if empty := [i for i, row in enumerate(rows) if not len(row)]:
         raise ValueError(f"text {empty[0]} has no tokens")
-    length = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    return {"input_ids": ids, MASK: mask}
+    ids = [torch.tensor(row) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    return {"input_ids": pad_sequence(ids, batch_first=True), MASK: pad_sequence(mask, batch_first=True)}
 
 
 @checked
@@ -46,7 +46,7 @@ def encode_answers(
     """Prompts and the answers that follow them, for a causal language model: its inputs, and targets ``(n, T)`` that
     are the answers' tokens alone.
 
-    The two are tokenised together and cut where the prompt alone ends, spaces at its end counting to the answer (the
+    The two are tokenised together and split where the prompt alone ends; spaces at its end belong to the answer (the
     convention of lm-evaluation-harness). Prompts that are too long lose their beginning.
 
     Raises ``ValueError`` for an empty prompt or answer, and for an answer of ``max_length`` tokens or more.
@@ -71,17 +71,17 @@ def encode_answers(
 
 
 def next_tokens(input_ids: Tensor, is_target: Tensor) -> Tensor:
-    """The targets of a causal language model, ``(n, T)``: at every position the token that comes after it, where
-    ``is_target`` says that this token counts, else -100. The shift by one is here and nowhere else.
+    """The targets of a causal language model, ``(n, T)``: at every position the next token where ``is_target`` marks
+    that token, else -100. The shift by one is here and nowhere else.
 
     >>> next_tokens(torch.tensor([[5, 6, 7]]), torch.tensor([[False, False, True]])).tolist()
     [[-100, 7, -100]]
     """
-    kinds = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in kinds:
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not is_integer(input_ids):
         invalid("input_ids", "token ids (n, T)", input_ids)
     if not isinstance(is_target, Tensor) or is_target.shape != input_ids.shape:
         invalid("is_target", f"a tensor of shape {tuple(input_ids.shape)} like input_ids", is_target)
-    targets = torch.full_like(input_ids, PADDING)
-    targets[:, :-1] = torch.where(is_target.bool(), input_ids, PADDING)[:, 1:]
+    ids = input_ids.long()
+    targets = torch.full_like(ids, PADDING)
+    targets[:, :-1] = torch.where(is_target.bool(), ids, PADDING)[:, 1:]
     return targets

@@ -64,7 +64,7 @@ def combine_adapters(adapters: List[CompleteAdapter], weights: List[AnyWeight]) 
     """The adapter whose delta is exactly ``sum_k weights[k] * delta(adapters[k])``, by stacking ranks.
 
     ``A = [A_1; A_2; …]`` and ``B = [w_1 B_1, w_2 B_2, …]``; directly trained weights are summed. Takes adapters or
-    stacks; a weight is a number, a tensor ``(C,)`` for a stack, or a dictionary of either with a key per adapted layer
+    stacks, of any ranks, so a merge can be merged again; a weight is a number, a tensor ``(C,)`` for a stack, or a dictionary of either with a key per adapted layer
     and directly trained tensor. PEFT calls this ``cat``. Raises ``ValueError`` for adapters of different bases or that
     are not finite, weights that do not fit, and sums that are too large for the adapters' dtype.
 
@@ -72,7 +72,7 @@ def combine_adapters(adapters: List[CompleteAdapter], weights: List[AnyWeight]) 
     >>> combine_adapters([one, one], [0.5, 0.5])["l.lora_B.weight"].shape
     torch.Size([3, 2])
     """
-    adapters = check_same_base("adapters", adapters)
+    adapters = check_same_base("adapters", adapters, same_rank=False)
     if len(weights) != len(adapters):
         raise ValueError(f"weights: {len(adapters)} adapters, {len(weights)} weights")
     weights = [check_weight(one, adapters[0], f"weights[{i}]", (None, None)) for i, one in enumerate(weights)]
@@ -83,14 +83,17 @@ def combine_adapters(adapters: List[CompleteAdapter], weights: List[AnyWeight]) 
     return merged
 
 
-def _check_pair(federated: Adapter, local: Adapter, weight: Weight) -> tuple[Adapter, Adapter, Weight]:
+def _check_pair(
+    federated: Adapter, local: Adapter, weight: Weight, *, same_rank: bool
+) -> tuple[Adapter, Adapter, Weight]:
     """Both models in one order of tensors, and the weight.
 
-    Raises ``ValueError`` for models of different bases, ranks or numbers of clients and a weight that does not fit.
+    Raises ``ValueError`` for models of different bases or numbers of clients, with ``same_rank`` also of different
+    ranks, and for a weight that does not fit.
     """
     stacked = bool(is_stack(federated))
     first = {name: tensor[0] for name, tensor in federated.items()} if stacked else federated
-    local = match_adapter("local", local, first, stacked=stacked, same_rank=True)
+    local = match_adapter("local", local, first, stacked=stacked, same_rank=same_rank)
     if stacked:
         check_count("local", local, count_clients(federated))
     return federated, local, check_weight(weight, federated)
@@ -102,11 +105,13 @@ def _complement(weight: Weight) -> Weight:
 
 @checked
 def merge_exact(federated: CompleteAdapter, local: CompleteAdapter, weight: AnyWeight) -> Adapter:
-    """``weight * dW_F + (1 - weight) * dW_L``, exactly, as an adapter of rank 2r. Shapes: see ``combine_adapters``.
+    """``weight * dW_F + (1 - weight) * dW_L``, exactly, as an adapter whose rank is the sum of theirs.
+
+    Shapes: see ``combine_adapters``. The ranks of the two may differ.
 
     Raises ``ValueError`` for a weight outside [0, 1] and models that do not go together.
     """
-    federated, local, weight = _check_pair(federated, local, weight)
+    federated, local, weight = _check_pair(federated, local, weight, same_rank=False)
     return stack_ranks([federated, local], [weight, _complement(weight)])
 
 
@@ -116,7 +121,7 @@ def merge_factors(federated: CompleteAdapter, local: CompleteAdapter, weight: An
 
     It depends on the basis of the factors: (B, A) and (B M, M⁻¹ A) are the same model but merge differently.
     """
-    federated, local, weight = _check_pair(federated, local, weight)
+    federated, local, weight = _check_pair(federated, local, weight, same_rank=True)
     merged = {}
     for name, tensor in federated.items():
         tensor_weight = _weight_for(name, tensor, weight)
