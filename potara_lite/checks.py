@@ -269,7 +269,7 @@ EXPECTED = {  # by pydantic's type of error; its own words for the others
     "string_type": "a string",
     "callable_type": "a function",
     "unexpected_keyword_argument": "an option of this function",
-    "too_short": "a list or a dictionary of at least {min_length}",
+    "too_short": "a list or a dictionary with at least {min_length} entry",
 }
 
 

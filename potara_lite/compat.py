@@ -51,8 +51,11 @@ def make_attention_explicit(network: nn.Module) -> None:
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, mask)
     for module in network.modules():
-        if isinstance(module, PreTrainedModel) and module._can_set_attn_implementation():
-            module.set_attn_implementation(ATTENTION)
+        if isinstance(module, PreTrainedModel):
+            if module._can_set_attn_implementation():
+                module.set_attn_implementation(ATTENTION)
+            else:  # such a model reads the name for its masks only
+                module.config._attn_implementation_internal = ATTENTION
 
 
 def pattern_value(patterns: Mapping[str, float], layer: str, default: float, *, seconds: float = 1.0) -> float:

@@ -9,7 +9,7 @@ from math import inf
 from pathlib import Path
 
 from .. import __version__
-from ..checks import PathLike, checked, invalid
+from ..checks import PathLike, all_finite, checked, invalid
 from ..compat import pattern_value
 from ..files import reading, write_atomically
 from .lora import AdaptedBackbone, check_options
@@ -113,6 +113,9 @@ def _for_backbone(adapted: AdaptedBackbone, tensors: OneAdapter, options: dict) 
             factor = _scaling(options, layer, len(tensors[name_a])) / adapted.scaling[layer]
             whole[name_a] = tensors[name_a]
             whole[name_b] = tensors[name_b] if abs(factor - 1) <= 1e-9 else tensors[name_b] * factor
+    for name, tensor in whole.items():
+        if not all_finite(tensor):
+            raise ValueError(f"{name!r} is beyond the numbers of {tensor.dtype} at this scaling")
     return check_adapter(adapted, whole)
 
 

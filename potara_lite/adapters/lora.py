@@ -276,6 +276,7 @@ def _peft_model(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel
     make_attention_explicit(network)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT says so and sets it right (GPT-2's layers)
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings")  # tied weights are refused below
         torch.manual_seed(seed)
         try:
             model = get_peft_model(network, copy.deepcopy(config))
