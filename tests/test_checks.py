@@ -475,11 +475,7 @@ def tensor(*more):
     ]  # fmt: skip
 
 
-COUNTED = [
-    (lambda v: v[:2], "C = 3"),
-    (lambda v: v * 0, "not 0"),
-    (lambda v: v * 1.0, "float32"),
-]
+COUNTED = [(lambda v: v[:2], "C = 3"), (lambda v: v * 0, "not 0"), (lambda v: v * 1.0, "float32")]
 ROWS = [
     5, None,
     (lambda v: v.iloc[:0], "(0, "),
