@@ -1,4 +1,4 @@
-"""The checks of arguments: every public function against bad input, argument by argument; what is taken; memory; order of clients."""
+"""The checks of arguments: every public function against bad input, argument by argument, and what is taken."""
 
 import importlib
 import json
@@ -150,15 +150,18 @@ def spoken(t):
 
 CALLS = {
     "federation.batches.batch_indices": lambda t: dict(size=5, start=0, steps=2, batch_size=2, seed=0),
-    "federation.partition.dirichlet_proportions": lambda t: dict(clients=2, classes=3, alpha=1.0, rng=np.random.default_rng(0)),
+    "federation.partition.dirichlet_proportions":
+        lambda t: dict(clients=2, classes=3, alpha=1.0, rng=np.random.default_rng(0)),
     "federation.partition.shift_images": lambda t: dict(x=t.pool[0], client=1, clients=2),
     "federation.partition.partition": lambda t: dict(
         pool=t.pool, test_pool=t.pool, classes=4, proportions=np.full((2, 4), 0.25), clients=2,
         train_size=3, calibration_size=2, test_size=2, alpha=INF,
         shift=False, seed=0, name="x",
     ),
-    "federation.sources.fashion_mnist": lambda t: dict(clients=2, train_size=2, calibration_size=2, test_size=2, alpha=1.0, seed=0),
-    "federation.sources.from_torchvision": lambda t: dict(dataset="CIFAR10", root="nowhere", download=False, clients=2, alpha=1.0),
+    "federation.sources.fashion_mnist":
+        lambda t: dict(clients=2, train_size=2, calibration_size=2, test_size=2, alpha=1.0, seed=0),
+    "federation.sources.from_torchvision":
+        lambda t: dict(dataset="CIFAR10", root="nowhere", download=False, clients=2, alpha=1.0),
     "federation.sources.from_tensors": lambda t: dict(
         train=[t.split.client(i) for i in range(3)], test=[t.split.client(i) for i in range(3)], calibration_size=1,
         classes=4, seed=0, name="x",
@@ -171,9 +174,11 @@ CALLS = {
     "federation.text.pad_tokens": lambda t: dict(rows=[[1, 2], [3]]),
     "federation.text.encode_texts": lambda t: dict(tokenizer=Letters(), texts=["a b", "c"], max_length=8),
     "federation.text.encode_answers": lambda t: dict(tokenizer=Letters(), prompts=["a"], answers=[" b"], max_length=8),
-    "federation.tasks.with_tokens": lambda t: dict(federation=t.numbers, texts=["a", "b", "c"], tokenizer=LETTERS, longest=4),
+    "federation.tasks.with_tokens":
+        lambda t: dict(federation=t.numbers, texts=["a", "b", "c"], tokenizer=LETTERS, longest=4),
     "federation.tasks.domain_proportions": lambda t: dict(names=["animal", "act", "shape"], clients=2),
-    "federation.tasks.wordnet_glosses": lambda t: dict(tokenizer=Letters(), longest=4, domains=False, clients=2, test_size=4),
+    "federation.tasks.wordnet_glosses":
+        lambda t: dict(tokenizer=Letters(), longest=4, domains=False, clients=2, test_size=4),
         "models.frozen_trunk.linear_layers": lambda t: dict(network=t.backbone, last=1),
     "adapters.lora.attach": lambda t: dict(
         backbone=t.backbone, rank=2, alpha=3.0, targets=["fc1"], head="head", seed=0, config=None
@@ -192,7 +197,8 @@ CALLS = {
     "merging.merge.merge_factors": lambda t: merged_pair(t) | dict(weight=torch.tensor([0.1, 0.5, 1.0])),
     "merging.merge.change_basis": lambda t: dict(adapter=t.one, matrix=torch.tensor([[0.0, 1.0], [1.0, 0.0]])),
     "merging.merge.compress": lambda t: dict(adapter=t.one, rank=1),
-    "estimators.moments.combination_weights": lambda t: dict(moments=torch.tensor([[2.0, 0.0], [0.0, 1.0]]), nonnegative=True),
+    "estimators.moments.combination_weights":
+        lambda t: dict(moments=torch.tensor([[2.0, 0.0], [0.0, 1.0]]), nonnegative=True),
     "training.fedavg.weighted_average": lambda t: dict(stack=t.local, weights=t.sizes),
     "training.fedavg.participants": lambda t: dict(ids=[0, 1, 2], participation=0.5, seed=0, number=0),
     "training.fedavg.fedit": lambda t: dict(
@@ -213,7 +219,8 @@ CALLS = {
         direction=t.flat, execution=potara_lite.Execution()
     ),
     "training.scoring.log_likelihoods": lambda t: run(t) | dict(batch_size=4, execution=potara_lite.Execution()),
-    "training.scoring.multiple_choice": lambda t: spoken(t) | dict(questions=t.questions, tokenizer=Letters(), max_length=16),
+    "training.scoring.multiple_choice":
+        lambda t: spoken(t) | dict(questions=t.questions, tokenizer=Letters(), max_length=16),
     "training.scoring.greedy_tokens": lambda t: spoken(t) | dict(
         prompts=[{"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 1]])}] * 2, steps=1, end=0,
         batch_size=2, execution=potara_lite.Execution(),
@@ -376,7 +383,8 @@ CALLS = {
     "course.convex_head.head_smoothness": lambda t: dict(x=t.gradients.double(), ridge=0.5),
 }  # fmt: skip
 NOT_RUN = {  # right, but slow, in need of a download or of more than a tiny stub
-    "federation.sources.from_torchvision", "models.language.text_encoder", "models.language.causal_lm", "models.language.text_tokenizer",
+    "federation.sources.from_torchvision", "models.language.text_encoder", "models.language.causal_lm",
+    "models.language.text_tokenizer",
     "experiment.prepare_text", "experiment.run_methods",
     "models.vit.torchvision_vit", "training.scoring.log_likelihoods", "baselines.privacy.epsilon",
     "baselines.privacy.noise_multiplier_for", "baselines.sweep.sweep",
@@ -511,7 +519,8 @@ BAD = {
     "targets": [5, (lambda v: "nope", "nope"), (lambda v: [], "list"), (lambda v: ["fc1", "nope"], "nope"),
                 (lambda v: [3], "3")],
     "folder root name_or_path checkpoint path": PATH,
-    "saved": [(lambda v: 5, "int"), (lambda v: "x", "str"), (ADAPTER[4][0], "dictionary of tensors"), (lambda v: {}, "tensors")],
+    "saved": [(lambda v: 5, "int"), (lambda v: "x", "str"),
+              (ADAPTER[4][0], "dictionary of tensors"), (lambda v: {}, "tensors")],
     "merge prepare eval_split by tokenizer estimator model_pair loss_of noisy function": FUNCTION,
     "weights_name": [5, True],
     "adapted": [None, 3, "net", (lambda v: v.model, "PeftModel")],
@@ -533,7 +542,8 @@ BAD = {
     "federated local optimum": STACK,
     "adapter": ADAPTER,
     "weighed": [5, "x", (lambda v: list(v), "dictionary"), (entry(lambda t: t.tolist()), "list")],
-    "taken_apart": [(lambda v: 5, "int"), (lambda v: "x", "str"), (lambda v: {}, "dictionary"), (entry(lambda t: t.tolist()), "dictionary"),
+    "taken_apart": [(lambda v: 5, "int"), (lambda v: "x", "str"), (lambda v: {}, "dictionary"),
+                    (entry(lambda t: t.tolist()), "dictionary"),
                     (lambda v: client_adapter(v, 0), "not one adapter"), (entry(lambda t: t[:2]), "[2, 3]")],
     "uploads stack": [*ADAPTER, (lambda v: client_adapter(v, 0), "not one adapter")],
     "sent": ADAPTER,
@@ -557,7 +567,8 @@ BAD = {
     "g_f gradients vectors": tensor(),
     "g_l": tensor((lambda v: v[:, :-1], "(3, 5, 5)"), (lambda v: v[:2], "(2, 6, 5)")),
     "sizes": tensor(*COUNTED, (lambda v: v + 40, "in [1, 6]")),
-    "train_sizes": tensor(*[(change, said.replace("C = 3", "2 of them for 3 clients")) for change, said in COUNTED], (lambda v: v[:1], "3")),
+    "train_sizes": tensor(*[(change, said.replace("C = 3", "2 of them for 3 clients")) for change, said in COUNTED],
+                          (lambda v: v[:1], "3")),
     "examples": [5, None, (lambda v: v[:1], "(tensor"), (lambda v: (v[0], v[1] * 0), "0")],
     "groups": tensor((lambda v: v[:2], "P = 5"), (lambda v: v - 1, "-1"), (lambda v: v + 2**40, "[0, 5]")),
     "clip_pair": [0.5, NAN, "ab", (lambda v: (1.0, 0.0), "(1.0, 0.0)"), (lambda v: (NAN, 1.0), "nan"),
@@ -603,7 +614,8 @@ BAD = {
     "texts prompts answers": [5, "ab", (lambda v: np.array("ab"), "a list"),
                               (lambda v: [3], "3"), (lambda v: ["  ", *v][:len(v)], "empty")],
     "names found": [5, "ab", (lambda v: [3], "3"), (lambda v: [["a"]], "[0]")],
-    "voices": [*ADAPTER[:4], ADAPTER[5], *ADAPTER[7:], (lambda v: {n: t[:1] for n, t in v.items()}, "1 adapters for 2 clients"),
+    "voices": [*ADAPTER[:4], ADAPTER[5], *ADAPTER[7:],
+               (lambda v: {n: t[:1] for n, t in v.items()}, "1 adapters for 2 clients"),
                (lambda v: client_adapter(v, 0), "not one adapter"), (entry(lambda t: t[:1]), "[1, 2]"),
                (lambda v: v | {"other": torch.zeros(2, 2)}, "'other'")],
     "prompts_of": [5, "ab", (lambda v: v[:1], "2 adapters for 1 clients"), (lambda v: ["ab", "b"], "'ab'")],
@@ -686,7 +698,8 @@ MEANT = {
     ("baselines.privacy.with_noise", "moments"): "moments_of",
     ("estimators.alternatives.shrinkage_moments", "variance"): "variance_of",
     ("training.scoring.write_answers", "prompts"): "prompts_of",
-    **{(f"training.scoring.{name}", "adapters"): "voices" for name in ("multiple_choice", "greedy_tokens", "write_answers")},
+    **{(f"training.scoring.{name}", "adapters"): "voices"
+       for name in ("multiple_choice", "greedy_tokens", "write_answers")},
     ("training.scoring.greedy_tokens", "prompts"): "inputs_of",
     **{(f"merging.merge.merge_{kind}", name): name_ for kind in ("exact", "factors")
        for name, name_ in (("federated", "merged_model"), ("local", "merged_model"), ("weight", "lambda"))},
@@ -1002,7 +1015,8 @@ WRONG = [
         t.adapted, {n: x * 1e38 for n, x in t.local.items()}, t.split), ("client 0", "finite")),
     ("weights that are not there", lambda t: potara_lite.combine_adapters(
         [t.local, t.federated], torch.ones(2).to("meta")), ("weights",)),
-    ("texts of fewer", lambda t: potara_lite.federation.tasks.with_tokens(t.numbers, ["a"], LETTERS), ("texts", "1 texts")),
+    ("texts of fewer", lambda t: potara_lite.federation.tasks.with_tokens(
+        t.numbers, ["a"], LETTERS), ("texts", "1 texts")),
     # Federations
     ("no split", lambda t: federation_of(t, test=None), ("test", "None")),
     ("no classes", lambda t: federation_of(t, classes=0), ("classes", "0")),

@@ -51,4 +51,4 @@ train(adapted, pair.local, federation.train, steps=1, learning_rate=0.1)  # type
 evaluate(federation, pair.local, federation.train)  # type: ignore[arg-type]
 Setting(clients="8")  # type: ignore[arg-type]
 Setting(client=8)  # type: ignore[call-arg]
-potara_lite.no_such_name  # type: ignore[attr-defined]
+unknown = potara_lite.no_such_name  # type: ignore[attr-defined]

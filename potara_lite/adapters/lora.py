@@ -201,8 +201,8 @@ def attach(
     caller's own stays as it is. ``alpha`` defaults to ``2 * rank``. ``head`` is new: its last layer starts from zero,
     so all logits do. Pass a ``config`` of your own for anything else that PEFT's LoRA can do (rank patterns, rsLoRA,
     convolutions, ``modules_to_save`` that go on from their pre-trained values); it then replaces ``rank``, ``alpha``,
-    ``targets`` and ``head``. Untrained, the adapted model is the backbone, but for a new head. PEFT compares the ends of
-    names, so with DistilBERT's ``classifier`` its ``pre_classifier`` trains, too, from its pre-trained values.
+    ``targets`` and ``head``. Untrained, the adapted model is the backbone, but for a new head. PEFT compares the ends
+    of names, so with DistilBERT's ``classifier`` its ``pre_classifier`` trains, too, from its pre-trained values.
 
     Raises ``ValueError`` for a scaling that is not a positive number; dropout (the random numbers of one client would
     depend on the others); options and layers that are not ``W + scaling * B A``; ``targets`` or a ``head`` that the

@@ -64,7 +64,8 @@ def combine_adapters(adapters: List[CompleteAdapter], weights: List[AnyWeight]) 
     """The adapter whose delta is exactly ``sum_k weights[k] * delta(adapters[k])``, by stacking ranks.
 
     ``A = [A_1; A_2; …]`` and ``B = [w_1 B_1, w_2 B_2, …]``; directly trained weights are summed. Takes adapters or
-    stacks, of any ranks, so a merge can be merged again; a weight is a number, a tensor ``(C,)`` for a stack, or a dictionary of either with a key per adapted layer
+    stacks, of any ranks, so a merge can be merged again; a weight is a number, a tensor ``(C,)``
+    for a stack, or a dictionary of either with a key per adapted layer
     and directly trained tensor. PEFT calls this ``cat``. Raises ``ValueError`` for adapters of different bases or that
     are not finite, weights that do not fit, and sums that are too large for the adapters' dtype.
 
