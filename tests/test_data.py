@@ -165,7 +165,7 @@ def test_inputs_and_labels_of_different_length_are_refused_by_name():
 
 
 def test_no_clients_at_all_are_refused():
-    with pytest.raises(ValueError, match=r"must be a list .*at least 1, not \[\]"):
+    with pytest.raises(ValueError, match=r"must be a list .*at least 1 entry, not \[\]"):
         from_tensors([], [])
 
 

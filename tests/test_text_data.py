@@ -177,7 +177,27 @@ READ = [
     (SUITE, Question(SUITE["instruction"], "answer2", ("answer1", "answer2"), "file")),
     (ARC, Question("Which?", "two", ("one", "two"), "file")),
     (BOOLQ, Question("It is so.\nis it so?", "yes", ("yes", "no"), "file")),
-]
+    (FLAN | {"instruction": "Pick.\nOPTIONS:\n  - no\n  - yes", "input": "The soup was cold."},
+     Question("Pick.\nOPTIONS:\n  - no\n  - yes\nThe soup was cold.", "no", ("no", "yes"), "wic")),
+    ({"instruction": "So? Answer format: true / false", "input": "Water is dry.", "answer": "false"},
+     Question("So? Answer format: true / false\nWater is dry.", "false", ("true", "false"), "file")),
+    ({"instruction": "What is it about?", "context": "The soup was cold.", "response": "Soup.", "category": "qa"},
+     Question("What is it about?\nThe soup was cold.", "Soup.", (), "file")),
+    ({"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hot?"},
+                   {"role": "assistant", "content": "No."}]}, Question("Be short.\nHot?", "No.", (), "file")),
+    ({"question": "Which?", "choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "B"},
+     Question("Which?", "two", ("one", "two"), "file")),
+    ({"question_stem": "Which?", "choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "A"},
+     Question("Which?", "one", ("one", "two"), "file")),
+    ({"ctx": "He sat", "ctx_a": "He", "ctx_b": "sat", "endings": ["down.", "up."], "label": "1", "ind": 3},
+     Question("He sat", "up.", ("down.", "up."), "file")),
+    ({"goal": "Cool soup", "sol1": "Wait.", "sol2": "Boil it.", "label": 0},
+     Question("Cool soup", "Wait.", ("Wait.", "Boil it."), "file")),
+    ({"sentence": "The _ was cold.", "option1": "soup", "option2": "sun", "answer": "1"},
+     Question("The _ was cold.", "soup", ("soup", "sun"), "file")),
+    ({"context": "It rained.", "question": "What next?", "answerA": "Sun", "answerB": "Snow", "answerC": "Wet",
+      "label": "3"}, Question("It rained.\nWhat next?", "Wet", ("Sun", "Snow", "Wet"), "file")),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("record", "example"), READ)
@@ -188,6 +208,15 @@ def test_every_format_is_read_from_both_kinds_of_file(record, example, lines, tm
         f"{json.dumps(record)}\n\n{json.dumps(record)}\n" if lines else json.dumps([record, record], indent=1)
     )
     assert read_task(path) == [example, example]
+
+
+def test_a_field_with_content_is_used_or_named(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps(WRITTEN | {"hint": "It is about words."}))
+    with pytest.raises(FileError, match="its field 'hint' has content that is used nowhere"):
+        read_task(path)
+    path.write_text(json.dumps(WRITTEN | {"hint": ""}), encoding="utf-8-sig")
+    assert read_task(path)[0].answer == "In words."
 
 
 def test_a_task_is_shuffled_by_its_seed(tmp_path):

@@ -70,6 +70,8 @@ def check_examples(client: int | str, x: Inputs, y: Tensor) -> None:
             raise ValueError(f"{name} has {len(tensor)} inputs and {len(y)} labels")
         _check_input(name, tensor)
     _check_labels(name, x, y)
+    if isinstance(x, dict) and MASK in x and x[MASK].dim() == 2 and (late := (x[MASK].diff() > 0).any(1)).any():
+        raise ValueError(f"{name}: example {int(late.nonzero()[0])} has padding before its tokens: pad on the right")
     if isinstance(x, dict) and MASK in x and (empty := (x[MASK].flatten(1) == 0).all(1)).any():
         raise ValueError(f"{name}: example {int(empty.nonzero()[0])} is empty: its {MASK} is 0 everywhere")
 

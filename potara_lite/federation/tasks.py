@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -124,14 +124,16 @@ def read_task(path: PathLike, seed: Seed = 0) -> list[Question]:
 
     A record has the fields of one of these formats:
 
-    - FLAN-style: ``instruction`` (with its options after ``OPTIONS:``, a ``- `` before each), ``output``, ``task``;
+    - FLAN and Alpaca: ``instruction`` (its options after ``OPTIONS:``, a ``- `` before each), ``input``, ``output``;
     - the commonsense suites in the form for fine-tuning: ``instruction`` (which ends ``Answer format: a/b/c``),
-      ``answer``;
-    - ARC and OpenBookQA: ``question`` with ``stem`` and ``choices`` (``label``, ``text``), ``answerKey``;
-    - BoolQ: ``passage``, ``question``, ``answer`` (true or false).
+      ``input``, ``answer``;
+    - Dolly: ``instruction``, ``context``, ``response``; chats: ``messages`` with ``role`` and ``content``;
+    - ARC and OpenBookQA, as published or as on the Hub: ``question``, ``choices``, ``answerKey``;
+    - BoolQ, HellaSwag, PIQA, WinoGrande and SIQA, as on the Hub.
 
-    Raises ``FileError`` (a ``ValueError``) naming file and line (of an array, the record) for what is none of these, a
-    field of another kind, an empty prompt or answer, and an answer that is no option.
+    An ``input`` or ``context`` goes below the instruction. Raises ``FileError`` (a ``ValueError``) naming file and line
+    (of an array, the record) for what is none of these, a field of another kind or with content that is used nowhere,
+    an empty prompt or answer, and an answer that is no option.
     """
     path = Path(path)
     examples = []
@@ -148,7 +150,7 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
     if not path.is_file():
         raise FileError(f"{path} is missing")
     with reading(path):
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     if text.lstrip().startswith("["):
         yield from ((f"record {n}", record) for n, record in enumerate(_json(path, text, 1), 1))
     else:
@@ -165,12 +167,16 @@ def _json(path: Path, text: str, first_line: int) -> Any:
 
 
 def _example(record: object, task: str) -> Question:
-    """A record as an example. Raises ``ValueError`` for one of no known format."""
+    """A record as an example. Raises ``ValueError`` for one of no known format, and for a field with content that its
+    format has no use for."""
     fields = set(record) if isinstance(record, Mapping) else set()
-    for needed, read in FORMATS:
+    for needed, optional, read in FORMATS:
         if needed <= fields:
+            others = sorted(fields - needed - optional - METADATA)
+            if unused := [name for name in others if record[name] not in (None, "", [], {})]:
+                raise ValueError(f"its field {unused[0]!r} has content that is used nowhere")
             return read(record, _text({"task": task, **record}, "task"))
-    known = "; ".join(", ".join(sorted(needed)) for needed, _ in FORMATS)
+    known = "; ".join(", ".join(sorted(needed)) for needed, _, _ in FORMATS)
     raise ValueError(f"its fields are {sorted(fields)}, expected are those of one format: {known}")
 
 
@@ -181,25 +187,76 @@ def _text(record: Mapping, name: str) -> str:
     return record[name]
 
 
+def _with_input(record: Mapping, name: str) -> str:
+    """The instruction, and below it the text that it is about, where there is one."""
+    more = _text({name: "", **record}, name)
+    return _text(record, "instruction") + (f"\n{more}" if more.strip() else "")
+
+
 def _flan(record: Mapping, task: str) -> Question:
-    prompt = _text(record, "instruction")
-    options = re.findall(r"^- (.*)$", prompt.partition("OPTIONS:")[2], re.M)
-    return Question(prompt, _text(record, "output"), tuple(option.strip() for option in options), task)
+    options = re.findall(r"^\s*- (.*)$", _text(record, "instruction").partition("OPTIONS:")[2], re.M)
+    return Question(
+        _with_input(record, "input"), _text(record, "output"), tuple(option.strip() for option in options), task
+    )
 
 
 def _commonsense(record: Mapping, task: str) -> Question:
-    prompt = _text(record, "instruction")
-    options = prompt.partition("Answer format:")[2].strip().split("/")
-    return Question(prompt, _text(record, "answer"), tuple(filter(None, options)), task)
+    options = _text(record, "instruction").partition("Answer format:")[2].split("/")
+    options = [option.strip() for option in options]
+    return Question(_with_input(record, "input"), _text(record, "answer"), tuple(filter(None, options)), task)
+
+
+def _dolly(record: Mapping, task: str) -> Question:
+    return Question(_with_input(record, "context"), _text(record, "response"), (), task)
+
+
+def _chat(record: Mapping, task: str) -> Question:
+    messages = [_text(message, "content") for message in record["messages"]]
+    if len(messages) < 2 or record["messages"][-1]["role"] != "assistant":
+        raise ValueError("its messages must end with one of the role 'assistant', after at least one other")
+    return Question("\n".join(messages[:-1]), messages[-1], (), task)
+
+
+def _numbered(prompt: str, options: Sequence[str], label: object, first: int, task: str) -> Question:
+    """A question whose label is the number of the right option, counted from ``first``."""
+    number = int(label) - first if isinstance(label, int) or (isinstance(label, str) and label.isdigit()) else -1
+    if not 0 <= number < len(options):
+        raise ValueError(f"its label {label!r} must be a number from {first} to {first + len(options) - 1}")
+    return Question(prompt, options[number], tuple(options), task)
+
+
+def _hellaswag(record: Mapping, task: str) -> Question:
+    return _numbered(_text(record, "ctx"), list(record["endings"]), record["label"], 0, task)
+
+
+def _piqa(record: Mapping, task: str) -> Question:
+    options = [_text(record, "sol1"), _text(record, "sol2")]
+    return _numbered(_text(record, "goal"), options, record["label"], 0, task)
+
+
+def _winogrande(record: Mapping, task: str) -> Question:
+    options = [_text(record, "option1"), _text(record, "option2")]
+    return _numbered(_text(record, "sentence"), options, record["answer"], 1, task)
+
+
+def _siqa(record: Mapping, task: str) -> Question:
+    prompt = f"{_text(record, 'context')}\n{_text(record, 'question')}"
+    return _numbered(prompt, [_text(record, f"answer{letter}") for letter in "ABC"], record["label"], 1, task)
 
 
 def _choices(record: Mapping, task: str) -> Question:
-    question, key = record["question"], _text(record, "answerKey")
-    labels = [_text(choice, "label") for choice in question["choices"]]
-    choices = dict(zip(labels, (_text(choice, "text") for choice in question["choices"])))
-    if key not in choices or len(choices) < len(labels):
+    """As the publishers have it, the choices in the question, or as the Hub has it, beside it and as two lists."""
+    question = record.get("question", record.get("question_stem"))
+    choices = question["choices"] if isinstance(question, Mapping) else record["choices"]
+    stem = _text(question, "stem") if isinstance(question, Mapping) else _text({"question": question}, "question")
+    if isinstance(choices, Mapping):
+        choices = [dict(label=label, text=text) for label, text in zip(choices["label"], choices["text"], strict=True)]
+    labels = [_text(choice, "label") for choice in choices]
+    texts = dict(zip(labels, (_text(choice, "text") for choice in choices)))
+    key = _text(record, "answerKey")
+    if key not in texts or len(texts) < len(labels):
         raise ValueError(f"its answerKey {key!r} must be one of its choices, which are {labels}")
-    return Question(_text(question, "stem"), choices[key], tuple(choices.values()), task)
+    return Question(stem, texts[key], tuple(texts.values()), task)
 
 
 def _boolq(record: Mapping, task: str) -> Question:
@@ -209,9 +266,19 @@ def _boolq(record: Mapping, task: str) -> Question:
     return Question(prompt, "yes" if record["answer"] else "no", ("yes", "no"), task)
 
 
-FORMATS: list[tuple[set[str], Callable[[Mapping, str], Question]]] = [  # the fields of each, and what reads it
-    ({"passage", "question", "answer"}, _boolq),
-    ({"question", "answerKey"}, _choices),
-    ({"instruction", "answer"}, _commonsense),
-    ({"instruction", "output"}, _flan),
+METADATA = set(  # fields that say where a record is from
+    "id idx ind task category title source source_id dataset subject split split_type activity_label lang".split()
+)
+FORMATS: list[tuple[set[str], set[str], Callable[[Mapping, str], Question]]] = [  # needed fields, further ones, reader
+    ({"passage", "question", "answer"}, set(), _boolq),
+    ({"question", "answerKey"}, {"choices"}, _choices),
+    ({"question_stem", "choices", "answerKey"}, set(), _choices),
+    ({"context", "question", "answerA", "answerB", "answerC", "label"}, set(), _siqa),
+    ({"ctx", "endings", "label"}, {"ctx_a", "ctx_b"}, _hellaswag),
+    ({"goal", "sol1", "sol2", "label"}, set(), _piqa),
+    ({"sentence", "option1", "option2", "answer"}, set(), _winogrande),
+    ({"messages"}, set(), _chat),
+    ({"instruction", "answer"}, {"input", "output"}, _commonsense),
+    ({"instruction", "output"}, {"input"}, _flan),
+    ({"instruction", "response"}, {"context"}, _dolly),
 ]

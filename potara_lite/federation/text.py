@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..checks import AnyList, Count, List, Size, checked, invalid
+from ..checks import AnyList, Count, Flag, List, Size, checked, invalid
 from .inputs import MASK, PADDING, is_integer
 
 
@@ -41,13 +41,15 @@ def encode_texts(tokenizer: Callable, texts: List[str], max_length: Size = 64) -
 
 @checked
 def encode_answers(
-    tokenizer: Callable, prompts: List[str], answers: List[str], max_length: Size = 256
+    tokenizer: Callable, prompts: List[str], answers: List[str], max_length: Size = 256, *, end: Flag = True
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Prompts and the answers that follow them, for a causal language model: its inputs, and targets ``(n, T)`` that
     are the answers' tokens alone.
 
-    The two are tokenised together and split where the prompt alone ends; spaces at its end belong to the answer (the
-    convention of lm-evaluation-harness). Prompts that are too long lose their beginning.
+    The two are tokenised together. The answer begins at the first token that the prompt alone does not have, so spaces
+    at the prompt's end and a token across the boundary belong to the answer (the convention of lm-evaluation-harness).
+    What the tokenizer appends (EOS, say) is the answer's last target, with ``end=False`` it is left out. Prompts that
+    are too long lose their beginning.
 
     Raises ``ValueError`` for an empty prompt or answer, and for an answer of ``max_length`` tokens or more.
     """
@@ -58,8 +60,10 @@ def encode_answers(
         bare = prompt.rstrip()
         if not bare or not answer.strip():
             raise ValueError(f"text {i} has an empty {'answer' if bare else 'prompt'}")
-        row = tokenizer(prompt + answer)["input_ids"]
-        lengths.append(len(row) - len(tokenizer(bare)["input_ids"]))
+        row = tokenizer(prompt + answer)["input_ids"] if end else prompt_tokens(tokenizer, prompt + answer)
+        alone = prompt_tokens(tokenizer, bare)
+        same = next((k for k, (one, other) in enumerate(zip(alone, row)) if one != other), min(len(alone), len(row)))
+        lengths.append(len(row) - same)
         if not 0 < lengths[-1] < max_length:
             raise ValueError(f"text {i}: an answer of {lengths[-1]} tokens, 1 … {max_length - 1} are possible")
         rows.append(row[-max_length:])
@@ -68,6 +72,23 @@ def encode_answers(
     for row_is_answer, row, length in zip(is_answer, rows, lengths):
         row_is_answer[len(row) - length : len(row)] = True
     return x, next_tokens(x["input_ids"], is_answer)
+
+
+def prompt_tokens(tokenizer: Callable, text: str) -> list[int]:
+    """The tokens of a text that goes on: without the special tokens that the tokenizer appends."""
+    tokens = tokenizer(text)["input_ids"]
+    return tokens[: len(tokens) - _appended(tokenizer)]
+
+
+def _appended(tokenizer: Callable) -> int:
+    """How many special tokens a tokenizer appends to a text; 0 of one that cannot leave them out."""
+    try:
+        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    except TypeError:
+        return 0
+    whole = tokenizer("a")["input_ids"]
+    ends = [start + len(plain) for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+    return len(whole) - ends[0] if ends else 0
 
 
 def next_tokens(input_ids: Tensor, is_target: Tensor) -> Tensor:

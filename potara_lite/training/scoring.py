@@ -20,7 +20,7 @@ from ..checks import Count, List, Named, Size, checked
 from ..federation.inputs import MASK, PADDING, map_inputs
 from ..federation.split import Split
 from ..federation.tasks import Question
-from ..federation.text import encode_answers, pad_tokens
+from ..federation.text import encode_answers, pad_tokens, prompt_tokens
 from .batching import Execution
 from .loss import checked_logits
 from .train import batched_logits
@@ -70,7 +70,7 @@ def multiple_choice(
                 raise ValueError(f"{question.prompt!r} needs two options or more, not {list(question.options)}")
         prompts = [question.prompt for question in of_client for _ in question.options]
         answers = [f" {option}" for question in of_client for option in question.options]
-        examples.append(encode_answers(tokenizer, prompts, answers, max_length))
+        examples.append(encode_answers(tokenizer, prompts, answers, max_length, end=False))
     scores = log_likelihoods(adapted, adapters, Split.of(examples), **options)
     right = torch.zeros(2, len(questions), dtype=torch.float64)
     for client, of_client in enumerate(questions):
@@ -138,7 +138,7 @@ def write_answers(
     tokens. Prompts of more than ``max_length`` tokens lose their beginning; ``options`` go to ``greedy_tokens``."""
 
     def encode(text: str) -> list[int]:
-        return tokenizer(text.rstrip())["input_ids"][-max_length:]
+        return prompt_tokens(tokenizer, text.rstrip())[-max_length:]
 
     inputs = [pad_tokens([encode(text) for text in of_client]) for of_client in prompts]
     end = getattr(tokenizer, "eos_token_id", None)

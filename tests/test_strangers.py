@@ -1,0 +1,252 @@
+"""Models, adapters and folders of other people: right, or refused with the true reason."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from conftest import tiny_vit
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from test_architectures import CAUSAL, ENCODERS, VOCABULARY, random_network
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from potara_lite import (
+    Split,
+    attach,
+    causal_lm,
+    encode_answers,
+    evaluate,
+    linear_layers,
+    load_adapter,
+    merge_exact,
+    repeat_adapter,
+    save_adapter,
+    train,
+)
+from potara_lite.federation.text import pad_tokens
+
+
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(8, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.fc1(x).tanh())
+
+
+class Convolutional(nn.Module):
+    def __init__(self, kind=nn.Conv2d, **options):
+        super().__init__()
+        self.conv = kind(2, 6, 3, padding=1, **options)
+        self.norm = nn.BatchNorm2d(6) if kind is nn.Conv2d else nn.Identity()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).relu().flatten(2).mean(2))
+
+
+def texts():
+    generator = torch.Generator().manual_seed(0)
+    return pad_tokens([torch.randint(2, VOCABULARY, (k,), generator=generator).tolist() for k in (7, 4, 5)])
+
+
+def images(*shape):
+    return torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def text_network(name):
+    if name in CAUSAL:
+        network = random_network(AutoModelForCausalLM, name, attn_implementation="eager", **CAUSAL[name])
+    else:
+        network = random_network(AutoModelForSequenceClassification, name, num_labels=3, attn_implementation="eager",
+                                 **ENCODERS[name])  # fmt: skip
+    return network.eval()
+
+
+NETWORKS = {
+    "lab ViT": lambda: (tiny_vit(), images(1, 28, 28)),
+    "MLP": lambda: (Dense().eval(), images(8)),
+    "CNN": lambda: (Convolutional().eval(), images(2, 9, 9)),
+    **{name: lambda name=name: (text_network(name), texts()) for name in [*CAUSAL, *ENCODERS] if name != "t5"},
+}
+TARGETS = {"lab ViT": ["qkv", "fc1"], "MLP": ["fc1"], "CNN": ["conv"]}
+
+
+def output_of(network, x):
+    found = network(**x) if isinstance(x, dict) else network(x)
+    return getattr(found, "logits", found)
+
+
+@pytest.fixture(params=NETWORKS)
+def stranger(request):
+    torch.manual_seed(0)
+    network, x = NETWORKS[request.param]()
+    targets = TARGETS.get(request.param) or linear_layers(network, last=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield request.param, network, x, targets
+
+
+@torch.no_grad()
+def test_untrained_means_unchanged_and_the_callers_network_stays_as_it_is(stranger):
+    name, network, x, targets = stranger
+    before, mode = copy.deepcopy(network.state_dict()), network.training
+    attention = getattr(getattr(network, "config", None), "_attn_implementation", None)
+    expected = output_of(network, x)
+    adapted = attach(network, rank=2, targets=targets, head=None)
+    assert torch.equal(adapted(adapted.initial, x), expected)
+    stack = {n: torch.randn_like(t) for n, t in repeat_adapter(adapted.initial, 1).items()}
+    adapted({n: t[0] for n, t in stack.items()}, x)
+    after = network.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[n], t) for n, t in before.items())
+    assert network.training == mode and all(p.requires_grad for p in network.parameters())
+    assert getattr(getattr(network, "config", None), "_attn_implementation", None) == attention
+    assert torch.equal(output_of(network, x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens", "lm_head"], ["norm"]])
+def test_pretrained_modules_to_save_go_on_from_their_values(saved):
+    network = text_network("llama")
+    network.config.tie_word_embeddings = False
+    adapted = attach(network, config=LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    assert torch.equal(adapted(adapted.initial, texts()), output_of(network, texts()))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra", "mpnet"])
+def test_a_new_head_of_any_depth_starts_at_zero_and_learns(name):
+    network, x = text_network(name), texts()
+    adapted = attach(network, rank=2, targets=linear_layers(network, last=1), head="classifier")
+    assert not adapted(adapted.initial, x).any()
+    split = Split.of([(x, torch.tensor([0, 1, 2]))])
+    trained = train(adapted, repeat_adapter(adapted.initial, 1), split, steps=150, lr=0.02, batch_size=3)
+    moved = [name for name, tensor in trained.adapters.items() if not torch.equal(tensor[0], adapted.initial[name])]
+    assert len(moved) == len(adapted.initial) and trained.losses[0, -1] < 0.5 * trained.losses[0, 0]
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal", False])
+def test_a_start_that_changes_the_model_is_refused_and_the_callers_weights_stay(init):
+    network = Dense()
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match=f"init_lora_weights={init!r}: an untrained adapter must leave"):
+        attach(network, config=LoraConfig(r=3, target_modules=["fc1"], init_lora_weights=init))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_folder_for_a_rewritten_base_is_refused(init, tmp_path):
+    network = Dense()
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["fc1"], modules_to_save=["head"], init_lora_weights=init)
+    get_peft_model(copy.deepcopy(network), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="belongs to other base weights"):
+        load_adapter(attach(network, targets=["fc1"], rank=3, alpha=6), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "network, reason",
+    [
+        (Convolutional(nn.Conv1d), "conv is a layer of Conv1d"),
+        (Convolutional(nn.Conv3d), "conv is a layer of Conv3d"),
+        (Convolutional(groups=2), "conv is a convolution with groups=2"),
+        (Convolutional(dilation=2), r"conv is a convolution with dilation=\(2, 2\)"),
+        (Convolutional(padding_mode="circular"), "conv is a convolution with padding_mode='circular'"),
+    ],
+)
+def test_a_layer_that_is_not_a_sum_is_refused_with_its_name(network, reason):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=reason):
+        warnings.simplefilter("ignore")
+        attach(network, targets=["conv"], rank=2)
+
+
+def test_a_norm_by_the_batch_is_refused():
+    network = Convolutional()
+    network.norm = nn.BatchNorm2d(6, track_running_stats=False)
+    with pytest.raises(ValueError, match="norm norms by the statistics of the batch"):
+        attach(network, targets=["conv"], rank=2)
+
+
+def test_an_ambiguous_head_is_refused():
+    network = nn.ModuleDict({"a": Dense(), "b": Dense()})
+    with pytest.raises(ValueError, match="head 'head' is ambiguous: a.head, b.head"):
+        attach(network, targets=["fc1"], rank=2)
+
+
+def test_padding_on_the_left_is_refused():
+    x = {"input_ids": torch.tensor([[0, 1, 9]]), "attention_mask": torch.tensor([[0, 1, 1]])}
+    with pytest.raises(ValueError, match="client 0: example 0 has padding before its tokens: pad on the right"):
+        Split.of([(x, torch.tensor([1]))])
+
+
+def test_a_clients_loss_is_the_same_alone_and_beside_a_longer_one():
+    adapted = attach(Convolutional().eval(), targets=["conv"], rank=2)
+    stack = {n: torch.randn(2, *t.shape) for n, t in adapted.initial.items()}
+    small, large = ((torch.rand(n, 2, 9, 9), torch.arange(n) % 3) for n in (4, 10))
+    together = evaluate(adapted, stack, Split.of([small, large]))[0]
+    for client, examples in enumerate((small, large)):
+        alone = evaluate(adapted, {n: t[client : client + 1] for n, t in stack.items()}, Split.of([examples]))[0]
+        torch.testing.assert_close(alone[0], together[client], rtol=1e-6, atol=0)  # sums of other lengths
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(use_rslora=True),
+        dict(rank_pattern={"fc1": 2}),
+        dict(alpha_pattern={"fc1": 5}),
+        dict(task_type="SEQ_CLS"),
+    ],
+)
+def test_what_is_saved_loads_in_stock_peft_with_the_same_logits(options, tmp_path):
+    network, x = Dense().eval(), images(8)
+    config = LoraConfig(**dict(r=4, lora_alpha=6, target_modules=["fc1"], modules_to_save=["head"]) | options)
+    adapted = attach(network, config=config)
+    one, two = ({n: torch.randn_like(t) for n, t in adapted.initial.items()} for _ in range(2))
+    merged = merge_exact(one, two, 0.3)
+    save_adapter(adapted, merged, tmp_path)
+    stock = PeftModel.from_pretrained(copy.deepcopy(network), tmp_path).eval()
+    torch.testing.assert_close(stock(x), adapted(merged, x))
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in load_adapter(adapted, tmp_path).items())
+
+
+def test_the_auto_class_of_peft_finds_the_base(tmp_path):
+    text_network("llama").save_pretrained(tmp_path / "base")
+    adapted = attach(causal_lm(tmp_path / "base"), targets=["q_proj"], head=None, rank=2)
+    save_adapter(adapted, adapted.initial, tmp_path / "adapter")
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert "rank 2" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_pickle_is_refused_with_the_way_out(tmp_path):
+    network = Dense()
+    adapted = attach(network, targets=["fc1"], rank=2)
+    save_adapter(adapted, adapted.initial, tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="adapter_model.bin is a pickle, .* safe_serialization=True"):
+        load_adapter(adapted, tmp_path)
+
+
+class Words:
+    """A tokenizer of words that begins with 1 and, with ``eos``, ends with 2."""
+
+    eos_token_id = 2
+
+    def __init__(self, eos):
+        self.eos = eos
+
+    def __call__(self, text, add_special_tokens=True, **_):
+        ids = [10 + sum(map(ord, word)) % 100 for word in text.split()]
+        return {"input_ids": [1, *ids, *[2] * self.eos] if add_special_tokens else ids}
+
+
+def test_what_a_tokenizer_appends_is_no_part_of_the_prompt():
+    for eos in (False, True):
+        tokenizer = Words(eos)
+        for end in (True, False):
+            _, targets = encode_answers(tokenizer, ["the cat was"], [" good bad"], end=end)
+            expected = tokenizer("good bad", add_special_tokens=False)["input_ids"] + [2] * (eos and end)
+            assert targets[targets >= 0].tolist() == expected
