@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("myst_nb", reason="the book needs the extra `docs`")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LESSONS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 

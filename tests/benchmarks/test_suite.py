@@ -13,7 +13,7 @@ import torch
 from potara_lite import Setting
 from potara_lite.estimators import Estimate
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def load(name, script="suite"):

@@ -14,7 +14,7 @@ from potara_lite.course.exercises.quickstart import check_best_single_weight
 from potara_lite.course.widgets import weight_slider
 from potara_lite.plots import label_counts
 
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))
 SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
 

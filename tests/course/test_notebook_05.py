@@ -19,7 +19,7 @@ from potara_lite.course.exercises.benchmark import (
 )
 from potara_lite.course.seeds_explorer import seeds_explorer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOLUTIONS = {
     check_paired_difference: lambda first, second: (
         (first - second).mean(),

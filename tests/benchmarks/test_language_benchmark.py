@@ -11,7 +11,7 @@ import torch
 import transformers
 from conftest import tiny_text_encoder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

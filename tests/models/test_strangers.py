@@ -122,7 +122,7 @@ def test_a_new_head_of_any_depth_starts_at_zero_and_learns(name):
     adapted = attach(network, rank=2, targets=linear_layers(network, last=1), head="classifier")
     assert not adapted(adapted.initial, x).any()
     split = Split.of([(x, torch.tensor([0, 1, 2]))])
-    trained = train(adapted, repeat_adapter(adapted.initial, 1), split, steps=150, lr=0.02, batch_size=3)
+    trained = train(adapted, repeat_adapter(adapted.initial, 1), split, steps=200, lr=0.005, batch_size=3)
     moved = [name for name, tensor in trained.adapters.items() if not torch.equal(tensor[0], adapted.initial[name])]
     assert len(moved) == len(adapted.initial) and trained.losses[0, -1] < 0.5 * trained.losses[0, 0]
 
@@ -192,14 +192,7 @@ def test_a_clients_loss_is_the_same_alone_and_beside_a_longer_one():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        dict(use_rslora=True),
-        dict(rank_pattern={"fc1": 2}),
-        dict(alpha_pattern={"fc1": 5}),
-        dict(task_type="SEQ_CLS"),
-    ],
+    "options", [{}, dict(use_rslora=True), dict(rank_pattern={"fc1": 2}), dict(alpha_pattern={"fc1": 5})]
 )
 def test_what_is_saved_loads_in_stock_peft_with_the_same_logits(options, tmp_path):
     network, x = Dense().eval(), images(8)

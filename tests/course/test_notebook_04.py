@@ -22,7 +22,7 @@ from potara_lite.estimators import fisher_moments
 from potara_lite.results import committed_rows
 from potara_lite.training.gradients import diagonal_fisher
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def mean(values, sizes):

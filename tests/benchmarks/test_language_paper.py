@@ -35,7 +35,7 @@ def model(tmp_path):
 
 
 def test_the_papers_configuration_runs_from_end_to_end(model, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     import language_paper
 
     asked = "is it the {} ?\n\nOPTIONS:\n- yes\n- no"
@@ -66,7 +66,7 @@ def test_the_papers_configuration_runs_from_end_to_end(model, tmp_path, monkeypa
 
 def test_what_was_trained_answers_and_what_was_not_does_not(model, tmp_path, monkeypatch):
     """Two tasks that can be learnt by heart, as their test questions are among those of the training."""
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     import language_paper
 
     asked = "is it the {} ?\n\nOPTIONS:\n- yes\n- no"
@@ -103,7 +103,7 @@ def test_what_was_trained_answers_and_what_was_not_does_not(model, tmp_path, mon
     ],
 )
 def test_what_cannot_be_is_one_line_before_anything_is_trained(options, said, model, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     import language_paper
 
     record = {"instruction": "say the cat ?", "output": "cat", "task": "a"}
@@ -117,7 +117,7 @@ def test_what_cannot_be_is_one_line_before_anything_is_trained(options, said, mo
 
 
 def test_from_a_shell_an_error_is_one_line(tmp_path):
-    script = Path(__file__).parent.parent / "benchmarks" / "language_paper.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "language_paper.py"
     command = [sys.executable, str(script), "--model", "./nowhere", "--tasks", "none.json", "--out", str(tmp_path)]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 1 and found.stdout == ""

@@ -28,7 +28,7 @@ from potara_lite.files import FileError
 from potara_lite.models import language
 from potara_lite.setting import Setting
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def letters(text, truncation, max_length):

@@ -614,7 +614,7 @@ def test_minilm_is_taken_from_its_folder_with_its_frozen_blocks_computed_once(ca
 
 
 def test_the_script_that_measures_text_runs(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     import language_engine
 
     monkeypatch.setattr("sys.argv", ["language_engine.py", "--smoke", "--out", str(tmp_path / "rows.json")])
@@ -625,7 +625,7 @@ def test_the_script_that_measures_text_runs(tmp_path, monkeypatch):
 
 
 def test_the_engine_on_text_was_measured_with_two_threads_and_seven_repetitions():
-    found = json.loads((Path(__file__).parent.parent / "benchmarks" / "language_engine.json").read_text())
+    found = json.loads((Path(__file__).parents[2] / "benchmarks" / "language_engine.json").read_text())
     assert found["machine"]["threads"] == 2 and found["options"]["repeats"] == 7 and not found["options"]["cpu_time"]
 
 
