@@ -7,9 +7,10 @@ the blocks and runs everything before and after them (embedding, masks, norm, he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,20 @@ def call_network(call: Callable, x: Inputs, frozen: Sequence[nn.Module]) -> Tens
         skipped = frozen if hidden is not None else []
         with replaced_forwards(dict.fromkeys(skipped, lambda *args, **kwargs: hidden)):
             output = call(*args, **named)
-    return getattr(output, "logits", output)
+    return logits_of(output)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a network's output: the tensor itself, or what has the name ``logits`` in it.
+
+    Raises ``ValueError`` for an output in which they have no name.
+    """
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(found, Tensor):
+        names = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+        what = f"a {type(output).__name__}{names}"
+        raise ValueError(f"the network returns {what}: wrap it in a module that returns the logits, a tensor")
+    return found
 
 
 def check_names(network: nn.Module, x: Inputs) -> None:

@@ -21,6 +21,8 @@ from ..checks import PathLike, Size, checked
 from ..federation.inputs import Inputs
 from ..files import reading
 
+HARMLESS_LAYERS, HARMLESS_WIDTH = 200, 4096  # which are built in seconds, whatever the weights hold
+
 
 class TextClassifier(nn.Module):
     """A text encoder, the mean of its tokens and a new zero head: ids and mask ``(B, T)`` to ``(B, classes)``."""
@@ -131,9 +133,10 @@ def _load(kind: str, name_or_path: str | Path, options: dict):
 
 
 def check_sizes(folder: Path) -> None:
-    """Raise ``ValueError`` for a configuration with more layers, or wider ones, than the folder's weights have.
+    """Raise ``ValueError`` for a configuration with far more layers, or wider ones, than the folder's weights have.
 
-    ``transformers`` builds a network as large as the configuration says before it reads the weights.
+    ``transformers`` builds a network as large as the configuration says before it reads the weights. What it builds in
+    seconds passes, since a name with ``layer`` in it need not count layers (``max_window_layers`` does not).
     """
     from safetensors import safe_open
 
@@ -141,8 +144,8 @@ def check_sizes(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118, no dictionary
-    layers = len(shapes) or 1000
-    widest = max((max(shape, default=1) for shape in shapes), default=10**6)
+    layers = max(len(shapes), HARMLESS_LAYERS) if shapes else 1000
+    widest = max(HARMLESS_WIDTH, *(max(shape, default=1) for shape in shapes)) if shapes else 10**6
     config = folder / "config.json"
     for name, value in _whole_numbers(json.loads(config.read_text("utf-8"))) if config.is_file() else ():
         is_count = name.startswith(("num_", "n_")) or name.endswith("_size")

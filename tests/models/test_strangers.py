@@ -24,7 +24,7 @@ from potara_lite import (
     save_adapter,
     train,
 )
-from potara_lite.federation.text import pad_tokens
+from potara_lite.federation.text import next_tokens, pad_tokens
 
 
 class Dense(nn.Module):
@@ -174,10 +174,47 @@ def test_an_ambiguous_head_is_refused():
         attach(network, targets=["fc1"], rank=2)
 
 
+class Wrapped(Dense):
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(super().forward(x))
+
+
+def test_logits_with_a_name_are_taken_and_others_are_refused_in_words():
+    network, x = Dense().eval(), images(8)
+    named = Wrapped(lambda logits: {"loss": None, "logits": logits})
+    named.load_state_dict(network.state_dict())
+    adapted = attach(named.eval(), targets=["fc1"], head=None, rank=2)
+    assert torch.equal(adapted(adapted.initial, x), network(x))
+    for wrap, what in ((lambda y: (y, y), "a tuple"), (lambda y: {"scores": y}, "a dict with scores")):
+        adapted = attach(Wrapped(wrap), targets=["fc1"], head=None, rank=2)
+        with pytest.raises(ValueError, match=f"the network returns {what}: wrap it in a module"):
+            adapted(adapted.initial, x)
+
+
 def test_padding_on_the_left_is_refused():
     x = {"input_ids": torch.tensor([[0, 1, 9]]), "attention_mask": torch.tensor([[0, 1, 1]])}
     with pytest.raises(ValueError, match="client 0: example 0 has padding before its tokens: pad on the right"):
         Split.of([(x, torch.tensor([1]))])
+
+
+@pytest.mark.parametrize("ignored", [0, 2])
+def test_labels_that_were_not_shifted_are_refused(ignored):
+    x = pad_tokens([[5, 6, 7, 8], [9, 9, 9]])
+    labels = x["input_ids"].masked_fill(x["attention_mask"] == 0, -100)
+    labels[:, :ignored] = -100
+    with pytest.raises(ValueError, match="client 0: targets are the inputs themselves, .* see next_tokens"):
+        Split.of([(x, labels)])
+    Split.of([(x, next_tokens(x["input_ids"], x["attention_mask"].bool()))])  # equal to the inputs in the second text
+
+
+def test_a_small_folder_whose_configuration_names_other_layers_loads(tmp_path):
+    network = random_network(AutoModelForCausalLM, "qwen2", num_key_value_heads=1, max_window_layers=70)
+    network.save_pretrained(tmp_path)
+    assert causal_lm(tmp_path).config.max_window_layers == 70
 
 
 def test_a_clients_loss_is_the_same_alone_and_beside_a_longer_one():
