@@ -8,7 +8,7 @@ keeps the representation; a robust FedIT takes the median where FedAvg takes the
 
 >>> lg_fedavg = Algorithm("LG-FedAvg", is_uploaded=is_head)
 >>> def median(stack, sizes):
-...     return repeat_adapter({name: tensor.median(0).values for name, tensor in stack.items()}, len(sizes))
+...     return repeat_adapter({name: tensor.quantile(0.5, 0) for name, tensor in stack.items()}, len(sizes))
 >>> robust = Algorithm("FedIT with medians", is_uploaded=is_shared, aggregate=median, federated_model=first_client)
 """
 

@@ -99,19 +99,22 @@ def combination_weights(
     """The weights ``(..., K)``, adding up to 1, that minimise ``wᵀ M w`` for moment matrices ``(..., K, K)``.
 
     ``w = M⁻¹1 / (1ᵀM⁻¹1)``; for K = 2 this is the closed form above without its clipping. ``nonnegative`` searches the
-    best face of the simplex (all 2^K of them: K is small). Raises ``ValueError`` for a singular or non-finite ``M``.
+    best face of the simplex (all 2^K of them: K is small), which is there for two equal models, too. Raises
+    ``ValueError`` for a singular ``M``, with ``nonnegative`` only where no face has a minimum.
     """
     moments = moments.double()
     if not torch.allclose(moments, moments.mT, rtol=1e-6, atol=0):
         invalid("moments", "a symmetric matrix for each client", moments)
-    try:
-        return _best_face(moments) if nonnegative else _unconstrained(moments)
-    except torch.linalg.LinAlgError as error:
-        raise ValueError("the moment matrix is singular: two of the models have the same error") from error
+    weights = _best_face(moments) if nonnegative else _unconstrained(moments)
+    if weights.isnan().any():
+        raise ValueError("the moment matrix is singular: two of the models have the same error")
+    return weights
 
 
 def _unconstrained(moments: Tensor) -> Tensor:
-    inverse = torch.linalg.solve(moments, torch.ones(*moments.shape[:-1], 1, dtype=torch.float64))  # M⁻¹1
+    """``M⁻¹1 / (1ᵀM⁻¹1)``; NaN where ``M`` is singular."""
+    inverse, failed = torch.linalg.solve_ex(moments, torch.ones(*moments.shape[:-1], 1, dtype=torch.float64))
+    inverse = inverse.masked_fill((failed != 0)[..., None, None], torch.nan)
     return (inverse / inverse.sum(-2, keepdim=True)).squeeze(-1)
 
 

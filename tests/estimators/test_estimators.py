@@ -133,9 +133,11 @@ def test_two_models_have_the_weight_of_the_closed_form():
 def test_one_model_or_a_singular_or_infinite_matrix_has_a_stated_answer():
     assert combination_weights(torch.tensor([[3.0]])).tolist() == [1.0]
     twins = torch.tensor([[2.0, 2.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
+    with pytest.raises(ValueError, match="singular"):
+        combination_weights(twins)
+    weights = combination_weights(twins, nonnegative=True)  # one of the twins and the third: 1/3 and 2/3
+    assert weights[:2].sum().item() == pytest.approx(1 / 3) and weights[2].item() == pytest.approx(2 / 3)
     for nonnegative in (False, True):
-        with pytest.raises(ValueError, match="singular"):
-            combination_weights(twins, nonnegative=nonnegative)
         for bad in (float("inf"), float("nan")):
             with pytest.raises(ValueError, match="must be finite"):
                 combination_weights(torch.tensor([[1.0, 0.0], [0.0, bad]]), nonnegative=nonnegative)
