@@ -173,7 +173,9 @@ CALLS = {
     "models.language.text_tokenizer": lambda t: dict(name_or_path="nowhere"),
     "federation.text.pad_tokens": lambda t: dict(rows=[[1, 2], [3]]),
     "federation.text.encode_texts": lambda t: dict(tokenizer=Letters(), texts=["a b", "c"], max_length=8),
-    "federation.text.encode_answers": lambda t: dict(tokenizer=Letters(), prompts=["a"], answers=[" b"], max_length=8),
+    "federation.text.encode_answers": lambda t: dict(
+        tokenizer=Letters(), prompts=["a"], answers=[" b"], max_length=8, end=True
+    ),
     "federation.tasks.with_tokens":
         lambda t: dict(federation=t.numbers, texts=["a", "b", "c"], tokenizer=LETTERS, longest=4),
     "federation.tasks.domain_proportions": lambda t: dict(names=["animal", "act", "shape"], clients=2),
@@ -668,6 +670,7 @@ BAD = {
 # Where a name means something else than elsewhere, the list above that says what is wrong for it.
 
 MEANT = {
+    ("federation.text.encode_answers", "end"): "shift",
     ("results.leaderboard", "local"): "local_name",
     ("plots.along_weight", "weights"): "g_f",
     ("plots.along_weight", "values"): "curves",
