@@ -227,7 +227,7 @@ def as_numbers(value: Any) -> torch.Tensor:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether all its numbers are there: it is not sparse, and on a device that holds values."""
+    """Whether a tensor stores all its numbers: it is not sparse and not on the meta device."""
     return str(tensor.layout) == "torch.strided" and tensor.device.type != "meta"
 
 
@@ -332,7 +332,7 @@ def _with_bounds(function: Callable) -> str:
 
 
 def checked(thing: T) -> T:
-    """A decorator: the function, or the dataclass when it is made, with the checks that its annotations say.
+    """A decorator: check the arguments of a function, or of a dataclass's ``__init__``, against the annotations.
 
     The function itself, without them, is its ``__wrapped__``.
     """

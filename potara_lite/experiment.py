@@ -1,4 +1,4 @@
-"""One federation and seed: prepare it, train the two models of every client, and see what methods make of them.
+"""One federation and seed: prepare it, train the two models of every client, and run methods on them.
 
 A *method* is a function of a ``Run`` that returns a ``Result``: the clients' models and what they cost. The merges of
 the two models are here; ``baselines.methods`` has the methods that they are compared with in the same form.
@@ -131,7 +131,7 @@ def train_local(
 @checked
 @dataclass
 class Run:
-    """One federation and seed, with what its methods share: each part is made when first asked for."""
+    """One federation and seed, with what its methods share; each part is computed on first use."""
 
     adapted: AdaptedBackbone
     federation: Federation

@@ -30,7 +30,7 @@ from .state import Adapter, adapter_bytes, is_lora, layer_of, lora_layers
 
 
 class ModelState:
-    """What one model has besides its weights: a lock, and what was measured of it (see ``training``).
+    """A model's mutable state besides its weights: a lock and cached measurements (see ``measured_once``).
 
     A forward pass of one adapter swaps tensors of the model that all adapters share, so it holds the lock.
     """
@@ -76,7 +76,7 @@ class AdaptedBackbone:
             isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in adapter.values()
         ):
             raise ValueError(f"adapter must be a dictionary of floating tensors by name, not {type(adapter).__name__}")
-        if adapter.keys() != self.initial.keys():  # what is missing would be the backbone's own, without a word
+        if adapter.keys() != self.initial.keys():  # a missing tensor would silently be the backbone's
             odd = sorted(adapter.keys() ^ self.initial.keys())
             raise ValueError(
                 f"adapter must be of this backbone: {len(odd)} tensors are of one only, such as {odd[0]!r}"
@@ -96,7 +96,7 @@ class AdaptedBackbone:
         those on ``x``, for less. ``federation.map(adapted.embed)`` computes it once for every example.
 
         The blocks must be in a list (``nn.ModuleList`` or ``nn.Sequential``); a network may offer an ``embed`` of its
-        own besides, as ``LabViT`` does. Where there is nothing to save it is ``x`` itself.
+        own besides, as ``LabViT`` does. Where nothing can be precomputed, it is ``x`` itself.
         """
         self.check_inputs(x)
         network = self.model.get_base_model()
@@ -143,7 +143,7 @@ class AdaptedBackbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone lies."""
+        """The device of the backbone."""
         return next(iter(self.initial.values())).device
 
     @cached_property
@@ -154,7 +154,7 @@ class AdaptedBackbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which precision the backbone computes."""
+        """The dtype in which the backbone computes."""
         return next(iter(self.initial.values())).dtype
 
     @checked
@@ -325,7 +325,7 @@ def _check_layers(model: PeftModel, initial: Adapter, parameter_names: dict[str,
 
 
 def _why_not_a_sum(layer: nn.Module) -> str:
-    """What a layer is, if LoRA on it is not ``W + scaling * B A``."""
+    """Why LoRA on a layer is not ``W + scaling * B A``; empty if it is."""
     if isinstance(layer, nn.Conv2d):
         odd = {"groups": layer.groups != 1, "dilation": layer.dilation != (1, 1)}
         odd["padding_mode"] = layer.padding_mode != "zeros"

@@ -2,7 +2,7 @@
 
 A client *holds* a dictionary of tensors. Plain names are the adapter that it shares, or its only one. Further tensors
 have a prefix: ``personal:`` (a second adapter, which stays with the client), ``global_reference:`` (the shared adapter
-as it was received), ``merged_residual:`` (what was added to the frozen weights for good) and so on. ``run_algorithm``
+as it was received), ``merged_residual:`` (what was merged into the frozen weights) and so on. ``run_algorithm``
 runs the rounds of any ``Algorithm``:
 
 1. *down*: every participant takes the message (``tensors | message``), then ``on_receive``;

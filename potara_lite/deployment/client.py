@@ -182,7 +182,7 @@ def slope_variance(client: Client, message: RecordDict) -> RecordDict:
 
 
 def offset_parabola(client: Client, message: RecordDict) -> RecordDict:
-    """Exchange 3: the client's weight came down; send the parabola of its loss in the offset between head and body."""
+    """Exchange 3: receive the client's weight; send the parabola of its loss in the offset between head and body."""
     weight = torch.tensor([float(message["down"]["weight"])], dtype=torch.float64)
     client.state.save(weight={"client": weight})
     federated, local = client.models

@@ -178,7 +178,7 @@ def weigh(
 
 
 def pooled_mean(values: Tensor, counts: Tensor) -> float:
-    """The mean of the clients' values ``(C,)``, each as often as it counts."""
+    """The mean of the clients' values ``(C,)``, weighted by ``counts``."""
     counts = counts.double().clamp_min(0)
     return float(values @ counts / counts.sum().clamp_min(1))
 

@@ -93,7 +93,7 @@ def _appended(tokenizer: Callable) -> int:
 
 def next_tokens(input_ids: Tensor, is_target: Tensor) -> Tensor:
     """The targets of a causal language model, ``(n, T)``: at every position the next token where ``is_target`` marks
-    that token, else -100. The shift by one is here and nowhere else.
+    that token, else -100. Only this function shifts by one.
 
     >>> next_tokens(torch.tensor([[5, 6, 7]]), torch.tensor([[False, False, True]])).tolist()
     [[-100, 7, -100]]

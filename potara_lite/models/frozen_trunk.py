@@ -78,7 +78,7 @@ def call_network(call: Callable, x: Inputs, frozen: Sequence[nn.Module]) -> Tens
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of a network's output: the tensor itself, or what has the name ``logits`` in it.
+    """The logits of a network's output: the output itself, or its entry or attribute ``logits``.
 
     Raises ``ValueError`` for an output in which they have no name.
     """

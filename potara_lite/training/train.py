@@ -68,7 +68,7 @@ class OptimizerState:
         return OptimizerState(*(old.index_copy(0, index, new) for old, new in pairs))
 
     def check(self, clients: int, size: int) -> None:
-        """Raise ``ValueError`` unless it is of so many clients and ``size`` numbers for each."""
+        """Raise ``ValueError`` unless the state has ``clients`` rows of ``size`` numbers."""
         if len(self.steps) != clients:
             raise ValueError(f"state: the state of {len(self.steps)} clients for {clients}")
         if not self.mean.shape == self.square.shape == (clients, size):
