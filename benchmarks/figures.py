@@ -390,11 +390,15 @@ def of_text_engine(found: dict) -> dict[str, str]:
 
 # --- smaller pages --------------------------------------------------------------------------------------------------
 def readme() -> dict[str, str]:
-    return {"quick": markdown(quick.table(rows_of("quick")))}
+    return {
+        "quick": markdown(quick.table(rows_of("quick"))),
+        "methods": str(len(METHODS)),
+        "federations": str(len(suite.regret_by_federation(rows_of("suite")))),
+    }
 
 
 def quick_page() -> dict[str, str]:
-    return readme() | {"differences": markdown(quick.paired(rows_of("quick")), digits=4)}
+    return {"quick": readme()["quick"], "differences": markdown(quick.paired(rows_of("quick")), digits=4)}
 
 
 def paired_page(name: str) -> dict[str, str]:

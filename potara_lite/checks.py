@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LARGEST = 2**63 - 1  # of a size in torch, and of a seed that torch's and numpy's generators both take
 FLOAT32 = 1.2e-38, 3.4e38  # what is smaller or larger is 0 or infinite there
+IN_FLOAT32 = f"in the range of float32 ({FLOAT32[0]} to {FLOAT32[1]})"
 
 
 def shown(value: object) -> str:
@@ -62,22 +63,21 @@ def _float(value: Any) -> Any:
     try:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
     except OverflowError:
-        return _in_float32(inf if value > 0 else -inf, value)
+        invalid("", IN_FLOAT32, value)
 
 
 def _flag(value: Any) -> Any:
     return bool(value) if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_") else value
 
 
-def _in_float32(value: float, given: Any = None) -> float:
-    if 0 < abs(value) < FLOAT32[0] or FLOAT32[1] < abs(value) < inf or given is not None:
-        invalid("", f"in the range of float32 ({FLOAT32[0]} to {FLOAT32[1]})", value if given is None else given)
-    return value
+def _in_float32(value: float) -> float:
+    is_lost = 0 < abs(value) < FLOAT32[0] or FLOAT32[1] < abs(value) < inf
+    return invalid("", IN_FLOAT32, value) if is_lost else value
 
 
 _python = BeforeValidator(_whole)
 _real = BeforeValidator(_float)
-_float32 = AfterValidator(lambda value: _in_float32(value))
+_float32 = AfterValidator(_in_float32)
 
 Count = Annotated[int, _python, Field(ge=0, le=LARGEST)]
 Size = Annotated[int, _python, Field(ge=1, le=LARGEST)]

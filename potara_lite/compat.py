@@ -37,13 +37,13 @@ def make_attention_explicit(network: nn.Module) -> None:
 
     The functions are registered under a name of our own; nothing that other models use is replaced.
     """
-    if "transformers" not in sys.modules:  # then no module is one of its models
-        return
     from transformers import AttentionInterface, PreTrainedModel
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
     def attention(module: nn.Module, *args, **kwargs):
-        return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+        files = [sys.modules[base.__module__] for base in type(module).__mro__]  # of the layer, or of what it extends
+        eager = next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
+        return eager(module, *args, **kwargs)
 
     def mask(*args, **kwargs):
         return eager_mask(*args, **kwargs | dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False))

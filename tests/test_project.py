@@ -179,6 +179,11 @@ def test_the_tree_is_small_enough_to_draw():
 
 def test_the_docstring_and_the_architecture_page_name_every_part():
     page = (ROOT / "docs" / "architecture.md").read_text()
+    picture = re.findall(r'"name" x="\d+" y="(\d+)">([\w.]+)', (ROOT / "docs" / "architecture.svg").read_text())
+    height = {name.removesuffix(".py"): int(y) for y, name in picture}
+    assert height.keys() == {*LAYERS, "potara"}
+    for source, target in arrows():
+        assert source == "potara" or height[target] >= height[source], (source, target)
     for name in [*LAYERS, "potara"]:
         shown = f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
         assert shown in potara_lite.__doc__ and shown in page, shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Collection
 from math import inf
 from pathlib import Path
 
@@ -83,11 +84,11 @@ def load_adapter(adapted: AdaptedBackbone, folder: PathLike) -> Adapter:
     with reading(folder):
         with reading(folder / CONFIG_FILE):
             options = _lora_options(folder / CONFIG_FILE)
-        return _for_backbone(adapted, _read_tensors(folder), options)
+        return _for_backbone(adapted, _read_tensors(folder, adapted.initial.keys()), options)
 
 
-def _read_tensors(folder: Path) -> Adapter:
-    """The tensors of a folder, by the names that PEFT gives them today."""
+def _read_tensors(folder: Path, known: Collection[str]) -> Adapter:
+    """The tensors of a folder, by the ``known`` names or else by those that PEFT gives them today."""
     from safetensors.torch import load_file
 
     if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
@@ -95,8 +96,9 @@ def _read_tensors(folder: Path) -> Adapter:
             "adapter_model.bin is a pickle, which can run code: read it with PEFT and write it again with "
             "save_pretrained(..., safe_serialization=True)"
         )
+    older = r"\.(modules_to_save\.)?default\.|\.modules_to_save\."  # in names of PEFT 0.18, say
     found = load_file(folder / WEIGHTS_FILE)
-    return {re.sub(r"\.(modules_to_save\.)?default\.|\.modules_to_save\.", ".", name): t for name, t in found.items()}
+    return {name if name in known else re.sub(older, ".", name): tensor for name, tensor in found.items()}
 
 
 @checked

@@ -303,7 +303,9 @@ def _check_untied(backbone: nn.Module, initial: Adapter) -> None:
                 raise ValueError(f"{name} is tied: its weight is also that of {others}, which must stay as it is")
 
 
-ADAPTABLE = "LoRA goes on nn.Linear, on Conv1D of transformers, and on nn.Conv2d without groups or dilation"
+ADAPTABLE = (
+    "LoRA goes on nn.Linear, on Conv1D of transformers, and on nn.Conv2d with zero padding, without groups or dilation"
+)
 
 
 def _check_layers(model: PeftModel, initial: Adapter, parameter_names: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ def _as_pair(value: Any) -> Any:
     return value if is_pair else invalid("", "a pair of inputs and labels", value)
 
 
-Pair = Annotated[Examples, PlainValidator(_as_pair)]  # in a signature; ``check_examples`` looks inside
+ExamplesPair = Annotated[Examples, PlainValidator(_as_pair)]  # in a signature; ``check_examples`` looks inside
 
 
 def map_inputs(function: Callable[..., Tensor], *inputs: Inputs) -> Inputs:
@@ -69,11 +69,9 @@ def check_examples(client: int | str, x: Inputs, y: Tensor) -> None:
         if len(tensor) != len(y):
             raise ValueError(f"{name} has {len(tensor)} inputs and {len(y)} labels")
         _check_input(name, tensor)
+    if isinstance(x, dict) and MASK in x:
+        _check_mask(name, x[MASK].flatten(1) != 0)
     _check_labels(name, x, y)
-    if isinstance(x, dict) and MASK in x and x[MASK].dim() == 2 and (late := (x[MASK].diff() > 0).any(1)).any():
-        raise ValueError(f"{name}: example {int(late.nonzero()[0])} has padding before its tokens: pad on the right")
-    if isinstance(x, dict) and MASK in x and (empty := (x[MASK].flatten(1) == 0).all(1)).any():
-        raise ValueError(f"{name}: example {int(empty.nonzero()[0])} is empty: its {MASK} is 0 everywhere")
 
 
 def _check_input(name: str, tensor: Tensor) -> None:
@@ -86,6 +84,13 @@ def _check_input(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: input {int((~is_finite).nonzero()[0])} is not finite")
 
 
+def _check_mask(name: str, is_token: Tensor) -> None:
+    if (empty := ~is_token.any(1)).any():
+        raise ValueError(f"{name}: example {int(empty.nonzero()[0])} is empty: its {MASK} is 0 everywhere")
+    if (late := (is_token[:, 1:] & ~is_token[:, :-1]).any(1)).any():
+        raise ValueError(f"{name}: example {int(late.nonzero()[0])} has padding before its tokens: pad on the right")
+
+
 def _check_labels(name: str, x: Inputs, y: Tensor) -> None:
     if not is_integer(y):
         raise ValueError(f"{name}: labels must be whole numbers, not {y.dtype}")
@@ -95,7 +100,7 @@ def _check_labels(name: str, x: Inputs, y: Tensor) -> None:
     if (bad := y[(y < 0) & ((y != PADDING) | (y.dim() == 1))]).numel():
         raise ValueError(f"{name}: label {int(bad[0])} is below 0")
     if y.dim() == 2 and isinstance(x, dict) and MASK in x and "input_ids" in x:
-        last = x[MASK].sum(1, keepdim=True) - 1  # the last real token, which nothing follows
+        last = (x[MASK] != 0).sum(1, keepdim=True) - 1  # the last real token, which nothing follows
         if ((y == x["input_ids"]) | (y == PADDING)).all() and (y.gather(1, last) >= 0).any():
             raise ValueError(f"{name}: targets are the inputs themselves, not the tokens that follow: see next_tokens")
     if y.dim() > 1 and (ignored := (y == PADDING).all(1)).any():

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..checks import Count, Flag, List, PositiveOrInf, Seed, Size, check_arguments, checked, invalid
-from .inputs import Examples, Pair, check_examples, is_float, take
+from .inputs import Examples, ExamplesPair, check_examples, is_float, take
 from .split import Federation, Split
 
 DRAWS = 100  # how often a federation's class proportions are drawn anew before a class counts as run out
@@ -108,8 +108,8 @@ def _proportions(value: Any, clients: int, classes: int) -> np.ndarray:
 
 @checked
 def partition(
-    pool: Pair,
-    test_pool: Pair,
+    pool: ExamplesPair,
+    test_pool: ExamplesPair,
     classes: Size,
     *,
     clients: Size = 8,

@@ -7,7 +7,7 @@ import torch
 
 from ..checks import Flag, List, PathLike, Seed, Size, checked
 from ..files import check_file, data_path, reading
-from .inputs import Pair, check_examples, take
+from .inputs import ExamplesPair, check_examples, take
 from .partition import partition, partition_options
 from .split import Federation, Split
 
@@ -60,10 +60,10 @@ def from_torchvision(dataset: str, root: PathLike, *, download: Flag = True, **o
 
 @checked
 def from_tensors(
-    train: List[Pair],
-    test: List[Pair],
+    train: List[ExamplesPair],
+    test: List[ExamplesPair],
     *,
-    calibration: List[Pair] | None = None,
+    calibration: List[ExamplesPair] | None = None,
     calibration_size: Size = 30,
     classes: Size | None = None,
     seed: Seed = 0,

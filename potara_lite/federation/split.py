@@ -17,8 +17,8 @@ from ..checks import AnyList, Count, Device, List, Size, checked, invalid, shown
 from .inputs import (
     PADDING,
     Examples,
+    ExamplesPair,
     Inputs,
-    Pair,
     any_tensor,
     check_alike,
     check_examples,
@@ -72,7 +72,7 @@ class Split:
 
     @staticmethod
     @checked
-    def of(examples: List[Pair], ids: AnyList[Count] | None = None) -> Split:
+    def of(examples: List[ExamplesPair], ids: AnyList[Count] | None = None) -> Split:
         """Pad and stack the clients' examples.
 
         Raises ``ValueError`` for an empty client, mismatched lengths, ids that are not a different one for each client,

@@ -131,9 +131,9 @@ def read_task(path: PathLike, seed: Seed = 0) -> list[Question]:
     - ARC and OpenBookQA, as published or as on the Hub: ``question``, ``choices``, ``answerKey``;
     - BoolQ, HellaSwag, PIQA, WinoGrande and SIQA, as on the Hub.
 
-    An ``input`` or ``context`` goes below the instruction. Raises ``FileError`` (a ``ValueError``) naming file and line
-    (of an array, the record) for what is none of these, a field of another kind or with content that is used nowhere,
-    an empty prompt or answer, and an answer that is no option.
+    An ``input`` or ``context`` goes below the instruction; what ``METADATA`` lists is left out. Raises ``FileError`` (a
+    ``ValueError``) naming file and line (of an array, the record) for what is none of these, a field of another kind or
+    with content that is used nowhere, an empty prompt or answer, and an answer that is no option.
     """
     path = Path(path)
     examples = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,13 +55,15 @@ def encode_answers(
     """
     if len(prompts) != len(answers):
         raise ValueError(f"answers: {len(answers)} of them for {len(prompts)} prompts")
-    rows, lengths = [], []
+    rows, lengths, appended = [], [], _appended(tokenizer)
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
         bare = prompt.rstrip()
         if not bare or not answer.strip():
             raise ValueError(f"text {i} has an empty {'answer' if bare else 'prompt'}")
-        row = tokenizer(prompt + answer)["input_ids"] if end else prompt_tokens(tokenizer, prompt + answer)
-        alone = prompt_tokens(tokenizer, bare)
+        row = tokenizer(prompt + answer)["input_ids"]
+        row = row if end else row[: len(row) - appended]
+        alone = tokenizer(bare)["input_ids"]
+        alone = alone[: len(alone) - appended]
         same = next((k for k, (one, other) in enumerate(zip(alone, row)) if one != other), min(len(alone), len(row)))
         lengths.append(len(row) - same)
         if not 0 < lengths[-1] < max_length:
@@ -74,10 +76,13 @@ def encode_answers(
     return x, next_tokens(x["input_ids"], is_answer)
 
 
-def prompt_tokens(tokenizer: Callable, text: str) -> list[int]:
-    """The tokens of a text that goes on: without the special tokens that the tokenizer appends."""
-    tokens = tokenizer(text)["input_ids"]
-    return tokens[: len(tokens) - _appended(tokenizer)]
+def encode_prompts(tokenizer: Callable, prompts: Sequence[str], max_length: int) -> dict[str, Tensor]:
+    """Texts that go on: without the special tokens that the tokenizer appends. Long ones lose their beginning."""
+    appended, rows = _appended(tokenizer), []
+    for prompt in prompts:
+        row = tokenizer(prompt.rstrip())["input_ids"]
+        rows.append(row[: len(row) - appended][-max_length:])
+    return pad_tokens(rows)
 
 
 def _appended(tokenizer: Callable) -> int:

@@ -20,7 +20,7 @@ from ..checks import Count, List, Named, Size, checked
 from ..federation.inputs import MASK, PADDING, map_inputs
 from ..federation.split import Split
 from ..federation.tasks import Question
-from ..federation.text import encode_answers, pad_tokens, prompt_tokens
+from ..federation.text import encode_answers, encode_prompts
 from .batching import Execution
 from .loss import checked_logits
 from .train import batched_logits
@@ -137,10 +137,7 @@ def write_answers(
     """What each client's model writes after its prompts by greedy decoding, up to ``until``, in at most ``steps``
     tokens. Prompts of more than ``max_length`` tokens lose their beginning; ``options`` go to ``greedy_tokens``."""
 
-    def encode(text: str) -> list[int]:
-        return prompt_tokens(tokenizer, text.rstrip())[-max_length:]
-
-    inputs = [pad_tokens([encode(text) for text in of_client]) for of_client in prompts]
+    inputs = [encode_prompts(tokenizer, of_client, max_length) for of_client in prompts]
     end = getattr(tokenizer, "eos_token_id", None)
     tokens = greedy_tokens(adapted, adapters, inputs, steps, end=end, **options)
     texts = [[tokenizer.decode([int(t) for t in row if t != end]) for row in of_client] for of_client in tokens]

@@ -7,9 +7,11 @@ import pytest
 import torch
 from conftest import tiny_vit
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_architectures import CAUSAL, ENCODERS, VOCABULARY, random_network
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from potara_lite import (
     Split,
@@ -195,6 +197,16 @@ def test_logits_with_a_name_are_taken_and_others_are_refused_in_words():
             adapted(adapted.initial, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
+def test_a_mask_may_have_any_type_of_number(dtype):
+    x = pad_tokens([[1, 9], [3]]) | {"attention_mask": torch.tensor([[1, 1], [1, 0]]).to(dtype)}
+    Split.of([(x, torch.tensor([1, 0]))])
+    Split.of([(x, torch.tensor([[9, -100], [5, -100]]))])
+    empty = x | {"attention_mask": torch.tensor([[1, 1], [0, 0]]).to(dtype)}
+    with pytest.raises(ValueError, match="client 0: example 1 is empty"):
+        Split.of([(empty, torch.tensor([[9, -100], [5, -100]]))])
+
+
 def test_padding_on_the_left_is_refused():
     x = {"input_ids": torch.tensor([[0, 1, 9]]), "attention_mask": torch.tensor([[0, 1, 1]])}
     with pytest.raises(ValueError, match="client 0: example 0 has padding before its tokens: pad on the right"):
@@ -249,6 +261,28 @@ def test_the_auto_class_of_peft_finds_the_base(tmp_path):
     save_adapter(adapted, adapted.initial, tmp_path / "adapter")
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert "rank 2" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("infix", ["modules_to_save.default.", "default.", "modules_to_save."])
+def test_tensors_load_by_the_names_of_older_versions_of_peft(infix, tmp_path):
+    adapted = attach(Dense(), targets=["fc1"], rank=2)
+    adapter = {name: torch.randn_like(tensor) for name, tensor in adapted.initial.items()}
+    save_adapter(adapted, adapter, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace("head.", f"head.{infix}"): tensor for name, tensor in load_file(path).items()}, path)
+    loaded = load_adapter(adapted, tmp_path)
+    assert all(torch.equal(tensor, adapter[name]) for name, tensor in loaded.items())
+
+
+def test_an_attention_layer_of_ones_own_is_made_explicit_as_what_it_extends():
+    class Mine(BertSelfAttention):
+        pass
+
+    network = text_network("bert")
+    for layer in network.bert.encoder.layer:
+        layer.attention.self.__class__ = Mine
+    adapted = attach(network, rank=2, targets=linear_layers(network, last=1), head=None)
+    assert torch.equal(adapted(adapted.initial, texts()), output_of(network, texts()))
 
 
 def test_a_pickle_is_refused_with_the_way_out(tmp_path):
