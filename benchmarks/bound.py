@@ -43,7 +43,7 @@ def resampled(split: Split, size: int, seed: int) -> Split:
     """``size`` examples of every client, drawn without replacement."""
     rows = [torch.from_numpy(np.random.default_rng([seed, i]).permutation(n)[:size])
             for i, n in zip(split.ids, split.sizes.tolist())]  # fmt: skip
-    return Split.of([(split.x[i, rows[i]], split.y[i, rows[i]]) for i in range(len(split))], ids=split.ids)
+    return Split([tuple(part[rows[i]] for part in split.client(i)) for i in range(len(split))], ids=split.ids)
 
 
 def measure(runs: int = RUNS, pool: int = POOL, setting: Setting | None = None) -> pd.DataFrame:

@@ -103,12 +103,12 @@ def micro_batches(adapted, stack, split) -> torch.Tensor:
     weights = [model.get_parameter(adapted.parameter_names[name]).requires_grad_() for name in stack]
     for client in range(len(split)):
         set_peft_model_state_dict(model, client_adapter(stack, client))
-        for x, y in zip(split.x[client], split.y[client]):
+        for x, y in zip(*split.client(client)):
             loss = F.cross_entropy(model(x.unsqueeze(0)), y.unsqueeze(0))
             rows.append(torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, weights)]))
     model.requires_grad_(False)
     set_peft_model_state_dict(model, adapted.initial)
-    return torch.stack(rows).view(*split.y.shape, -1)
+    return torch.stack(rows).view(len(split), -1, len(rows[0]))
 
 
 def with_opacus(adapted, stack, split):
@@ -126,7 +126,8 @@ def with_opacus(adapted, stack, split):
         rows = []
         for client in range(len(split)):
             set_peft_model_state_dict(model, client_adapter(stack, client))
-            F.cross_entropy(wrapped(split.x[client]), split.y[client], reduction="sum").backward()
+            x, y = split.client(client)
+            F.cross_entropy(wrapped(x), y, reduction="sum").backward()
             rows.append(torch.cat([weight.grad_sample.flatten(1) for weight in weights], dim=1))
             wrapped.zero_grad()
         return torch.stack(rows)
@@ -138,7 +139,7 @@ def fisher(load: Load, repeats: int, *, samples: int, memory: float | None) -> d
     """One row: per-sample gradients of ``samples`` examples of each client, at adapters a few steps from the start."""
     adapted, split = make(load)
     samples = min(samples, int(split.sizes.min()))  # no padding: a loop would not take it
-    split = type(split)(split.x[:, :samples], split.y[:, :samples], split.sizes.clamp_max(samples), split.ids)
+    split = split.head(samples)
     stack = train(adapted, repeat_adapter(adapted.initial, load.clients), split, steps=5, lr=LR).adapters
     contestants = {
         "engine": lambda: per_sample_gradients(adapted, stack, split, execution=Execution(memory_bytes=memory)),

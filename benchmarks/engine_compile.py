@@ -35,7 +35,8 @@ def row(load: Load, repeats: int) -> dict:
     adapted, split = make(load)
     flat = flatten(repeat_adapter(adapted.initial, load.clients))
     flat = flat + 0.02 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
-    x, y = (tensor[:, : load.batch_size] for tensor in (split.x, split.y))
+    first = split.head(load.batch_size)
+    x, y = first.x, first.y
 
     def step(losses_of: Callable, forward: Callable) -> tuple[torch.Tensor, torch.Tensor]:
         weights = flat.detach().requires_grad_()

@@ -65,7 +65,7 @@ def make(model: Path | None, last: int | None, attention: str) -> tuple[AdaptedB
         lengths = torch.randint(TOKENS // 2, TOKENS + 1, (40,), generator=generator).tolist()
         rows = [torch.randint(1000, 30000, (length,), generator=generator).tolist() for length in [TOKENS, *lengths]]
         examples.append((pad_tokens(rows), torch.randint(CLASSES, (41,), generator=generator)))
-    return attach(network, rank=4, targets=linear_layers(network, last)), Split.of(examples)
+    return attach(network, rank=4, targets=linear_layers(network, last)), Split(examples)
 
 
 def sequential(adapted: AdaptedBackbone, split: Split, steps: int) -> tuple[torch.Tensor, torch.Tensor]:

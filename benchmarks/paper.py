@@ -36,7 +36,6 @@ import torch
 from other_data import grey_cifar10
 from pages import facts
 from peft import LoraConfig
-from suite import few
 
 from potara_lite import Setting, attach, fashion_mnist, lab_vit, merge_factors
 from potara_lite.adapters.state import adapter_bytes, stack_adapters
@@ -83,7 +82,7 @@ def on(part: str, samples: int, estimate: Callable[..., Estimate], **options) ->
     """An estimator on the first samples of every client's ``train`` or ``calibration`` part."""
 
     def estimator(adapted, federated, local, federation: Federation) -> Estimate:
-        return estimate(adapted, federated, local, few(getattr(federation, part), samples), **options)
+        return estimate(adapted, federated, local, getattr(federation, part).head(samples), **options)
 
     return estimator
 

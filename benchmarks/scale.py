@@ -47,7 +47,7 @@ def measure(load: Load, rounds: int, memory: float | None) -> dict:
         "finite": bool(finite),
         "seconds": seconds,
         "peak_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "data_bytes": split.x.numel() * split.x.element_size(),
+        "data_bytes": sum(x.nbytes for x, _ in split.examples),
     }
 
 

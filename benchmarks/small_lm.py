@@ -97,7 +97,7 @@ def glosses_with_answers(tokenizer, setting: Setting, seed: int) -> tuple[Federa
             rows, labels = numbers.client(client)
             prompts = [" ".join(texts[row].split()[:WORDS]) + "\nKind:" for row in rows]
             examples.append(encode_answers(tokenizer, prompts, [f" {names[label]}" for label in labels]))
-        return Split.of(examples, numbers.ids)
+        return Split(examples, numbers.ids)
 
     parts = (with_answers(part) for part in (dealt.train, dealt.calibration, dealt.test))
     return Federation(*parts, len(tokenizer), "WordNet glosses, answered"), torch.tensor(kinds).flatten()
@@ -107,7 +107,10 @@ def glosses_with_answers(tokenizer, setting: Setting, seed: int) -> tuple[Federa
 def answers(adapted: AdaptedBackbone, adapters: Adapter, split: Split, kinds: Tensor) -> dict[str, Tensor]:
     """For each client ``(C,)``: the mean loss of the answer's word (nats), and the shares of examples whose word is the
     most likely of the ``kinds`` and of the whole vocabulary. An example has one target."""
-    found = {name: torch.zeros(split.y.shape[:2], dtype=torch.float64) for name in ("loss", "accuracy", "exact")}
+    found = {
+        name: torch.zeros(len(split), int(split.sizes.max()), dtype=torch.float64)
+        for name in ("loss", "accuracy", "exact")
+    }
     for rows, columns, logits, y in batched_logits(adapted, adapters, split, batch_size=16, execution=Execution()):
         target_index = (y != PADDING).int().argmax(-1, keepdim=True)  # (C, B, 1)
         logits = logits.take_along_dim(target_index.unsqueeze(-1), dim=2).squeeze(2)  # (C, B, vocabulary)

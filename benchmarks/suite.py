@@ -25,7 +25,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from inspect import ismodule
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,8 +54,6 @@ from potara_lite.estimators import (
     estimate_shrinkage,
     estimate_uniform,
 )
-from potara_lite.federation.inputs import take
-from potara_lite.federation.split import Split
 from potara_lite.merging.connectivity import along_segment, weight_grid
 
 HERE = Path(__file__).parent
@@ -165,16 +163,10 @@ def seeds_of(estimator: str) -> list[int]:
     return list(SEEDS)[:1] if estimator in DEAR else list(SEEDS)
 
 
-def few(split: Split, samples: int) -> Split:
-    """The first ``samples`` examples of every client."""
-    first = slice(None), slice(samples)
-    return replace(split, x=take(split.x, first), y=split.y[first], sizes=split.sizes.clamp_max(samples))
-
-
 def samples(federation) -> SimpleNamespace:
     """What an estimator may see: the calibration samples and as many, 30, of each client's training samples."""
     split = federation.train
-    return SimpleNamespace(calibration=federation.calibration, few=few(split, 30), train_sizes=split.sizes)
+    return SimpleNamespace(calibration=federation.calibration, few=split.head(30), train_sizes=split.sizes)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def make(load: Load) -> tuple[AdaptedBackbone, Split]:
         examples = [(torch.randn(n, 196, 768), torch.randint(10, (n,))) for n in sizes // 4]
     else:
         raise ValueError(f"shape must be 'lab' or 'vit-b-16', not {load.shape!r}")
-    split = Split.of(examples)
+    split = Split(examples)
     split = split.map(backbone.embed) if load.shape == "lab" else split
     return attach(backbone).to(load.device), split.to(load.device)
 

@@ -45,7 +45,7 @@ def marker(method: str) -> str:
 
 def check_names(names: Sequence[str], splits: Iterable[Split]) -> None:
     """Raise ``ValueError`` unless there is a name for every label of the splits."""
-    largest = max(int(split.y.max()) for split in splits)
+    largest = max(int(y.max()) for split in splits for _, y in split.examples)
     if largest >= len(names):
         raise ValueError(f"names: {len(names)} of them, but there is a label {largest}")
 

@@ -13,7 +13,9 @@ from potara_lite import potara
 from potara_lite.adapters.lora import attach
 from potara_lite.adapters.state import delta, repeat_adapter
 from potara_lite.federation.batches import batch_indices
+from potara_lite.federation.inputs import take
 from potara_lite.federation.sources import from_tensors
+from potara_lite.federation.split import _split as unchecked_split
 from potara_lite.models.vit import LabViT
 
 collect_ignore = ["typed_api.py"]  # mypy reads it, nothing runs it
@@ -49,6 +51,14 @@ def tiny_text_encoder(folder):
     sizes = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
     BertModel(BertConfig(**sizes, intermediate_size=32, max_position_embeddings=32)).save_pretrained(folder)
     return str(folder)
+
+
+def changed_split(split, x=None, y=None):
+    """The split with other inputs or labels, padded as ``split.x`` and ``split.y`` are, and checked by nothing."""
+    x = split.x if x is None else x
+    y = split.y if y is None else y
+    examples = [(take(x, (i, slice(n))), y[i, :n]) for i, n in enumerate(split.sizes.tolist())]
+    return unchecked_split(examples, split.ids)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_federation, tiny_vit
+from conftest import changed_split, tiny_federation, tiny_vit
 from hypothesis import given, settings, strategies as st
 from test_project import FILES, module_name
 from test_results import ROOT, script
@@ -90,7 +90,7 @@ def things():
     t.losses = torch.rand(3, 3, 6, generator=torch.Generator().manual_seed(1))
     t.flat = torch.cat([tensor.flatten(1) for tensor in t.local.values()], 1)
     t.pool = torch.rand(60, 1, 28, 28), torch.arange(60) % 4
-    numbers = Split.of([(torch.arange(3), torch.arange(3))] * 2)
+    numbers = Split([(torch.arange(3), torch.arange(3))] * 2)
     t.numbers = potara_lite.Federation(numbers, numbers, numbers, 4)
     t.ledger = potara_lite.Ledger.zeros(3)
     t.pair = ModelPair(t.federated, t.local, (t.ledger, t.ledger), (0.0, 0.0))
@@ -873,11 +873,6 @@ def test_unknown_and_missing_arguments_are_pythons_own_errors():
 # What has no row above: constructors, and arguments that are wrong together.
 
 
-def split_of(t, **changes):
-    s = t.split
-    return Split(**dict(x=s.x, y=s.y, sizes=s.sizes, ids=s.ids) | changes)
-
-
 def federation_of(t, **changes):
     f = t.federation
     parts = dict(train=f.train, calibration=f.calibration, test=f.test, classes=4, name="x")
@@ -890,12 +885,12 @@ def moments(a=1.0, b=1.0, c=0.0):
 
 def examples(t, x=None, y=None, n=4):
     x = torch.rand(n, 1, 28, 28) if x is None else x
-    return Split.of([t.split.client(0), (x, torch.zeros(n).long() if y is None else y)])
+    return Split([t.split.client(0), (x, torch.zeros(n).long() if y is None else y)])
 
 
 def mapping(**changes):
     x = {"input_ids": torch.tensor([[1, 2], [3, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
-    return Split.of([(x | changes.pop("x", {}), changes.pop("y", torch.tensor([0, 1])))])
+    return Split([(x | changes.pop("x", {}), changes.pop("y", torch.tensor([0, 1])))])
 
 
 ALL = {n: t for n, t in vars(Setting()).items()}
@@ -910,7 +905,7 @@ OF_SETTING = {
     "data": [5, None, "mnist"],
     "backbone": [5],
 }
-E, S, A = potara_lite.Estimate, Split.of, potara_lite.Algorithm
+E, S, A = potara_lite.Estimate, Split, potara_lite.Algorithm
 HALF = torch.tensor([0.5, 0.5, 0.5])
 WRONG = [
     *((f"Setting {name} {value!r}", lambda t, n=name, v=value: Setting(**{n: v}), (name, repr(value)))
@@ -924,12 +919,12 @@ WRONG = [
       for name, values in (("clip", [-1, 0, INF, *NUMBER]), ("noise_multiplier", [-1, INF, *NUMBER]), ("seed", WHOLE))
       for value in values),
     # Splits
-    ("fewer ids", lambda t: Split.of([t.split.client(0)] * 3, [0, 1]), ("ids", "2 of them for 3")),
-    ("ids twice", lambda t: Split.of([t.split.client(0)] * 2, [1, 1]), ("ids", "(1, 1)")),
-    ("ids below 0", lambda t: Split.of([t.split.client(0)] * 2, [0, -1]), ("ids[1]", "-1")),
-    ("ids of fractions", lambda t: Split.of([t.split.client(0)] * 2, [0, 0.5]), ("ids[1]", "0.5")),
-    ("no examples", lambda t: Split.of([]), ("examples", "[]")),
-    ("no pairs", lambda t: Split.of([t.split.client(0)[0]]), ("examples[0]",)),
+    ("fewer ids", lambda t: Split([t.split.client(0)] * 3, [0, 1]), ("ids", "ids must be 3 different")),
+    ("ids twice", lambda t: Split([t.split.client(0)] * 2, [1, 1]), ("ids", "(1, 1)")),
+    ("ids below 0", lambda t: Split([t.split.client(0)] * 2, [0, -1]), ("ids[1]", "-1")),
+    ("ids of fractions", lambda t: Split([t.split.client(0)] * 2, [0, 0.5]), ("ids[1]", "0.5")),
+    ("no examples", lambda t: Split([]), ("examples", "[]")),
+    ("no pairs", lambda t: Split([t.split.client(0)[0]]), ("examples[0]",)),
     ("uint8 beside float", lambda t: examples(t, torch.zeros(4, 1, 28, 28, dtype=torch.uint8)), ("1", "torch.uint8")),
     ("whole images", lambda t: examples(t, torch.zeros(4, 1, 28, 28, dtype=torch.int64)), ("client 1", "torch.int64")),
     ("complex", lambda t: examples(t, torch.zeros(4, 1, 28, 28) * 1j), ("client 1", "torch.complex64")),
@@ -945,18 +940,11 @@ WRONG = [
     ("label ignored", lambda t: examples(t, y=torch.tensor([0, 1, -100, 0])), ("client 1", "label -100")),
     ("array", lambda t: examples(t, np.zeros((4, 1, 28, 28), "f")), ("client 1", "ndarray")),
     ("list of labels", lambda t: examples(t, y=[0, 1, 2, 3]), ("client 1", "[0, 1, 2, 3]")),
-    ("no tensors", lambda t: Split.of([({}, torch.tensor([0]))]), ("client 0", "{}")),
+    ("no tensors", lambda t: Split([({}, torch.tensor([0]))]), ("client 0", "{}")),
     ("target below 0", lambda t: mapping(y=torch.tensor([[1, -2], [1, -100]])), ("client 0", "label -2")),
     ("targets of another length", lambda t: mapping(y=torch.tensor([[1, 2, 3], [1, 2, 3]])), ("client 0", "(2, 3)")),
     ("float mask", lambda t: mapping(x={"attention_mask": torch.tensor([[1.0, NAN], [1, 0]])}), ("client 0", "input")),
-    ("y of one dimension", lambda t: split_of(t, y=t.split.y[0]), ("y", "(6,)")),
-    ("float y", lambda t: split_of(t, y=t.split.y.float()), ("y", "float32")),
-    ("x of fewer", lambda t: split_of(t, x=t.split.x[:, :2]), ("x", "(3, 2, ")),
-    ("x of nothing", lambda t: split_of(t, x={}), ("x", "{}")),
-    ("sizes of fewer", lambda t: split_of(t, sizes=t.sizes[:2]), ("sizes", "(2,)")),
-    ("sizes of 0", lambda t: split_of(t, sizes=t.sizes * 0), ("sizes", "[0, 0, 0]")),
-    ("sizes beyond", lambda t: split_of(t, sizes=t.sizes + 9), ("sizes", "[12, 15, 13]")),
-    ("ids of fewer", lambda t: split_of(t, ids=(0, 1)), ("ids", "(0, 1)")),
+    ("ids of fewer", lambda t: Split(t.split.examples, (0, 1)), ("ids", "(0, 1)")),
     ("map by no function", lambda t: t.split.map(3), ("function", "3")),
     ("map of no batch", lambda t: t.split.map(lambda x: x, batch_size=0), ("batch_size", "0")),
     ("rows of -1", lambda t: t.split.rows([-1]), ("index[0]", "-1")),
@@ -968,13 +956,10 @@ WRONG = [
     ("to no device", lambda t: t.split.to(None), ("device", "None")),
     ("to an unknown device", lambda t: t.federation.to("gpu"), ("device", "'gpu'")),
     ("a backbone to a number", lambda t: t.adapted.to(0.5), ("device", "0.5")),
-    ("bytes", lambda t: split_of(t, x=t.split.x.to(torch.uint8)), ("x must", "uint8")),
-    ("complex x", lambda t: split_of(t, x=t.split.x + 0j), ("x must", "complex64")),
-    ("x on no device", lambda t: split_of(t, x=t.split.x.to("meta")), ("x must", "float32")),
+    ("bytes", lambda t: Split([(x.to(torch.uint8), y) for x, y in t.split.examples]), ("client 0", "uint8")),
+    ("x on no device", lambda t: examples(t, torch.zeros(4, 1, 28, 28).to("meta")), ("client 1", "meta")),
     ("examples that are not there", lambda t: examples(t, torch.zeros(4, 1, 28, 28).to_sparse()), ("1", "sparse")),
-    ("y true and false", lambda t: split_of(t, y=t.split.y > 0), ("y must", "bool")),
-    ("all ignored", lambda t: split_of(t, y=t.split.y * 0 - 100), ("y must", "at least 0")),
-    ("true sizes", lambda t: split_of(t, sizes=t.sizes > 0), ("sizes", "bool")),
+    ("all ignored", lambda t: examples(t, y=torch.zeros(4).long() - 100), ("client 1", "label -100")),
     ("NaN for an estimator", lambda t: estimators.estimate_paper(
         t.adapted, t.federated, t.local, broken(t)), ("loss", "client 1", "finite")),
     ("NaN for another one", lambda t: estimators.estimate_shrinkage(
@@ -982,10 +967,10 @@ WRONG = [
     ("NaN for drawn labels", lambda t: estimators.estimate_paper(
         t.adapted, t.federated, t.local, broken(t), sample_labels=0), ("loss", "client 1", "finite")),
     ("another precision", lambda t: potara_lite.evaluate(
-        t.adapted, t.local, split_of(t, x=t.split.x.double())), ("split", "float64", "float32")),
+        t.adapted, t.local, changed_split(t.split, x=t.split.x.double())), ("split", "float64", "float32")),
     ("a label of none", lambda t: potara_lite.evaluate(
-        t.adapted, t.local, split_of(t, y=t.split.y + 9)), ("split", "0 … 3")),
-    *((f"a label of none in {name}", lambda t, f=f: f(t, split_of(t, y=t.split.y + 1)), ("split", "0 … 3"))
+        t.adapted, t.local, changed_split(t.split, y=t.split.y + 9)), ("split", "0 … 3")),
+    *((f"a label of none in {name}", lambda t, f=f: f(t, changed_split(t.split, y=t.split.y + 1)), ("split", "0 … 3"))
       for name, f in {
           "training": lambda t, split: potara_lite.train(t.adapted, t.local, split, steps=1),
           "one after another": lambda t, split: potara_lite.train(
@@ -1156,7 +1141,7 @@ def config(**options):
 def broken(t):
     x = t.split.x.clone()
     x[1] = NAN
-    return split_of(t, x=x)
+    return changed_split(t.split, x=x)
 
 
 def private(t, change):
@@ -1364,7 +1349,7 @@ def test_no_examples_are_taken_that_are_not_finite_floats_with_labels(x_dtype, y
     x = torch.rand(4, 1, 28, 28).to(x_dtype)
     x[1, 0, 2, 3] = spoilt if x_dtype.is_floating_point else 1
     y = torch.full(shape, low).to(y_dtype)
-    found = outcome(lambda: Split.of([(x, y), (x, y)], ids=[4, 7]))
+    found = outcome(lambda: Split([(x, y), (x, y)], ids=[4, 7]))
     right = y_dtype in (torch.uint8, torch.int64) and (low >= 0 or y_dtype == torch.uint8)
     right = right and x_dtype.is_floating_point and spoilt == 0 and shape == (4,)
     assert (found is not None) == right

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -122,12 +122,9 @@ class AdaptedBackbone:
         """The adapted layers that weigh several experts (``baselines.algorithms.gated``): A has a row more for each."""
         return {layer for layer in self.scaling if has_hooks(self.model.get_submodule(layer).lora_A["default"])}
 
-    def check_inputs(self, x: Inputs, ids: Sequence[int] | None = None) -> None:
-        """Raise ``ValueError`` for inputs that the network does not take, for token ids and positions that it has no
-        embedding of, and where dropout is active.
-
-        With ``ids``, the numbers of the clients, these are on dim 0.
-        """
+    def check_inputs(self, x: Inputs, client: int | None = None) -> None:
+        """Raise ``ValueError``, which names the client, for inputs that the network does not take, for token ids and
+        positions that it has no embedding of, and where dropout is active."""
         if not isinstance(x, Tensor | Mapping):
             invalid("x", "a tensor or a dictionary of tensors", x)
         for name, module in self.dropouts:
@@ -135,7 +132,7 @@ class AdaptedBackbone:
                 raise ValueError(f"dropout is active in {name}: call model.eval(), so that clients are independent")
         if isinstance(x, Mapping):
             check_names(self.model.get_base_model(), x)
-            check_tokens(self.model.get_base_model(), x, ids)
+            check_tokens(self.model.get_base_model(), x, client)
 
     @property
     def config(self) -> LoraConfig:

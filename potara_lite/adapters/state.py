@@ -178,8 +178,8 @@ def check_models(adapted: AdaptedBackbone, split: Split, **stacks: Adapter) -> l
     Raises ``ValueError`` unless each is of this backbone and has an adapter for every client of ``split``, and for
     inputs in a precision that the backbone does not compute in.
     """
-    inputs = split.x.values() if isinstance(split.x, dict) else [split.x]
-    for tensor in inputs:
+    x, _ = split.examples[0]
+    for tensor in x.values() if isinstance(x, dict) else [x]:
         if tensor.is_floating_point() and tensor.dtype not in adapted.dtypes:
             known = " and ".join(map(str, adapted.dtypes))
             raise ValueError(f"split: inputs of {tensor.dtype} for a backbone of {known}")

@@ -18,15 +18,12 @@ from pathlib import Path
 from types import CodeType, FunctionType
 
 import pandas as pd
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import __version__
 from ..adapters.lora import AdaptedBackbone
 from ..checks import Count, Flag, List, Named, PathLike, Seeds, Size, checked, invalid
 from ..experiment import Method, Run, prepare
-from ..federation.inputs import map_inputs
 from ..federation.split import Federation, Split
 from ..files import FileError, digest, reading, write_atomically
 from ..results import result_rows
@@ -42,14 +39,8 @@ def union(split: Split, per_client: Size) -> Split:
 
     Raises ``ValueError`` for ``per_client`` below 1.
     """
-    sizes = split.sizes.clamp_max(per_client)
-
-    def all_together(tensor: Tensor) -> Tensor:
-        together = torch.cat([tensor[i, : int(n)] for i, n in enumerate(sizes)])
-        return together.expand(len(split), *together.shape)
-
-    x, y = map_inputs(all_together, split.x), all_together(split.y)
-    return Split(x, y, torch.full_like(split.sizes, y.shape[1]), split.ids)
+    x, y, _ = split.head(per_client).joined()
+    return Split([(x, y)] * len(split), split.ids)
 
 
 @checked

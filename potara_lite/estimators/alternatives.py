@@ -7,13 +7,13 @@ model is shrunk towards the federated one by its variance over their distance.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from ..adapters.lora import AdaptedBackbone
-from ..adapters.state import Stack, check_models
+from ..adapters.state import Stack, check_models, select_clients
 from ..checks import Flag, NonNegative, Numbers, checked
 from ..federation.split import Split
 from ..training.gradients import directional_derivatives, per_sample_gradients
@@ -28,6 +28,7 @@ from .estimate import (
     Two,
     from_moments,
     group_coordinates,
+    moments_by_groups,
 )
 from .gauss_newton import example_mean, segment_of
 from .moments import Moments
@@ -37,6 +38,12 @@ from .paper import diagonal_moments, fisher_diagonals
 def _check_train_sizes(train_sizes: Tensor, split: Split) -> None:
     if len(train_sizes) != len(split):
         raise ValueError(f"train_sizes: {len(train_sizes)} of them for {len(split)} clients")
+
+
+def _gradients_of(rows: Tensor, adapted: AdaptedBackbone, federated: Stack, local: Stack, split: Split) -> list[Tensor]:
+    """The per-sample gradients ``(K, N, P)`` of both models of the clients in these rows."""
+    part = split.rows(rows.tolist())
+    return [per_sample_gradients(adapted, select_clients(stack, rows), part) for stack in (federated, local)]
 
 
 # Laplace.
@@ -79,11 +86,14 @@ def estimate_laplace(
     """
     federated, local = check_models(adapted, split, federated=federated, local=local)
     _check_train_sizes(train_sizes, split)
-    g_f, g_l = (per_sample_gradients(adapted, stack, split) for stack in (federated, local))
-    examples = train_sizes.sum().expand(len(train_sizes)), train_sizes
     _, groups = group_coordinates(local, by)
-    moments = laplace_moments(g_f, g_l, split.sizes, examples=examples, prior=prior, groups=groups)
-    return from_moments(moments, local, by)
+
+    def moments_of(rows: Tensor) -> Moments:
+        g_f, g_l = _gradients_of(rows, adapted, federated, local, split)
+        examples = train_sizes.sum().expand(len(rows)), train_sizes[rows]
+        return laplace_moments(g_f, g_l, split.sizes[rows], examples=examples, prior=prior, groups=groups)
+
+    return from_moments(moments_by_groups(moments_of, split.alike()), local, by)
 
 
 # Gradient.
@@ -213,12 +223,14 @@ def estimate_gradient(
     ``damping=None``. Cost: 2 gradients per sample.
     """
     federated, local = check_models(adapted, split, federated=federated, local=local)
-    g_f, g_l = (per_sample_gradients(adapted, stack, split) for stack in (federated, local))
     _, groups = group_coordinates(local, by)
-    moments = gradient_moments(
-        g_f, g_l, split.sizes, unbiased=unbiased, damping=damping, cross_fit=cross_fit, groups=groups
-    )
-    return from_moments(moments, local, by)
+    options: dict[str, Any] = dict(unbiased=unbiased, damping=damping, cross_fit=cross_fit, groups=groups)
+
+    def moments_of(rows: Tensor) -> Moments:
+        g_f, g_l = _gradients_of(rows, adapted, federated, local, split)
+        return gradient_moments(g_f, g_l, split.sizes[rows], **options)
+
+    return from_moments(moments_by_groups(moments_of, split.alike()), local, by)
 
 
 # James–Stein.
@@ -256,13 +268,16 @@ def estimate_shrinkage(
     """
     federated, local = check_models(adapted, split, federated=federated, local=local)
     _check_train_sizes(train_sizes, split)
-    gradients = per_sample_gradients(adapted, local, split).double()
-    gram = gradients @ gradients.mT  # (C, N, N)
-    eigenvalues = torch.linalg.eigvalsh(gram).clamp_min(0)
-    ridge = (damping * _trace(gram).squeeze(2) / gradients.shape[2]).clamp_min(1e-30)
-    effective = (eigenvalues / (eigenvalues + ridge)).sum(1)
+    effective = torch.empty(len(split), dtype=torch.float64)
+    for group in split.alike():
+        rows = torch.tensor(group)
+        gradients = per_sample_gradients(adapted, select_clients(local, rows), split.rows(group)).double()
+        gram = gradients @ gradients.mT  # (K, N, N)
+        eigenvalues = torch.linalg.eigvalsh(gram).clamp_min(0)
+        ridge = (damping * _trace(gram).squeeze(2) / gradients.shape[2]).clamp_min(1e-30)
+        effective[rows] = (eigenvalues / (eigenvalues + ridge)).sum(1).cpu()
     start, direction = segment_of(federated, local)
     _, curvature = directional_derivatives(adapted, start, direction, split)
     variance = (effective - 2).clamp_min(0) / train_sizes.to(effective)
     moments = shrinkage_moments(variance, example_mean(curvature, split))
-    return Estimate(moments.weight, moments, {"effective": effective.cpu()})
+    return Estimate(moments.weight, moments, {"effective": effective})

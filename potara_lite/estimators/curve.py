@@ -60,7 +60,7 @@ def client_losses(adapted: AdaptedBackbone, adapters: Stack, split: Split) -> Te
     Raises ``ValueError`` for a client with a loss that is not finite.
     """
     [adapters] = check_models(adapted, split, adapters=adapters)
-    result = torch.zeros(split.y.shape[:2], dtype=adapted.dtype, device=adapted.device)
+    result = torch.zeros(len(split), int(split.sizes.max()), dtype=adapted.dtype, device=adapted.device)
     for rows, columns, logits, y in batched_logits(adapted, adapters, split, batch_size=128, execution=Execution()):
         result[rows, columns] = example_losses(logits, y, leading=2)
     check_losses(result, split)
@@ -80,10 +80,12 @@ def segment_losses(adapted: AdaptedBackbone, federated: Stack, local: Stack, spl
 def client_logits(adapted: AdaptedBackbone, adapters: Stack, split: Split) -> Tensor:
     """Every client's logits on its own examples, ``(C, N, ..., classes)``."""
     [adapters] = check_models(adapted, split, adapters=adapters)
-    result = None
-    options = dict(batch_size=split.y.shape[1], execution=Execution())
-    for rows, columns, logits, _ in batched_logits(adapted, adapters, split, **options):
-        result = logits.new_empty(*split.y.shape[:2], *logits.shape[2:]) if result is None else result
-        result[rows, columns] = logits
+    most = int(split.sizes.max())
+    blocks = list(batched_logits(adapted, adapters, split, batch_size=most, execution=Execution()))
+    shape = [max(sizes) for sizes in zip(*(logits.shape[2:] for _, _, logits, _ in blocks))]  # with tokens, the longest
+    result = blocks[0][2].new_zeros(len(split), most, *shape)
+    for rows, columns, logits, _ in blocks:
+        region = result[:, columns][(slice(None), slice(None), *map(slice, logits.shape[2:]))]  # a view
+        region[rows] = logits
     check_losses(result, split)
     return result

@@ -8,7 +8,7 @@ per group of tensors instead of one per client (see ``by_layer``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -95,6 +95,17 @@ def group_coordinates(
         adapters = delta(adapters, dict.fromkeys(lora_layers(adapters), 1.0))
     parts = [torch.full((tensor[0].numel(),), labels.index(by(name))) for name, tensor in adapters.items()]
     return labels, torch.cat(parts).to(next(iter(adapters.values())).device)
+
+
+def moments_by_groups(moments_of: Callable[[Tensor], Moments], groups: Sequence[Sequence[int]]) -> Moments:
+    """The moments of all clients from those of groups of them, each computed from the rows ``(K,)`` of its clients.
+
+    With the groups of ``Split.alike`` the memory of gradients ``(K, N, P)`` follows the number of examples.
+    """
+    rows = [torch.tensor(group) for group in groups]
+    parts = [moments_of(group) for group in rows]
+    order = torch.cat(rows).argsort()
+    return Moments(*(torch.cat([getattr(part, name) for part in parts])[order] for name in "abc"))
 
 
 def group_sum(values: Tensor, groups: Tensor | None) -> Tensor:

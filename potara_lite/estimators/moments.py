@@ -24,7 +24,7 @@ class Moments:
     """The second moments ``a`` (federated), ``b`` (local), ``c`` (cross): float64, ``(C,)`` or ``(C, groups)``.
 
     Degenerate cases have a stated answer. ``weight`` is clipped to [0, 1] (``c > min(a, b)``: the better model
-    alone). Where the bound does not curve upwards, ``a + b - 2c <= 1e-12 (a + b)``, it is the end with the smaller
+    alone). Where the bound does not curve upwards, ``a + b - 2c <= 1e-9 (a + b)``, it is the end with the smaller
     moment, and ½ if they are equal to 1e-9: the two errors cannot be told apart. An infinite ``a``
     gives 0, an infinite ``b`` 1, both ½. NaN, a negative ``a`` or ``b``, a ``c`` that is infinite while neither of them
     is, and other shapes raise ``ValueError``.
@@ -52,7 +52,7 @@ class Moments:
         """The minimiser of ``bound`` in [0, 1]."""
         a, b, c = self.a, self.b, self.c
         weight = (b - c) / (a + b - 2 * c)
-        is_flat = ~(a + b - 2 * c > 1e-12 * (a + b))  # the bound does not curve upwards: the better model, or ½
+        is_flat = ~(a + b - 2 * c > 1e-9 * (a + b))  # the bound does not curve upwards: the better model, or ½
         is_equal = (a - b).abs() <= 1e-9 * (a + b)
         weight = torch.where(is_flat, torch.where(is_equal, 0.5, (a < b).double()), weight)
         weight = torch.where(a.isinf() | b.isinf(), 0.5 + 0.5 * b.isinf().double() - 0.5 * a.isinf().double(), weight)

@@ -13,7 +13,18 @@ from ..checks import Flag, NonNegative, Seed, checked
 from ..federation.split import Split
 from ..training.gradients import delta_gradients, per_sample_gradients
 from .curve import client_logits
-from .estimate import Estimate, Gradients, Grouping, Groups, Interval, Sizes, from_moments, group_coordinates, group_sum
+from .estimate import (
+    Estimate,
+    Gradients,
+    Grouping,
+    Groups,
+    Interval,
+    Sizes,
+    from_moments,
+    group_coordinates,
+    group_sum,
+    moments_by_groups,
+)
 from .moments import Moments
 
 TINY = torch.finfo(torch.float64).tiny
@@ -84,28 +95,27 @@ def estimate_paper(
     _, groups = group_coordinates(local, by, on_delta)
     options: dict[str, Any] = dict(damping=damping, relative=relative, clip=clip, groups=groups)
     models = federated, local
-    labels = _labels(adapted, models, split, sample_labels)
-    if not on_delta:
-        g_f, g_l = (per_sample_gradients(adapted, model, split, labels=y) for model, y in zip(models, labels))
-        return from_moments(fisher_moments(g_f, g_l, split.sizes, **options), local, by)
-    of_clients = []
-    for row in (slice(i, i + 1) for i in range(len(split))):
-        part = split.rows(row)
-        rows = [(select_clients(model, row), y[row]) for model, y in zip(models, labels)]
-        g_f, g_l = (delta_gradients(adapted, model, part, labels=y) for model, y in rows)
-        of_clients.append(fisher_moments(g_f, g_l, part.sizes, **options))
-    moments = Moments(*(torch.cat([getattr(one, name) for one in of_clients]) for name in "abc"))
-    return from_moments(moments, local, by)
+    splits = [split, split] if sample_labels is None else _with_drawn_labels(adapted, models, split, sample_labels)
+    gradients = delta_gradients if on_delta else per_sample_gradients
+
+    def moments_of(rows: Tensor) -> Moments:
+        parts = [(select_clients(model, rows), one.rows(rows.tolist())) for model, one in zip(models, splits)]
+        g_f, g_l = (gradients(adapted, stack, part) for stack, part in parts)
+        return fisher_moments(g_f, g_l, split.sizes[rows], **options)
+
+    one_by_one = [[row] for row in range(len(split))]
+    return from_moments(moments_by_groups(moments_of, one_by_one if on_delta else split.alike()), local, by)
 
 
-def _labels(adapted: AdaptedBackbone, models: tuple[Adapter, Adapter], split: Split, seed: int | None) -> list[Tensor]:
-    """The labels under which each model's gradients are taken: the data's, or drawn from the model."""
-    if seed is None:
-        return [split.y, split.y]
+def _with_drawn_labels(
+    adapted: AdaptedBackbone, models: tuple[Adapter, Adapter], split: Split, seed: int
+) -> list[Split]:
+    """The split with the labels under which each model's gradients are taken, drawn from that model."""
     generator = torch.Generator().manual_seed(seed)
+    y = split.y
     result = []
     for model in models:
         p = client_logits(adapted, model, split).softmax(-1).cpu()
-        drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(split.y.shape).to(split.y.device)
-        result.append(torch.where(split.y < 0, split.y, drawn))
+        drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(y.shape).to(y.device)
+        result.append(split.with_labels(torch.where(y < 0, y, drawn)))
     return result

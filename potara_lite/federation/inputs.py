@@ -135,5 +135,16 @@ def pad_stack(tensors: Sequence[Tensor], value: int) -> Tensor:
     shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors))]
     stack = tensors[0].new_full((len(tensors), *shape), value)
     for row, tensor in zip(stack, tensors):
-        row[tuple(map(slice, tensor.shape))] = tensor.detach()
+        row[tuple(map(slice, tensor.shape))] = tensor
     return stack
+
+
+def pad_concatenate(tensors: Sequence[Tensor], value: int) -> Tensor:
+    """The clients' tensors ``(n, ...)`` one after another, texts filled up with ``value`` to the longest one."""
+    if len({tensor.shape[1:] for tensor in tensors}) == 1:
+        return torch.cat(tensors)
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors))]
+    joined = tensors[0].new_full((sum(map(len, tensors)), *shape), value)
+    for rows, tensor in zip(joined.split([len(tensor) for tensor in tensors]), tensors):
+        rows[(slice(None), *map(slice, tensor.shape[1:]))] = tensor
+    return joined

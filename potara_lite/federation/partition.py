@@ -161,7 +161,7 @@ def partition(
         for client, rows in enumerate(index):
             x, y = take(source[0], rows), source[1][rows]
             examples.append((shift_images(x, client, clients) if shift else x, y))
-        return Split.of(examples)
+        return Split(examples)
 
     return Federation(
         train=split(pool, [rows[:n] for rows, n in zip(drawn, sizes)]),

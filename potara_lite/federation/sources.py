@@ -90,4 +90,4 @@ def from_tensors(
             for examples, rows in ((calibration, order[:calibration_size]), (rest, order[calibration_size:])):
                 examples.append((take(x, rows), y[rows]))
         train = rest
-    return Federation(Split.of(train), Split.of(calibration), Split.of(test), classes, name)
+    return Federation(Split(train), Split(calibration), Split(test), classes, name)

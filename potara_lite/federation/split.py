@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated
 
 import torch
@@ -22,10 +23,10 @@ from .inputs import (
     any_tensor,
     check_alike,
     check_examples,
-    is_float,
     is_integer,
     kind_of,
     map_inputs,
+    pad_concatenate,
     pad_stack,
     take,
 )
@@ -36,97 +37,159 @@ Rows = slice | AnyList[Count]  # of clients
 @checked
 @dataclass(frozen=True)
 class Split:
-    """One split of every client, padded to the largest: ``x`` (C, N, ...), ``y`` (C, N) with label -100 as padding.
+    """One split of every client: ``examples``, of each its inputs ``(n, ...)`` and labels ``(n,)``, as they are given.
 
-    ``x`` is one tensor or a mapping of tensors, the keyword arguments that the network is called with: of a text
-    ``input_ids`` and ``attention_mask`` ``(C, N, T)``, both 0 behind its end. ``y`` may be token-level, ``(C, N, T)``,
-    -100 where a token is no target. ``sizes``: real examples of each client ``(C,)``; behind them ``x`` is 0, and a
-    mapping repeats the client's first example, because many networks return NaN for a text without tokens. ``ids``: the
-    clients' numbers, which seed their batches, so that a client's training does not depend on the other clients.
+    Inputs are one tensor or a mapping of tensors, the keyword arguments that the network is called with: of texts
+    ``input_ids`` and ``attention_mask`` ``(n, T)``. Labels may be token-level, ``(n, T)``, -100 where a token is no
+    target. Clients may have any number of examples, and texts of any length: nothing is padded in memory. ``ids``: the
+    clients' numbers, 0, 1, … unless given, which seed their batches, so that a client's training does not depend on the
+    other clients.
+
+    Raises ``ValueError`` for an empty client, mismatched lengths, ids that are not a different one for each client,
+    what ``check_examples`` refuses, and clients whose inputs differ in names, dtypes or dimensions.
     """
 
-    x: Inputs
-    y: Tensor
-    sizes: Tensor
-    ids: Annotated[AnyList[Count], AfterValidator(tuple)]
+    examples: Annotated[List[ExamplesPair], AfterValidator(tuple)]
+    ids: AnyList[Count] = ()
 
     def __post_init__(self):
-        tensors = [self.x] if isinstance(self.x, Tensor) else list(self.x.values())
-        if self.y.dim() not in (2, 3) or not is_integer(self.y):
-            invalid("y", "labels (C, N) or (C, N, T), whole numbers", self.y)
-        clients, most = self.y.shape[:2]
-        if not tensors or any(tensor.shape[:2] != (clients, most) for tensor in tensors):
-            invalid("x", f"tensors of shape ({clients}, {most}, …) like y", self.x)
-        for tensor in tensors:
-            if not is_float(tensor) and (tensor.dim() > 3 or not is_integer(tensor)):
-                invalid("x", "of floating numbers, or token ids", tensor)
-        if self.sizes.shape != (clients,) or not is_integer(self.sizes):
-            invalid("sizes", f"a whole number for each of {clients} clients", self.sizes)
-        if clients and not 1 <= int(self.sizes.min()) <= int(self.sizes.max()) <= most:
-            raise ValueError(f"sizes must be in [1, {most}], not {self.sizes.tolist()}")
-        is_example = torch.arange(most, device=self.y.device) < self.sizes.to(self.y.device).unsqueeze(1)
-        if self.y.dim() == 2 and (is_example & (self.y < 0)).any():
-            raise ValueError(f"y must be at least 0 for the examples that count, unlike {shown(self.y.tolist())}")
-        if len(self.ids) != clients or len(set(self.ids)) < clients:
-            raise ValueError(f"ids must be {clients} different numbers, one for each client, not {shown(self.ids)}")
-
-    @staticmethod
-    @checked
-    def of(examples: List[ExamplesPair], ids: AnyList[Count] | None = None) -> Split:
-        """Pad and stack the clients' examples.
-
-        Raises ``ValueError`` for an empty client, mismatched lengths, ids that are not a different one for each client,
-        what ``check_examples`` refuses, and clients whose inputs differ in names, dtypes or dimensions.
-        """
-        ids = range(len(examples)) if ids is None else ids
-        if len(ids) != len(examples):
-            raise ValueError(f"ids: {len(ids)} of them for {len(examples)} clients")
-        for client, (x, y) in zip(ids, examples):
+        ids = tuple(self.ids or range(len(self.examples)))
+        if len(ids) != len(self.examples) or len(set(ids)) < len(ids):
+            raise ValueError(f"ids must be {len(self.examples)} different ones, one for each client, not {shown(ids)}")
+        for client, (x, y) in zip(ids, self.examples):
             check_examples(client, x, y)
-        check_alike(ids, examples)
-        sizes = torch.tensor([len(y) for _, y in examples])
-        x = map_inputs(lambda *tensors: pad_stack(tensors, 0), *(x for x, _ in examples))
-        if isinstance(x, dict):
-            for tensor in x.values():
-                for row, n in zip(tensor, sizes.tolist()):
-                    row[n:] = row[0]
-        return Split(x, pad_stack([y.long() for _, y in examples], PADDING), sizes, ids)
+        check_alike(ids, self.examples)
+        examples = [(map_inputs(Tensor.detach, x), y.detach().long()) for x, y in self.examples]
+        vars(self).update(vars(_split(examples, ids)))
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @cached_property
+    def sizes(self) -> Tensor:
+        """The number of examples of each client ``(C,)``, on the CPU."""
+        return torch.tensor([len(y) for _, y in self.examples])
+
+    @property
+    def x(self) -> Inputs:
+        """All inputs ``(C, N, ...)``, padded to the largest client and the longest text: a copy, made at each use.
+
+        Behind a client's examples a tensor is 0, and a mapping repeats the client's first example, because many
+        networks return NaN for a text without tokens. Behind the end of a text all is 0.
+        """
+        x = map_inputs(lambda *tensors: pad_stack(tensors, 0), *(x for x, _ in self.examples))
+        if isinstance(x, dict):
+            for tensor in x.values():
+                for row, n in zip(tensor, self.sizes.tolist()):
+                    row[n:] = row[0]
+        return x
+
+    @property
+    def y(self) -> Tensor:
+        """All labels ``(C, N)`` or ``(C, N, T)``, padded with -100: a copy, made at each use."""
+        return pad_stack([y for _, y in self.examples], PADDING)
+
     @checked
     def client(self, i: Count) -> Examples:
-        """Inputs ``(n, ...)`` and labels ``(n,)`` of the client in row ``i``, without the padded examples."""
+        """Inputs ``(n, ...)`` and labels ``(n,)`` of the client in row ``i``."""
         if i >= len(self):
             invalid("i", f"at most {len(self) - 1}", i)
-        n = int(self.sizes[i])
-        return take(self.x, (i, slice(n))), self.y[i, :n]
+        return self.examples[i]
 
     @checked
     def rows(self, index: Rows) -> Split:
-        """The clients in these rows, as another split."""
+        """The clients in these rows, as another split of the same tensors."""
         if isinstance(index, slice):
-            return Split(take(self.x, index), self.y[index], self.sizes[index], self.ids[index])  # a view, no copy
+            return _split(self.examples[index], self.ids[index])
         for i, row in enumerate(index):
             if row >= len(self):
                 invalid(f"index[{i}]", f"at most {len(self) - 1}", row)
-        pick = torch.tensor(index, device=self.y.device, dtype=torch.int64)
-        return Split(take(self.x, pick), self.y[pick], self.sizes[pick.cpu()], tuple(self.ids[r] for r in index))
+        return _split([self.examples[row] for row in index], [self.ids[row] for row in index])
+
+    @checked
+    def head(self, n: Size) -> Split:
+        """The first ``n`` examples of every client, or all where it has fewer."""
+        return _split([(take(x, slice(n)), y[:n]) for x, y in self.examples], self.ids)
+
+    def with_labels(self, y: Tensor) -> Split:
+        """The same inputs with other labels, those of ``y`` (C, N, ...), which is padded as this split's ``y`` is.
+
+        Raises ``ValueError`` for another shape, and for labels that are neither 0 or more nor -100.
+        """
+        shape = tuple(self.y.shape)
+        if y.shape != shape or not is_integer(y):
+            invalid("labels", f"whole numbers of shape {shape}, as those of split", y)
+        if (odd := y[(y < 0) & (y != PADDING)]).numel():
+            raise ValueError(f"labels must be at least 0, or {PADDING} where one is ignored, not {int(odd[0])}")
+        of_clients = zip(self.examples, y.long())
+        return _split([(x, new[tuple(map(slice, old.shape))]) for (x, old), new in of_clients], self.ids)
+
+    def joined(self) -> tuple[Inputs, Tensor, Tensor]:
+        """The examples of all clients one after another, inputs ``(M, ...)`` and labels ``(M, ...)``, texts padded to
+        the longest one; and where each client's begin ``(C,)``."""
+        x = map_inputs(lambda *tensors: pad_concatenate(tensors, 0), *(x for x, _ in self.examples))
+        y = pad_concatenate([y for _, y in self.examples], PADDING)
+        return x, y, self.sizes.cumsum(0) - self.sizes
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The number of tokens to which each client's texts are padded; 1 where the inputs are no texts."""
+        return [any_tensor(x).shape[1] if isinstance(x, dict) else 1 for x, _ in self.examples]
+
+    def alike(self, *, by_size: bool = True) -> list[list[int]]:
+        """The rows in groups of clients that cost little when they are padded together: in a group, texts are more than
+        half as long as its longest one and, ``by_size``, numbers of examples more than half of its largest one."""
+        sizes = self.sizes.tolist() if by_size else [1] * len(self)
+        groups = []
+        for of_length in _within_half(range(len(self)), self.lengths):
+            groups += _within_half(of_length, sizes)
+        return groups
 
     @torch.no_grad()
     @checked
     def map(self, function: Callable, batch_size: Size = 512) -> Split:
         """The same split with ``function``, from ``(B, ...)`` to ``(B, ...)``, applied to its inputs."""
-        clients, n = self.y.shape[:2]
-        flat = map_inputs(lambda tensor: tensor.flatten(0, 1), self.x)
-        parts = [function(take(flat, slice(i, i + batch_size))) for i in range(0, clients * n, batch_size)]
-        return replace(self, x=map_inputs(lambda *tensors: torch.cat(tensors).unflatten(0, (clients, n)), *parts))
+        examples: list = [None] * len(self)
+        for rows in self._of_one_shape():
+            part = self.rows(rows)
+            x, _, starts = part.joined()
+            batches = [function(take(x, slice(i, i + batch_size))) for i in range(0, int(part.sizes.sum()), batch_size)]
+            mapped = map_inputs(lambda *tensors: torch.cat(tensors), *batches)
+            for row, begin, (_, y) in zip(rows, starts.tolist(), part.examples):
+                examples[row] = take(mapped, slice(begin, begin + len(y))), y
+        return _split(examples, self.ids)
+
+    def _of_one_shape(self) -> Iterable[list[int]]:
+        """The rows in groups of clients whose inputs need no padding to be joined."""
+        groups: dict[tuple, list[int]] = {}
+        for row, (x, _) in enumerate(self.examples):
+            tensors = x.values() if isinstance(x, dict) else [x]
+            groups.setdefault(tuple(tensor.shape[1:] for tensor in tensors), []).append(row)
+        return groups.values()
 
     @checked
     def to(self, device: Device) -> Split:
         """The same split on ``device`` (the sizes stay on the CPU)."""
-        return Split(map_inputs(lambda tensor: tensor.to(device), self.x), self.y.to(device), self.sizes, self.ids)
+        examples = [(map_inputs(lambda tensor: tensor.to(device), x), y.to(device)) for x, y in self.examples]
+        return _split(examples, self.ids)
+
+
+def _within_half(rows: Iterable[int], values: Sequence[int]) -> list[list[int]]:
+    """The rows in groups, each of those whose value is more than half of the group's largest, which comes first."""
+    rest = list(rows)
+    groups = []
+    while rest:
+        largest = max(values[row] for row in rest)
+        groups.append([row for row in rest if 2 * values[row] > largest])
+        rest = [row for row in rest if 2 * values[row] <= largest]
+    return groups
+
+
+def _split(examples: Iterable[Examples], ids: Iterable[int]) -> Split:
+    """A split of examples that have been checked."""
+    split = object.__new__(Split)
+    vars(split).update(examples=tuple(examples), ids=tuple(ids))
+    return split
 
 
 @checked
@@ -145,17 +208,18 @@ class Federation:
     name: str = "federation"
 
     def __post_init__(self):
+        train_x, _ = self.train.examples[0]
         for part in ("train", "calibration", "test"):
             split = getattr(self, part)
-            if kind_of(split.x) != kind_of(self.train.x):
-                raise ValueError(f"{part} has inputs {kind_of(split.x)}, train has {kind_of(self.train.x)}")
-            shape, expected = any_tensor(split.x).shape[2:], any_tensor(self.train.x).shape[2:]
-            if shape != expected and isinstance(split.x, Tensor):
-                raise ValueError(f"{part} has inputs of shape {tuple(shape)}, train of {tuple(expected)}")
+            x, _ = split.examples[0]
+            if kind_of(x) != kind_of(train_x):
+                raise ValueError(f"{part} has inputs {kind_of(x)}, train has {kind_of(train_x)}")
+            if isinstance(x, Tensor) and x.shape[1:] != train_x.shape[1:]:
+                shapes = f"{tuple(x.shape[1:])}, train of {tuple(train_x.shape[1:])}"
+                raise ValueError(f"{part} has inputs of shape {shapes}")
             if split.ids != self.train.ids:
                 raise ValueError(f"{part} has clients {split.ids}, train has {self.train.ids}")
-            for row, client in enumerate(split.ids):
-                _, labels = split.client(row)
+            for client, (_, labels) in zip(split.ids, split.examples):
                 labels = labels if labels.dim() == 1 else labels[labels != PADDING]
                 if (bad := labels[(labels < 0) | (labels >= self.classes)]).numel():
                     raise ValueError(f"client {client}: {part} label {int(bad[0])} is outside 0 … {self.classes - 1}")

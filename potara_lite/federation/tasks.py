@@ -44,7 +44,7 @@ def with_tokens(federation: Federation, texts: List[str], tokenizer: Callable, l
         if not isinstance(numbers.x, Tensor) or numbers.x.dim() != 2 or int(numbers.x.max()) >= len(texts):
             raise ValueError(f"federation must be of numbers of the {len(texts)} texts, 0 … {len(texts) - 1}")
         clients = [numbers.client(i) for i in range(len(numbers))]
-        return Split.of([(encode_texts(tokenizer, [texts[n] for n in x], longest), y) for x, y in clients], numbers.ids)
+        return Split([(encode_texts(tokenizer, [texts[n] for n in x], longest), y) for x, y in clients], numbers.ids)
 
     parts = (split(part) for part in (federation.train, federation.calibration, federation.test))
     return Federation(*parts, federation.classes, federation.name)

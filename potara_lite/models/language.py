@@ -8,7 +8,7 @@ texts is a mapping of ``input_ids`` and ``attention_mask`` ``(n, T)``, padded on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -175,20 +175,16 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_tokens(network: nn.Module, x: Inputs, ids: Sequence[int] | None = None) -> None:
-    """Raise ``ValueError`` for token ids or positions that a network of texts has no embedding of.
-
-    With ``ids``, the numbers of the clients, the clients are on dim 0 of the inputs.
-    """
+def check_tokens(network: nn.Module, x: Inputs, client: int | None = None) -> None:
+    """Raise ``ValueError``, which names the client, for token ids or positions that a network of texts has no embedding
+    of."""
     if "input_ids" not in x or not hasattr(network, "get_input_embeddings"):
         return
     tokens = x["input_ids"]
     vocabulary = network.get_input_embeddings().num_embeddings
-    if (odd := ((tokens < 0) | (tokens >= vocabulary)).nonzero()).numel():
-        index = odd[0].tolist()
-        client = "" if ids is None else f"client {ids[index[0]]}: "
-        token = int(tokens[tuple(index)])
-        raise ValueError(f"{client}token id {token} is outside the vocabulary, 0 … {vocabulary - 1}")
+    if (odd := tokens[(tokens < 0) | (tokens >= vocabulary)]).numel():
+        name = "" if client is None else f"client {client}: "
+        raise ValueError(f"{name}token id {int(odd[0])} is outside the vocabulary, 0 … {vocabulary - 1}")
     length = tokens.shape[-1]
     for name, module in network.named_modules():
         if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):

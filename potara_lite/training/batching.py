@@ -106,11 +106,13 @@ def plan_execution(
     backward: bool,
     execution: Execution,
     function: Forward | None = None,
+    clients: int | None = None,
     adapter_copies: int | None = None,
 ) -> ExecutionPlan:
     """Whether to vectorise over the clients, and in which chunks, so that a chunk takes about its memory.
 
-    The program gets stacks of ``adapters`` and ``batch_size`` examples of ``x`` ``(C, N, ...)`` for each client.
+    The program gets stacks of ``adapters`` and, for each of ``clients`` (those of ``x``, unless given), ``batch_size``
+    examples like those of ``x`` ``(C, N, ...)``, of which only the first client's first two are looked at.
     ``function(adapter, x)`` is what it computes, if that is more than the backbone's forward pass. The bytes of one
     client are estimated as what autograd keeps, plus four times the largest tensor for temporary results, plus ten
     ``adapter_copies`` for gradients and the optimiser; without ``backward``, eight times the largest tensor and two
@@ -140,7 +142,7 @@ def plan_execution(
             chunk = chunk or max(1, int(memory // (example_bytes * batch_size + copies)))
             examples = max(1, min(batch_size, int((memory - copies) // example_bytes)))
     chunks = _even_chunks(
-        len(any_tensor(x)), chunk if vectorize and chunk else 1, exact=execution.chunk_size is not None
+        clients or len(any_tensor(x)), chunk if vectorize and chunk else 1, exact=execution.chunk_size is not None
     )
     forward = group_lora(adapted) if vectorize else adapted
     return ExecutionPlan(vectorize, chunks, with_autocast(forward, execution.autocast), examples)

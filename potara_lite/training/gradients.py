@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ..adapters.state import (
     is_dense_factor,
     is_lora,
     layer_of,
+    select_clients,
     unflatten,
 )
 from ..checks import Numbers, all_finite, checked, invalid
@@ -34,7 +35,7 @@ from ..federation.split import Split
 from .batching import Execution, ExecutionPlan, map_clients, plan_execution
 from .grouped_lora import GroupedLoRA, group_lora
 from .loss import checked_logits, example_losses, token_mean
-from .train import check_clients, check_labels, check_losses, losses
+from .train import check_clients, check_labels, check_losses, losses, planned_groups
 
 Labels = Annotated[Tensor, Numbers("C N|C N T", whole=True, least=PADDING)]
 
@@ -58,33 +59,30 @@ def per_sample_gradients(
     so this is one training pass over ``C * N`` clients of one example.
     """
     adapters = check_clients(adapted, adapters, split)
-    y = split.y if labels is None else _checked_labels(labels, split)
+    split = split if labels is None else split.with_labels(labels)
     check_labels(adapted, adapters, split, labels)
     flat = flatten(adapters).detach()
     like = {name: tensor[0] for name, tensor in adapters.items()}
-    gradients = flat.new_empty(*y.shape[:2], flat.shape[1])
-    execution_plan = _plan_examples(adapted, adapters, split.x, execution)
-    for block in _blocks(*y.shape[:2], execution_plan.chunks[0].stop):
-        stack = unflatten(flat[block[0]].to(adapted.device), like)
-        x = map_inputs(lambda tensor, block=block: tensor[block].to(adapted.device), split.x)
-        batch = stack, x, y[block].to(adapted.device)  # K clients of M examples
-        if isinstance(execution_plan.forward, GroupedLoRA):
-            part = execution_plan.forward.per_sample_gradients(*batch)
-        else:
-            part = _client_per_example(execution_plan, *batch)
-        gradients[block] = part.to(gradients)
+    gradients = flat.new_zeros(len(split), int(split.sizes.max()), flat.shape[1])
+    for group in split.alike():
+        part = split.rows(group)
+        all_x, all_y = part.x, part.y
+        execution_plan = _plan_examples(adapted, select_clients(adapters, torch.tensor(group)), all_x, execution)
+        if not execution_plan.vectorize:  # and so for the other groups, without a second warning
+            execution = replace(execution, vectorize=False)
+        for clients, samples in _blocks(*all_y.shape[:2], execution_plan.chunks[0].stop):
+            rows = torch.tensor(group[clients])
+            stack = unflatten(flat[rows].to(adapted.device), like)
+            x = map_inputs(lambda tensor: tensor.to(adapted.device), take(all_x, (clients, samples)))
+            batch = stack, x, all_y[clients, samples].to(adapted.device)  # K clients of M examples
+            if isinstance(execution_plan.forward, GroupedLoRA):
+                found = execution_plan.forward.per_sample_gradients(*batch)
+            else:
+                found = _client_per_example(execution_plan, *batch)
+            gradients[rows, samples] = found.to(gradients)
     if not all_finite(gradients):
         check_losses(gradients, split)
     return gradients
-
-
-def _checked_labels(labels: Tensor, split: Split) -> Tensor:
-    """The labels. Raises ``ValueError`` unless they have the shape of the split's, and are 0 or more or ignored."""
-    if labels.shape != split.y.shape:
-        invalid("labels", f"of shape {tuple(split.y.shape)}, as those of split", labels)
-    if (odd := labels[(labels < 0) & (labels != PADDING)]).numel():
-        raise ValueError(f"labels must be at least 0, or {PADDING} where one is ignored, not {int(odd[0])}")
-    return labels.long()
 
 
 def _one_by_one(x: Inputs) -> Inputs:
@@ -184,16 +182,18 @@ def directional_derivatives(
 
         return torch.stack(jvp(logits, (row,), (tangent,)))  # (2, N, classes)
 
-    examples = split.y.shape[1]
-    execution_plan = plan_execution(adapted, adapters, split.x, batch_size=examples, backward=True, execution=execution)
-    parts = []
-    for rows in execution_plan.chunks:
-        stacks = flat[rows], direction.to(flat)[rows], take(split.x, rows)
-        with torch.no_grad():
-            found = map_clients(logits_and_tangents, *stacks, vectorize=execution_plan.vectorize)
-            logits, tangents = found.unbind(1)  # (K, N, classes)
-            parts.append(torch.stack(_slope_and_curvature(logits, tangents, split.y[rows])))
-    derivatives = torch.cat(parts, dim=1)  # (2, C, N)
+    derivatives = flat.new_zeros(2, len(split), int(split.sizes.max()))
+    options: dict[str, Any] = dict(batch_size=derivatives.shape[2], backward=True, execution=execution)
+    for group, execution_plan in planned_groups(adapted, adapters, split, split.alike(), **options):
+        for chunk in execution_plan.chunks:
+            rows = torch.tensor(group[chunk])
+            part = split.rows(group[chunk])
+            with torch.no_grad():
+                stacks = flat[rows], direction.to(flat)[rows], part.x
+                found = map_clients(logits_and_tangents, *stacks, vectorize=execution_plan.vectorize)
+                logits, tangents = found.unbind(1)  # (K, N, classes)
+                both = torch.stack(_slope_and_curvature(logits, tangents, part.y))
+            derivatives[:, rows, : both.shape[2]] = both.to(derivatives)
     check_losses(derivatives.transpose(0, 1), split)
     slope, curvature = derivatives
     return slope, curvature

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import Stack, check_count
 from ..checks import Count, List, Named, Size, checked
-from ..federation.inputs import MASK, PADDING, map_inputs
+from ..federation.inputs import MASK, PADDING, map_inputs, take
 from ..federation.split import Split
 from ..federation.tasks import Question
 from ..federation.text import encode_answers, encode_prompts
@@ -37,7 +37,7 @@ def log_likelihoods(
     execution: Execution = Execution(),
 ) -> Tensor:
     """The log-likelihood (nats) of each example's targets, summed over its tokens, ``(C, N)``; 0 for padding."""
-    result = torch.zeros(split.y.shape[:2], dtype=torch.float64)
+    result = torch.zeros(len(split), int(split.sizes.max()), dtype=torch.float64)
     blocks = batched_logits(adapted, adapters, split, batch_size=batch_size, execution=execution)
     for rows, columns, logits, y in blocks:
         losses = F.cross_entropy(checked_logits(logits, y).flatten(0, -2), y.flatten(), reduction="none")
@@ -71,7 +71,7 @@ def multiple_choice(
         prompts = [question.prompt for question in of_client for _ in question.options]
         answers = [f" {option}" for question in of_client for option in question.options]
         examples.append(encode_answers(tokenizer, prompts, answers, max_length, end=False))
-    scores = log_likelihoods(adapted, adapters, Split.of(examples), **options)
+    scores = log_likelihoods(adapted, adapters, Split(examples), **options)
     right = torch.zeros(2, len(questions), dtype=torch.float64)
     for client, of_client in enumerate(questions):
         counts = [len(question.options) for question in of_client]
@@ -103,12 +103,12 @@ def greedy_tokens(
     cache: every step runs the whole text.
     """
     check_count("adapters", adapters, len(prompts))
-    split = Split.of([(dict(x), torch.zeros(len(x[MASK]), dtype=torch.int64)) for x in prompts])
+    split = Split([(dict(x), torch.zeros(len(x[MASK]), dtype=torch.int64)) for x in prompts])
     lengths = split.x[MASK].sum(-1, keepdim=True)  # (C, N, 1)
     x = map_inputs(lambda tensor: F.pad(tensor, (0, steps)), split.x)
-    tokens = torch.full((*split.y.shape, steps), PADDING)
+    tokens = torch.full((*lengths.shape[:2], steps), PADDING)
     for step in range(steps):
-        texts = Split(x, split.y, split.sizes, split.ids)
+        texts = Split([(take(x, (row, slice(len(y)))), y) for row, (_, y) in enumerate(split.examples)])
         blocks = batched_logits(adapted, adapters, texts, batch_size=batch_size, execution=execution)
         for rows, columns, logits, _ in blocks:
             last = (lengths[rows, columns] + step - 1).to(logits.device)

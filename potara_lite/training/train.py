@@ -8,8 +8,9 @@ the other clients' adapters, so each row of the gradient of the sum is the gradi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,8 +141,14 @@ def check_clients(adapted: AdaptedBackbone, adapters: Adapter, split: Split) -> 
     Raises ``ValueError`` unless there is an adapter of this backbone for every client, whose inputs the backbone takes.
     """
     (adapters,) = check_models(adapted, split, adapters=adapters)
-    adapted.check_inputs(split.x, split.ids)
+    check_inputs(adapted, split)
     return adapters
+
+
+def check_inputs(adapted: AdaptedBackbone, split: Split) -> None:
+    """Raise ``ValueError`` naming the first client with inputs that the backbone does not take."""
+    for client, (x, _) in zip(split.ids, split.examples):
+        adapted.check_inputs(x, client)
 
 
 @torch.no_grad()
@@ -153,10 +160,11 @@ def check_labels(adapted: AdaptedBackbone, adapters: Adapter, split: Split, labe
 
     def count_logits() -> int:
         one = {name: tensor[0].to(adapted.device) for name, tensor in adapters.items()}
-        return adapted(one, map_inputs(lambda tensor: tensor[0, :1].to(adapted.device), split.x)).shape[-1]
+        x, _ = split.examples[0]
+        return adapted(one, map_inputs(lambda tensor: tensor[:1].to(adapted.device), x)).shape[-1]
 
     classes = measured_once(adapted, ("classes",), count_logits)
-    largest = int((split.y if labels is None else labels).max())
+    largest = max(int(y.max()) for _, y in split.examples) if labels is None else int(labels.max())
     if largest >= classes:
         name = "split has" if labels is None else "labels:"
         raise ValueError(f"{name} label {largest}, the backbone has classes 0 … {classes - 1}")
@@ -201,7 +209,7 @@ def train(
             check_labels(adapted, adapters, split)
     else:  # what trains need not be an adapter of the backbone
         check_models(adapted, split)
-        adapted.check_inputs(split.x, split.ids)
+        check_inputs(adapted, split)
         check_count("adapters", adapters, len(split))
         if fixed:
             check_count("fixed", fixed, len(split))
@@ -212,13 +220,14 @@ def train(
     state = OptimizerState.zeros(flat) if state is None else state.rows(torch.arange(len(split)))  # a copy
     curves = flat.new_zeros(len(split), steps)
     tensors = adapters | fixed
-    execution_plan, step_losses = _plan_training(adapted, tensors, split.x, batch_size, loss, objective, execution)
+    chunks = _planned_chunks(adapted, tensors, split, batch_size, loss, objective, execution)
     with tqdm(total=steps * len(split), disable=not progress, unit="step", desc="training") as bar:
-        for chunk in execution_plan.chunks:
+        for rows, step_losses in chunks:
+            chunk = torch.tensor(rows)
             chunk_fixed = {name: tensor.to(adapted.device) for name, tensor in select_clients(fixed, chunk).items()}
             now = flat[chunk].to(adapted.device)
             now_state = state.rows(chunk).to(adapted.device)
-            batches = _batches(split.rows(chunk).to(adapted.device), seed, start, steps, batch_size)
+            batches = _batches(split.rows(rows).to(adapted.device), seed, start, steps, batch_size)
             for step, (x, y) in enumerate(batches):
                 now.requires_grad_()
                 values = step_losses(unflatten(now, like) | chunk_fixed, x, y)  # (K,)
@@ -233,42 +242,78 @@ def train(
     return _check_finite(Trained(stack, state, curves), split.ids, start)
 
 
-def _plan_training(
+def _planned_chunks(
     adapted: AdaptedBackbone,
     tensors: Adapter,
-    x: Inputs,
+    split: Split,
     batch_size: int,
     loss: Loss,
     objective: Objective,
     execution: Execution,
-) -> tuple[ExecutionPlan, Callable[[Adapter, Inputs, Tensor], Tensor]]:
-    """The plan, and the function from a chunk's tensors and batch to its clients' losses."""
+) -> Iterator[tuple[list[int], Callable[[Adapter, Inputs, Tensor], Tensor]]]:
+    """The rows of each chunk of clients, with the function from its tensors and batch to its clients' losses.
+
+    Clients whose texts are much longer than others' are in chunks of their own.
+    """
     alone = with_autocast(adapted, execution.autocast)
 
     def total_logits(client_tensors: Adapter, x: Inputs) -> Tensor:
         return objective(lambda adapter: alone(adapter, x).sum(), client_tensors)
 
     function = None if objective is plain_loss else total_logits
-    execution_plan = plan_execution(
-        adapted, tensors, x, batch_size=batch_size, backward=True, execution=execution, function=function
-    )
-    vectorize = execution_plan.vectorize
-    compiled = vectorize and execution.compile
-    forward = alone if compiled else execution_plan.forward
-    all_losses = compiled_losses() if compiled else losses
-    return execution_plan, lambda stack, x, y: all_losses(forward, stack, x, y, loss, objective, vectorize=vectorize)
+    groups = split.alike(by_size=False)
+    options: dict[str, Any] = dict(batch_size=batch_size, backward=True, repeats=True, function=function)
+    for group, plan in planned_groups(adapted, tensors, split, groups, execution=execution, **options):
+        compiled = plan.vectorize and execution.compile
+        forward = alone if compiled else plan.forward
+        all_losses = compiled_losses() if compiled else losses
+        how: dict[str, Any] = dict(loss=loss, objective=objective, vectorize=plan.vectorize)
+        for chunk in plan.chunks:
+            yield group[chunk], partial(all_losses, forward, **how)
+
+
+def planned_groups(
+    adapted: AdaptedBackbone,
+    adapters: Adapter,
+    split: Split,
+    groups: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    execution: Execution,
+    repeats: bool = False,
+    **options,
+) -> Iterator[tuple[Sequence[int], ExecutionPlan]]:
+    """Each group of clients (see ``Split.alike``) with its plan, whose chunks are slices of the group.
+
+    A batch has no more examples than the group's largest client, unless it ``repeats`` them, as batches of training do.
+    ``options`` go to ``plan_execution``.
+    """
+    for group in groups:
+        longest = max(group, key=split.lengths.__getitem__)
+        x, _ = split.examples[longest]
+        most = batch_size if repeats else min(batch_size, int(split.sizes[list(group)].max()))
+        plan = plan_execution(
+            adapted,
+            adapters,
+            map_inputs(lambda tensor: tensor.unsqueeze(0), x),
+            batch_size=most,
+            execution=execution,
+            clients=len(group),
+            **options,
+        )
+        if not plan.vectorize:  # and so for the other groups, without a second warning
+            execution = replace(execution, vectorize=False)
+        yield group, plan
 
 
 def _batches(split: Split, seed: int | Sequence[int], start: int, steps: int, batch_size: int) -> Iterator:
     """The clients' batches of every step, ``(K, B, ...)`` and ``(K, B)``."""
     seeds = [seed] if isinstance(seed, int) else list(seed)
-    sizes = split.sizes.tolist()
-    streams = [batch_indices(n, start, steps, batch_size, [*seeds, i]) for n, i in zip(sizes, split.ids)]
-    examples = torch.stack(streams).to(split.y.device)  # (K, steps, B)
-    row = torch.arange(len(split), device=split.y.device).unsqueeze(1)
+    x, y, starts = split.joined()
+    streams = [batch_indices(n, start, steps, batch_size, [*seeds, i]) for n, i in zip(split.sizes.tolist(), split.ids)]
+    examples = (torch.stack(streams) + starts.view(-1, 1, 1)).to(y.device)  # (K, steps, B)
     for step in range(steps):
-        index = row, examples[:, step]
-        yield take(split.x, index), split.y[index]
+        yield take(x, examples[:, step]), y[examples[:, step]]
 
 
 def _clipped(grad: Tensor, clip: float | None) -> Tensor:
@@ -321,23 +366,24 @@ def check_losses(losses: Tensor, split: Split) -> None:
 
 def batched_logits(
     adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, batch_size: int, execution: Execution
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """The split in blocks of clients and examples: both slices, the logits ``(K, B, ..., classes)`` and their ``y``.
+) -> Iterator[tuple[Tensor, slice, Tensor, Tensor]]:
+    """The split in blocks of clients and examples: the rows ``(K,)`` of the clients, the slice of their examples, the
+    logits ``(K, B, ..., classes)`` and their ``y``, which is -100 where a client has no more examples.
 
     ``B`` is ``batch_size``, or what fits: a language model's logits are as many as its vocabulary for every token.
+    Clients are in a block with others that have about as many examples, of about the same length.
     """
     adapters = check_clients(adapted, adapters, split)
     check_labels(adapted, adapters, split)
-    examples = split.y.shape[1]
-    execution_plan = plan_execution(
-        adapted, adapters, split.x, batch_size=min(batch_size, examples), backward=False, execution=execution
-    )
-    size = min(batch_size, execution_plan.examples)
-    for rows in execution_plan.chunks:
-        part = split.rows(rows).to(adapted.device)
-        stack = {name: tensor.to(adapted.device) for name, tensor in select_clients(adapters, rows).items()}
-        for start in range(0, examples, size):
-            columns = slice(start, start + size)
-            x = take(part.x, (slice(None), columns))
-            logits = map_clients(execution_plan.forward, stack, x, vectorize=execution_plan.vectorize)
-            yield rows, columns, logits, part.y[:, columns]
+    options: dict[str, Any] = dict(batch_size=batch_size, backward=False, execution=execution)
+    for group, plan in planned_groups(adapted, adapters, split, split.alike(), **options):
+        size = min(batch_size, plan.examples)
+        for chunk in plan.chunks:
+            rows = torch.tensor(group[chunk])
+            part = split.rows(rows.tolist()).to(adapted.device)
+            stack = {name: tensor.to(adapted.device) for name, tensor in select_clients(adapters, rows).items()}
+            all_x, all_y = part.x, part.y
+            for start in range(0, all_y.shape[1], size):
+                columns = slice(start, start + size)
+                x = take(all_x, (slice(None), columns))
+                yield rows, columns, map_clients(plan.forward, stack, x, vectorize=plan.vectorize), all_y[:, columns]

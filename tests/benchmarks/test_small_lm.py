@@ -54,7 +54,7 @@ def asked():
         right = [sum(draw) % 3 for draw in draws]
         questions.append([Question(prompt, KINDS[answer], tuple(KINDS)) for prompt, answer in zip(prompts, right)])
         examples.append(encode_answers(tokenizer, prompts, [f" {KINDS[answer]}" for answer in right]))
-    return adapted, adapters, Split.of(examples), kinds, questions, tokenizer
+    return adapted, adapters, Split(examples), kinds, questions, tokenizer
 
 
 def test_answers_are_scored_as_multiple_choice_scores_them(small_lm, asked):

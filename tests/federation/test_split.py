@@ -115,7 +115,7 @@ def test_feature_shift_changes_the_images_and_not_who_gets_them():
 
 
 def test_split_pads_with_the_label_that_cross_entropy_ignores():
-    split = Split.of([(torch.ones(2, 3), torch.tensor([1, 2])), (torch.ones(4, 3), torch.tensor([3, 0, 1, 2]))])
+    split = Split([(torch.ones(2, 3), torch.tensor([1, 2])), (torch.ones(4, 3), torch.tensor([3, 0, 1, 2]))])
     assert split.x.shape == (2, 4, 3) and split.sizes.tolist() == [2, 4] and split.ids == (0, 1)
     assert split.y.tolist() == [[1, 2, -100, -100], [3, 0, 1, 2]]
     assert split.x[0, 2:].abs().sum() == 0
@@ -159,7 +159,7 @@ def test_an_empty_client_is_refused_by_name():
 def test_inputs_and_labels_of_different_length_are_refused_by_name():
     crooked = (torch.zeros(40, 2), torch.zeros(41))
     with pytest.raises(ValueError, match="client 1 has 40 inputs and 41 labels"):
-        Split.of([client_of(3), crooked])
+        Split([client_of(3), crooked])
     with pytest.raises(ValueError, match="client 1 has 40 inputs and 41 labels"):
         from_tensors([client_of(40), crooked], [client_of(2)] * 2)
 
@@ -179,7 +179,7 @@ def test_a_label_outside_the_classes_is_refused_by_client_and_split(label, part)
 
 
 def test_splits_of_different_clients_are_refused():
-    two, one = Split.of([client_of(2)] * 2), Split.of([client_of(2)])
+    two, one = Split([client_of(2)] * 2), Split([client_of(2)])
     with pytest.raises(ValueError, match="calibration has clients"):
         Federation(two, one, two, classes=1)
 

@@ -131,7 +131,7 @@ def test_partition_takes_proportions_and_refuses_others():
 
 
 def test_an_empty_text_is_refused():
-    numbers = Split.of([(torch.tensor([0, 1]), torch.tensor([0, 1]))])
+    numbers = Split([(torch.tensor([0, 1]), torch.tensor([0, 1]))])
     with pytest.raises(ValueError, match="text 1 is empty"):
         with_tokens(Federation(numbers, numbers, numbers, 2), ["a", " "], letters)
 

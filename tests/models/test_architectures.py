@@ -82,7 +82,7 @@ def examples(clients, of_tokens, seed):
         last = torch.arange(x["input_ids"].shape[1]) == lengths - 1
         labels = torch.randint(3, (n,), generator=generator)
         found.append((x, next_tokens(x["input_ids"], last) if of_tokens else labels))
-    return Split.of(found)
+    return Split(found)
 
 
 @pytest.fixture(scope="module", params=[*CAUSAL, *ENCODERS])

@@ -188,7 +188,7 @@ def test_targets_are_int64_whatever_the_token_ids_are(dtype):
 
 def test_targets_are_the_tokens_that_come_next():
     model, (x, y) = tiny_lm(torch.float64), answered(texts(6, seed=3))
-    split = Split.of([(x, y)])
+    split = Split([(x, y)])
     for i in range(6):
         one, target = one_example(split, 0, i)
         torch.testing.assert_close(
@@ -227,7 +227,7 @@ def test_padding_and_the_rest_of_a_batch_change_nothing(name, seed, longest, mor
     adapted = attach(network, rank=2, alpha=3, targets=linear_layers(network), head=kind[2])
     generator = torch.Generator().manual_seed(seed)
     stack = {n: torch.randn(2, *t.shape, generator=generator, dtype=t.dtype) for n, t in adapted.initial.items()}
-    split = Split.of([kind[1](texts(n, seed + i, longest + i * more), seed) for i, n in enumerate((3, 5))])
+    split = Split([kind[1](texts(n, seed + i, longest + i * more), seed) for i, n in enumerate((3, 5))])
     loss, accuracy = evaluate(adapted, stack, split)
     for client in range(2):
         rows = [one_example(split, client, i) for i in range(int(split.sizes[client]))]
@@ -312,7 +312,7 @@ def test_a_vision_transformer_of_torchvision_has_its_blocks_below_computed_once(
     network = tiny_vit().double()
     adapted = attach(network, rank=2, targets=linear_layers(network, 1), head="heads.head")
     images = torch.rand(2, 3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    split = Split.of([(x, torch.tensor([0, 1, 3])) for x in images])
+    split = Split([(x, torch.tensor([0, 1, 3])) for x in images])
     embedded, stack = split.map(adapted.embed), random_stack(adapted, 2, seed=1)
     assert embedded.x[HIDDEN].shape == (2, 3, 5, 16) and len(adapted.frozen_blocks) == 2
     plain = evaluate(adapted, stack, split), flatten(train(adapted, stack, split, steps=3, batch_size=2).adapters)
@@ -420,16 +420,16 @@ def test_a_copy_shares_the_memory_of_the_frozen_weights_and_leaves_the_backbone_
 
 
 def test_texts_of_different_lengths_are_padded_alike():
-    split = Split.of([labelled([[1, 2, 3]], 0), labelled([[4, 5], [6, 7, 8, 9]], 0)])
+    split = Split([labelled([[1, 2, 3]], 0), labelled([[4, 5], [6, 7, 8, 9]], 0)])
     assert split.x["input_ids"].tolist() == [[[1, 2, 3, 0]] * 2, [[4, 5, 0, 0], [6, 7, 8, 9]]]  # the first row repeated
     assert split.x["attention_mask"].tolist() == [[[1, 1, 1, 0]] * 2, [[1, 1, 0, 0], [1, 1, 1, 1]]]
     assert split.y.shape == (2, 2) and split.y[0, 1] == -100 and split.sizes.tolist() == [1, 2]
-    targets = Split.of([answered([[1, 2, 3]]), answered([[4, 5], [6, 7, 8, 9]])]).y
+    targets = Split([answered([[1, 2, 3]]), answered([[4, 5], [6, 7, 8, 9]])]).y
     assert targets.tolist() == [[[-100, 3, -100, -100], [-100] * 4], [[5, -100, -100, -100], [-100, -100, 9, -100]]]
 
 
 def test_a_split_of_mappings_keeps_its_examples_in_rows_maps_and_on_devices():
-    split = Split.of([labelled(texts(n, n), 0) for n in SIZES])
+    split = Split([labelled(texts(n, n), 0) for n in SIZES])
     for part in (split.rows([2, 0]), split.to("cpu").rows([2, 0])):
         for row, client in enumerate((2, 0)):
             x, y = part.client(row)
@@ -482,7 +482,7 @@ def test_texts_longer_than_the_positions_are_refused_with_both_numbers(network, 
         rows = [list(range(2, 2 + length))]
         x = pad_tokens(rows)
         y = torch.tensor([1]) if head else next_tokens(x["input_ids"], x["attention_mask"])
-        split = Split.of([(x, y)])
+        split = Split([(x, y)])
         if length == 24:
             assert evaluate(adapted, stack, split)[0].isfinite().all()
             continue
@@ -494,7 +494,7 @@ def test_texts_longer_than_the_positions_are_refused_with_both_numbers(network, 
 def test_rotary_positions_have_no_end():
     adapted = attach(tiny_lm(), targets=["q_proj"], head=None, rank=2)
     x = pad_tokens([list(range(2, 36))])
-    split = Split.of([(x, next_tokens(*x.values()))])
+    split = Split([(x, next_tokens(*x.values()))])
     assert evaluate(adapted, repeat_adapter(adapted.initial, 1), split)[0].isfinite()
 
 
@@ -507,7 +507,7 @@ def test_inputs_that_the_backbone_does_not_know_or_lacks_are_named(change, said)
     adapted = attach(tiny_encoder(), targets=["query"], rank=2)
     x = change(pad_tokens([[3, 4, 5]]))
     with pytest.raises(ValueError, match=f"^the backbone takes input_ids, attention_mask: .*{said}"):
-        evaluate(adapted, repeat_adapter(adapted.initial, 1), Split.of([(x, torch.tensor([0]))]))
+        evaluate(adapted, repeat_adapter(adapted.initial, 1), Split([(x, torch.tensor([0]))]))
 
 
 @pytest.mark.parametrize("token", [VOCABULARY, -1])
@@ -552,13 +552,13 @@ def test_bad_examples_are_refused():
         ([(good, torch.tensor([0, 1])), ({n: t.float() for n, t in good.items()}, torch.tensor([0, 1]))], "float32"),
     ):
         with pytest.raises(ValueError, match=message):
-            Split.of(examples)
+            Split(examples)
     with pytest.raises(ValueError, match="text 1 has no tokens"):
         pad_tokens([[1], []])
 
 
 def test_targets_outside_the_classes_name_the_client():
-    split = Split.of([answered(texts(3, seed=0)), answered(texts(3, seed=1))])
+    split = Split([answered(texts(3, seed=0)), answered(texts(3, seed=1))])
     split.y[1, 0, 0] = VOCABULARY
     with pytest.raises(ValueError, match="client 1: train label 40 is outside 0 … 39"):
         Federation(split, split, split, VOCABULARY)
@@ -603,7 +603,7 @@ def test_minilm_is_taken_from_its_folder_with_its_frozen_blocks_computed_once(ca
     tokenizer = AutoTokenizer.from_pretrained(minilm.get_model_path())
     rows = ["a large grey animal with a trunk", "the act of moving quickly", "a unit of length", "sorrow"]
     adapted = attach(network, rank=2, targets=linear_layers(network, 2))
-    split = Split.of(
+    split = Split(
         [(encode_texts(tokenizer, rows), torch.arange(4)), (encode_texts(tokenizer, rows[3:]), torch.ones(1).long())]
     )
     embedded, stack = split.map(adapted.embed), random_stack(adapted, 2, seed=0)

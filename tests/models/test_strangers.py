@@ -123,7 +123,7 @@ def test_a_new_head_of_any_depth_starts_at_zero_and_learns(name):
     network, x = text_network(name), texts()
     adapted = attach(network, rank=2, targets=linear_layers(network, last=1), head="classifier")
     assert not adapted(adapted.initial, x).any()
-    split = Split.of([(x, torch.tensor([0, 1, 2]))])
+    split = Split([(x, torch.tensor([0, 1, 2]))])
     trained = train(adapted, repeat_adapter(adapted.initial, 1), split, steps=200, lr=0.005, batch_size=3)
     moved = [name for name, tensor in trained.adapters.items() if not torch.equal(tensor[0], adapted.initial[name])]
     assert len(moved) == len(adapted.initial) and trained.losses[0, -1] < 0.5 * trained.losses[0, 0]
@@ -200,17 +200,17 @@ def test_logits_with_a_name_are_taken_and_others_are_refused_in_words():
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
 def test_a_mask_may_have_any_type_of_number(dtype):
     x = pad_tokens([[1, 9], [3]]) | {"attention_mask": torch.tensor([[1, 1], [1, 0]]).to(dtype)}
-    Split.of([(x, torch.tensor([1, 0]))])
-    Split.of([(x, torch.tensor([[9, -100], [5, -100]]))])
+    Split([(x, torch.tensor([1, 0]))])
+    Split([(x, torch.tensor([[9, -100], [5, -100]]))])
     empty = x | {"attention_mask": torch.tensor([[1, 1], [0, 0]]).to(dtype)}
     with pytest.raises(ValueError, match="client 0: example 1 is empty"):
-        Split.of([(empty, torch.tensor([[9, -100], [5, -100]]))])
+        Split([(empty, torch.tensor([[9, -100], [5, -100]]))])
 
 
 def test_padding_on_the_left_is_refused():
     x = {"input_ids": torch.tensor([[0, 1, 9]]), "attention_mask": torch.tensor([[0, 1, 1]])}
     with pytest.raises(ValueError, match="client 0: example 0 has padding before its tokens: pad on the right"):
-        Split.of([(x, torch.tensor([1]))])
+        Split([(x, torch.tensor([1]))])
 
 
 @pytest.mark.parametrize("ignored", [0, 2])
@@ -219,8 +219,8 @@ def test_labels_that_were_not_shifted_are_refused(ignored):
     labels = x["input_ids"].masked_fill(x["attention_mask"] == 0, -100)
     labels[:, :ignored] = -100
     with pytest.raises(ValueError, match="client 0: targets are the inputs themselves, .* see next_tokens"):
-        Split.of([(x, labels)])
-    Split.of([(x, next_tokens(x["input_ids"], x["attention_mask"].bool()))])  # equal to the inputs in the second text
+        Split([(x, labels)])
+    Split([(x, next_tokens(x["input_ids"], x["attention_mask"].bool()))])  # equal to the inputs in the second text
 
 
 def test_a_small_folder_whose_configuration_names_other_layers_loads(tmp_path):
@@ -233,9 +233,9 @@ def test_a_clients_loss_is_the_same_alone_and_beside_a_longer_one():
     adapted = attach(Convolutional().eval(), targets=["conv"], rank=2)
     stack = {n: torch.randn(2, *t.shape) for n, t in adapted.initial.items()}
     small, large = ((torch.rand(n, 2, 9, 9), torch.arange(n) % 3) for n in (4, 10))
-    together = evaluate(adapted, stack, Split.of([small, large]))[0]
+    together = evaluate(adapted, stack, Split([small, large]))[0]
     for client, examples in enumerate((small, large)):
-        alone = evaluate(adapted, {n: t[client : client + 1] for n, t in stack.items()}, Split.of([examples]))[0]
+        alone = evaluate(adapted, {n: t[client : client + 1] for n, t in stack.items()}, Split([examples]))[0]
         torch.testing.assert_close(alone[0], together[client], rtol=1e-6, atol=0)  # sums of other lengths
 
 

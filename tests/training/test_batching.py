@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_one_by_one
+from conftest import changed_split, train_one_by_one
 from hypothesis import given, settings, strategies as st
 from test_results import script
 from torch import nn
@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from potara_lite.adapters.lora import ModelState, attach
 from potara_lite.adapters.state import client_adapter, flatten, repeat_adapter
-from potara_lite.federation.split import Split
 from potara_lite.training import batching, grouped_lora
 from potara_lite.training.batching import Execution, map_clients, plan_execution
 from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
@@ -206,7 +205,7 @@ def spoilt(split, client):
     """The split with the inputs of one client no longer numbers."""
     x = split.x.clone()
     x[client] = float("nan")
-    return Split(x, split.y, split.sizes, split.ids)
+    return changed_split(split, x)
 
 
 @pytest.mark.parametrize("how", [{}, dict(chunk_size=1), dict(chunk_size=2), dict(vectorize=False)], ids=str)
@@ -232,7 +231,7 @@ def test_the_others_are_what_they_are_without_the_client_that_diverges(adapted64
     x = split.x.clone()
     x[0] *= 1e200  # attention's products overflow
     with pytest.raises(DivergedError, match="client 0") as caught:
-        train(adapted64, initial, Split(x, split.y, split.sizes, split.ids), **OPTIONS)
+        train(adapted64, initial, changed_split(split, x), **OPTIONS)
     others = {name: tensor[1:] for name, tensor in initial.items()}
     without = train(adapted64, others, split.rows([1, 2]), **OPTIONS)
     trained = caught.value.trained
@@ -319,7 +318,7 @@ torch.set_num_threads(1)
 adapted = attach(tiny_vit(), rank=2, alpha=3)
 clients = 400
 x, y = torch.rand(clients, 8, 1, 28, 28), torch.zeros(clients, 8, dtype=torch.int64)
-split = Split(x, y, torch.full((clients,), 8), tuple(range(clients)))
+split = Split(list(zip(x, y)))
 stack = repeat_adapter(adapted.initial, clients)
 train(adapted, {name: t[:2] for name, t in stack.items()}, split.rows(slice(0, 2)), steps=2)  # warm up
 for run in (evaluate, per_sample_gradients, lambda *a, **o: train(*a, steps=2, **o)):

@@ -145,7 +145,7 @@ def test_diagonal_fisher_equals_the_diagonal_of_the_full_matrix(gradients, feder
 
 
 def test_seven_copies_give_seven_times_the_summed_fisher_and_the_same_mean(adapted64, stack, federation64, gradients):
-    copies = Split.of([tuple(part.repeat(7, *[1] * (part.dim() - 1)) for part in federation64.train.client(i))
+    copies = Split([tuple(part.repeat(7, *[1] * (part.dim() - 1)) for part in federation64.train.client(i))
                        for i in range(3)])  # fmt: skip
     many = per_sample_gradients(adapted64, stack, copies)
     torch.testing.assert_close(many.square().sum(1), 7 * gradients.square().sum(1), rtol=1e-9, atol=0)
@@ -221,9 +221,7 @@ def test_curvature_is_the_expected_squared_slope_over_the_models_own_labels(adap
     split, expected = federation64.train, 0
     for label in range(4):
         y = torch.where(split.y < 0, split.y, label)
-        slope, curvature = directional_derivatives(
-            adapted64, stack, direction, Split(split.x, y, split.sizes, split.ids)
-        )
+        slope, curvature = directional_derivatives(adapted64, stack, direction, split.with_labels(y))
         p = torch.stack([adapted64(client_adapter(stack, i), split.x[i]).softmax(-1)[:, label] for i in range(3)])
         expected = expected + p * slope**2
     torch.testing.assert_close(curvature, expected, rtol=1e-9, atol=1e-13)

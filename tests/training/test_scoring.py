@@ -65,7 +65,7 @@ def stack(adapted):
 def test_an_answers_likelihood_is_the_product_over_its_tokens(adapted, stack):
     one = encode_answers(Tokenizer(), ["what", "what ?"], [" light ?", " red light"])
     two = encode_answers(Tokenizer(), ["light"], [" ? extraordinarily light"])
-    found = log_likelihoods(adapted, stack, Split.of([one, two]), batch_size=1)
+    found = log_likelihoods(adapted, stack, Split([one, two]), batch_size=1)
     expected = [[math.log(0.5 * 0.7), math.log(0.6 * 0.4)], [math.log(0.7 * 0.3 * 0.9), 0]]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
@@ -160,7 +160,7 @@ def test_likelihoods_are_those_of_transformers_own_loss(llama):
     """Each text alone, with labels that transformers shifts by itself; its loss is the mean over them."""
     asked = [[("what ? red", "light light ?"), ("light", "red")], [("what", "extraordinarily ? red light")]]
     encoded = [encode_answers(Tokenizer(), [p for p, _ in own], [f" {a}" for _, a in own]) for own in asked]
-    found = log_likelihoods(*llama, Split.of(encoded))
+    found = log_likelihoods(*llama, Split(encoded))
     for client, own in enumerate(asked):
         model = in_transformers(llama, client)
         for value, (prompt, answer) in zip(found[client], own):

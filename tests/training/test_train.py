@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, train_one_by_one
+from conftest import SIZES, changed_split, train_one_by_one
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 from potara_lite.adapters.state import client_adapter, flatten, repeat_adapter
 from potara_lite.federation.batches import batch_indices
-from potara_lite.federation.split import Split
 from potara_lite.training import train as training
 from potara_lite.training.batching import Execution
 from potara_lite.training.train import DivergedError, OptimizerState, adamw_step, evaluate, losses, train
@@ -173,7 +172,7 @@ def sick(split, row, examples, value):
     """The split with some inputs of one client spoilt."""
     x = split.x.clone()
     x[row, examples] = value
-    return Split(x, split.y, split.sizes, split.ids)
+    return changed_split(split, x)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
