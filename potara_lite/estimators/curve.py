@@ -78,7 +78,7 @@ def segment_losses(adapted: AdaptedBackbone, federated: Stack, local: Stack, spl
 @torch.no_grad()
 @checked
 def client_logits(adapted: AdaptedBackbone, adapters: Stack, split: Split) -> Tensor:
-    """Every client's logits on its own examples, ``(C, N, ..., classes)``."""
+    """Every client's logits on its own examples, ``(C, N, ..., classes)``; of no meaning behind them."""
     [adapters] = check_models(adapted, split, adapters=adapters)
     most = int(split.sizes.max())
     blocks = list(batched_logits(adapted, adapters, split, batch_size=most, execution=Execution()))

@@ -62,8 +62,19 @@ class Split:
         examples = [(map_inputs(Tensor.detach, x), y.detach().long()) for x, y in self.examples]
         vars(self).update(vars(_split(examples, ids)))
 
+    @staticmethod
+    def of(examples: Sequence[Examples], ids: Sequence[int] = ()) -> Split:
+        """``Split(examples, ids)``, by the name of earlier versions."""
+        return Split(examples, ids)
+
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """The bytes of all examples, which are those that the split takes in memory."""
+        tensors = [tensor for x, y in self.examples for tensor in (*(x.values() if isinstance(x, dict) else [x]), y)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     @cached_property
     def sizes(self) -> Tensor:
