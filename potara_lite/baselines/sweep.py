@@ -8,6 +8,7 @@ another method or version is computed again. ``results`` reads such tables.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from pathlib import Path
 from types import CodeType, FunctionType
 
 import pandas as pd
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import __version__
@@ -63,7 +66,7 @@ def sweep(
     ``eval_split`` picks the examples: the test split, or the calibration split to choose options by. ``shard=(i, n)``
     does every n-th pair of federation and seed from the i-th (0 ≤ i < n), to share the work between processes. A result
     file is computed again when its method, ``prepare``, ``eval_split`` or the version of the library is another one
-    (``fingerprint``).
+    (``fingerprint``), or the data and weights that ``prepare`` returns, which is called every time.
 
     Raises ``ValueError`` when the folder holds a federation of the same name and another setting or a damaged file (a
     ``FileError``), for names that would share a file or make none, for a seed given twice, and for no such shard.
@@ -88,20 +91,20 @@ def sweep(
     for name, setting in settings.items():
         _remember_setting(folder / _slug(name), setting, union_size)
     common = fingerprint((__version__, prepare, eval_split))
-    keys = {method: fingerprint((common, function)) for method, function in methods.items()}
     runs = [(name, seed) for name in settings for seed in seeds][shard[0] :: shard[1]]
     with tqdm(total=len(methods) * len(runs), disable=not progress, unit="run") as bar:
         for name, seed in runs:
-            run = None
+            run = Run(*prepare(settings[name], seed), settings[name], seed)
+            made_from = common, prepared_digest(run.adapted, run.federation)
             seed_folder = folder / _slug(name) / f"seed-{seed}"
             seed_folder.mkdir(exist_ok=True)
             for method, function in methods.items():
                 bar.set_description(f"{name}, seed {seed}, {method}")
                 path = seed_folder / f"{_slug(method)}.csv"
-                if not path.is_file() or _read_rows(path)[0] != keys[method]:
-                    run = run or Run(*prepare(settings[name], seed), settings[name], seed)
+                key = fingerprint((*made_from, function))
+                if not path.is_file() or _read_rows(path)[0] != key:
                     rows = _rows(method, function, run, eval_split(run.federation), union_size)
-                    _write_rows(path, keys[method], rows.assign(federation=name)[COLUMNS])
+                    _write_rows(path, key, rows.assign(federation=name)[COLUMNS])
                 bar.update()
     return read_results(folder)
 
@@ -114,6 +117,23 @@ def read_results(folder: PathLike) -> pd.DataFrame:
     """
     frames = [_read_rows(path)[1] for path in sorted(Path(folder).glob("*/seed-*/*.csv"))]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
+
+
+def prepared_digest(adapted: AdaptedBackbone, federation: Federation) -> str:
+    """A digest of the backbone, its weights and initial adapter, and of all examples, to the last bit."""
+    found = hashlib.sha256(repr((adapted.model, federation.classes, federation.name)).encode())
+    for split in (federation.train, federation.calibration, federation.test):
+        found.update(repr(split.ids).encode())
+        for x, y in split.examples:
+            _hash_tensors(found, {**(x if isinstance(x, dict) else {"x": x}), "y": y})
+    _hash_tensors(found, adapted.model.state_dict() | adapted.initial)
+    return found.hexdigest()
+
+
+def _hash_tensors(found: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        found.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def fingerprint(thing: object) -> str:

@@ -1,5 +1,6 @@
 """The comparison: equal budgets, rows that are computed once, and tables checked by hand."""
 
+import copy
 import json
 import os
 import pickle
@@ -24,6 +25,7 @@ from potara_lite.baselines import algorithms, methods as M
 from potara_lite.baselines.sweep import COLUMNS, fingerprint, read_results, sweep, union
 from potara_lite.estimators import ESTIMATORS, Estimate
 from potara_lite.experiment import ORACLE, Run, local_from_federated, local_model, train_pair, with_estimator
+from potara_lite.federation.split import Federation, Split
 from potara_lite.merging.merge import merge_exact
 from potara_lite.plots import frontiers
 from potara_lite.results import leaderboard, paired_differences, pareto_front
@@ -276,6 +278,47 @@ def test_a_result_file_is_computed_again_when_what_made_it_changes(tmp_path, pre
     assert once(method(2), prepare=lambda setting, seed: prepared(setting, seed)) == 1
     monkeypatch.setattr("potara_lite.baselines.sweep.__version__", "0.0")
     assert [once(method(2)), once(method(2))] == [1, 0]
+
+
+@pytest.mark.parametrize("part", ["labels", "inputs", "test labels", "a weight", "the initial adapter", "the ids"])
+def test_results_of_other_data_or_weights_are_computed_again(tmp_path, adapted, federation, part):
+    """What ``prepare`` reads may have changed while its code is the same: a table that was cleaned once more, say."""
+    calls = []
+
+    def method(run):
+        calls.append(run.seed)
+        return M.METHODS["local"](run)
+
+    def changed():
+        model, data = adapted, federation
+        if part == "the ids":
+            return model, Federation(*(Split(s.examples, (4, 5, 6)) for s in vars_of(data)), data.classes, data.name)
+        if part == "a weight":
+            model = copy.deepcopy(adapted)
+            next(iter(model.model.parameters())).data.flatten()[0] += 1e-3
+        elif part == "the initial adapter":
+            model = replace(adapted, initial={n: t + 1e-3 * (".lora_A" in n) for n, t in adapted.initial.items()})
+        else:
+            splits = list(vars_of(data))
+            at = 2 if part == "test labels" else 0
+            x, y = splits[at].client(1)
+            examples = list(splits[at].examples)
+            examples[1] = (1 - x, y) if part == "inputs" else (x, (y + 1) % 4)
+            splits[at] = Split(examples)
+            data = Federation(*splits, data.classes, data.name)
+        return model, data
+
+    def vars_of(data):
+        return data.train, data.calibration, data.test
+
+    now = adapted, federation
+    options = dict(prepare=lambda setting, seed: now)
+    sweep({"mine": method}, {"one": SETTING}, [0], tmp_path, **options)
+    sweep({"mine": method}, {"one": SETTING}, [0], tmp_path, **options)
+    assert len(calls) == 1
+    now = changed()
+    sweep({"mine": method}, {"one": SETTING}, [0], tmp_path, **options)
+    assert len(calls) == 2
 
 
 def test_fingerprints_tell_the_methods_apart_and_are_the_same_in_another_process():
