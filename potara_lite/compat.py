@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Mapping
 
@@ -29,6 +30,25 @@ def dropout_rate(module: nn.Module) -> float:
         return module.p
     rate = getattr(module, "attention_dropout", 0.0)
     return rate if isinstance(rate, float) else 0.0
+
+
+def last_token_padding(network: nn.Module) -> int | None:
+    """The token id behind which a network looks for a text's last real token, as the sequence classifiers of decoders
+    do; ``None`` for a network that does not look for it.
+
+    Raises ``ValueError`` where the network looks and its configuration names no such token of its vocabulary.
+    """
+    code = getattr(inspect.unwrap(type(network).forward), "__code__", None)
+    if not hasattr(network, "config") or "pad_token_id" not in getattr(code, "co_names", ()):
+        return None
+    padding = network.config.get_text_config().pad_token_id
+    vocabulary = network.get_input_embeddings().num_embeddings
+    if padding is None or not 0 <= padding < vocabulary:
+        raise ValueError(
+            f"{type(network).__name__} finds the end of a text by config.pad_token_id, which is {padding}: set it to a "
+            f"token of the vocabulary, 0 … {vocabulary - 1}, such as the tokenizer's pad_token_id, before attach"
+        )
+    return padding
 
 
 def make_attention_explicit(network: nn.Module) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..checks import Device, List, Positive, Seed, Size, checked, invalid, shown
-from ..compat import dropout_rate, has_hooks, make_attention_explicit, shared_parameters
-from ..federation.inputs import Inputs
+from ..compat import dropout_rate, has_hooks, last_token_padding, make_attention_explicit, shared_parameters
+from ..federation.inputs import MASK, Inputs
 from ..models.frozen_trunk import LINEAR, call_network, check_names, frozen_blocks, run_frozen_blocks
 from ..models.language import check_tokens
 from .state import Adapter, adapter_bytes, is_lora, layer_of, lora_layers
@@ -89,7 +89,19 @@ class AdaptedBackbone:
             return functional_call(self.model, weights, args, kwargs)
 
         with nullcontext() if torch.compiler.is_compiling() else self.state.lock:  # a compiler cannot take a lock
-            return call_network(run, x, self.frozen_blocks)
+            return call_network(run, self.with_padding(x), self.frozen_blocks)
+
+    @cached_property
+    def last_token_padding(self) -> int | None:
+        """The token id behind which the backbone looks for a text's last real token, if it does."""
+        return last_token_padding(self.model.get_base_model())
+
+    def with_padding(self, x: Inputs) -> Inputs:
+        """The inputs with the backbone's own padding behind the ends of texts, where it looks for it: what a mask
+        hides must not change an example's logits."""
+        if self.last_token_padding is None or not isinstance(x, Mapping) or not {MASK, "input_ids"} <= x.keys():
+            return x
+        return {**x, "input_ids": x["input_ids"].masked_fill(x[MASK] == 0, self.last_token_padding)}
 
     def embed(self, x: Inputs) -> Inputs:
         """What the frozen part below the first adapted block makes of a batch; every adapter's logits on the result are
@@ -131,6 +143,7 @@ class AdaptedBackbone:
             if module.training and dropout_rate(module):
                 raise ValueError(f"dropout is active in {name}: call model.eval(), so that clients are independent")
         if isinstance(x, Mapping):
+            self.with_padding({})  # raises where the backbone's padding is not known
             check_names(self.model.get_base_model(), x)
             check_tokens(self.model.get_base_model(), x, client)
 

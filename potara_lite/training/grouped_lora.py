@@ -110,7 +110,7 @@ class GroupedLoRA:
         batch = map_inputs(lambda tensor: tensor.flatten(0, 1), x)
         lock = nullcontext() if torch.compiler.is_compiling() else self.adapted.state.lock
         with lock, replaced_forwards(self._forwards(stack, on_backward)):
-            logits = call_network(self.adapted.model, batch, self.adapted.frozen_blocks)
+            logits = call_network(self.adapted.model, self.adapted.with_padding(batch), self.adapted.frozen_blocks)
         return logits.unflatten(0, any_tensor(x).shape[:2])
 
     def _forwards(self, stack: Adapter, on_backward: OnBackward | None) -> dict[nn.Module, Callable[[Tensor], Tensor]]:

@@ -20,7 +20,7 @@ from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import Adapter, Stack, check_count, check_models, flatten, select_clients, unflatten
 from ..checks import Count, Flag, List, NonNegative, Positive, Seed, Size, checked
 from ..federation.batches import batch_indices
-from ..federation.inputs import Inputs, map_inputs, take
+from ..federation.inputs import MASK, Inputs, any_tensor, map_inputs, take
 from ..federation.split import Split
 from .batching import Execution, ExecutionPlan, Forward, map_clients, plan_execution, with_autocast
 from .grouped_lora import measured_once
@@ -149,6 +149,46 @@ def check_inputs(adapted: AdaptedBackbone, split: Split) -> None:
     """Raise ``ValueError`` naming the first client with inputs that the backbone does not take."""
     for client, (x, _) in zip(split.ids, split.examples):
         adapted.check_inputs(x, client)
+    check_independence(adapted, split)
+
+
+@torch.no_grad()
+def check_independence(adapted: AdaptedBackbone, split: Split) -> None:
+    """Raise ``ValueError`` for a backbone in which an example's logits depend on the others of its batch, or those of a
+    text on the padding behind its end: a client's numbers would depend on who else is there.
+
+    It is measured once, on one example and, where there is one, on one text with padding; not in training mode, where
+    batch norm is meant to see the batch.
+    """
+
+    if adapted.model.training or adapted.gated_layers:
+        return
+    for x, _ in split.examples:
+        is_padded = isinstance(x, dict) and MASK in x and not bool(x[MASK].all())
+        row = int(x[MASK].flatten(1).sum(1).argmin()) if is_padded else 0
+        kind = "padding" if is_padded else "batch"
+        if len(any_tensor(x)) > 1 and not measured_once(
+            adapted, ("alone and in company", kind), lambda x=x, row=row: _is_independent(adapted, x, row)
+        ):
+            others = "the padding behind it or the other texts of its batch" if is_padded else "the others of its batch"
+            raise ValueError(f"in this backbone an example's logits depend on {others}")
+
+
+def _is_independent(adapted: AdaptedBackbone, x: Inputs, row: int) -> bool:
+    """Whether the example in a row, without its padding, has the same logits alone and beside another one."""
+    generator = torch.Generator().manual_seed(0)  # an untrained head gives zeros, whatever goes in
+    noise = {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in adapted.initial.items()}
+    adapter = {name: tensor + noise[name].to(tensor) for name, tensor in adapted.initial.items()}
+    both = map_inputs(lambda tensor: tensor[[row, row - 1]].to(adapted.device), x)
+    alone = map_inputs(lambda tensor: tensor[:1], both)
+    if isinstance(x, dict) and MASK in x:
+        length, longest = int(alone[MASK].sum()), alone[MASK].shape[1]
+        alone = {name: t[:, :length] if t.shape[1:2] == (longest,) else t for name, t in alone.items()}
+    expected = adapted(adapter, alone)[0].double()
+    found = adapted(adapter, both)[0][: len(expected)].double()  # token by token, without the padding
+    is_random = not torch.equal(adapted(adapter, both)[0][: len(expected)].double(), found)  # vmap says so itself
+    rounding = torch.finfo(adapted.dtype).eps ** 0.5
+    return is_random or not (found - expected).abs().max() > rounding * expected.abs().max()
 
 
 @torch.no_grad()
