@@ -48,7 +48,7 @@ def median_change(setting: Setting, seed: int = 100) -> float:
     adapted, federation = prepare(setting, seed)
     stack = repeat_adapter(adapted.initial, len(federation))
     options = training_options(setting) | dict(number=0, local_steps=setting.round_steps, seed=seed)
-    after, _ = client_step(FFA, adapted, federation.train, stack, FFA.new_optimizers(stack), **options)
+    after, _, _ = client_step(FFA, adapted, federation.train, stack, FFA.new_optimizers(stack), **options)
     return float((flatten(FFA.upload(after)) - flatten(FFA.upload(stack))).norm(dim=1).median())
 
 

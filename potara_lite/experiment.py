@@ -7,7 +7,7 @@ the two models are here; ``baselines.methods`` has the methods that they are com
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .adapters.lora import AdaptedBackbone, attach
 from .adapters.state import Adapter, Stack, check_adapter, check_models, check_same_base, check_weight, repeat_adapter
-from .checks import Flag, Named, NonNegative, Numbers, Positive, Seed, Seeds, checked
+from .checks import AnyList, Flag, Named, NonNegative, Numbers, Positive, Seed, Seeds, Size, checked
 from .estimators import ESTIMATORS, Estimate
 from .estimators.estimate import ClientWeights, Two
 from .federation.sources import fashion_mnist
@@ -31,7 +31,8 @@ from .models.vit import lab_vit
 from .setting import Setting
 from .training.batching import Execution
 from .training.fedavg import Ledger, fedit
-from .training.train import evaluate, train
+from .training.history import Callback
+from .training.train import Trained, evaluate, train
 
 ORACLE = "oracle weight (test data, reference)"
 
@@ -40,13 +41,15 @@ ORACLE = "oracle weight (test data, reference)"
 @dataclass(frozen=True)
 class ModelPair:
     """The two models of every client as stacks, what the training of each cost, and whether the local ones were trained
-    from the federated one or, as the paper has it, independently of it."""
+    from the federated one or, as the paper has it, independently of it. ``history``: how they were trained, with the
+    column ``model``, ``federated`` (a row for each round and client) or ``local`` (for each step and client)."""
 
     federated: Stack
     local: Stack
     ledgers: Two[Ledger]
     seconds: Two[NonNegative]
     local_from_federated: Flag = False
+    history: Any = None
 
     def __post_init__(self):
         check_same_base("federated and local", [self.federated, self.local])
@@ -99,51 +102,87 @@ def training_options(setting: Setting, lr_scale: Positive = 1.0) -> dict[str, An
 
 @checked
 def train_pair(
-    adapted: AdaptedBackbone, federation: Federation, setting: Setting, seed: Seed, progress: Flag = False
+    adapted: AdaptedBackbone,
+    federation: Federation,
+    setting: Setting,
+    seed: Seed,
+    progress: Flag = False,
+    *,
+    eval_split: Split | None = None,
+    eval_every: Size = 1,
+    callbacks: AnyList[Callback] = (),
 ) -> ModelPair:
     """Train the federated and the local models, with batches of their own: each from the same initial adapter, or, with
-    ``setting.local_from_federated``, the local ones from the finished federated one."""
+    ``setting.local_from_federated``, the local ones from the finished federated one.
+
+    Every ``eval_every`` rounds, and after as many steps of the local models, they are evaluated on ``eval_split``,
+    which changes nothing in the training (see ``fedit`` and ``train``).
+    """
     began = time.perf_counter()
-    options = training_options(setting, setting.federated_lr_scale) | dict(rounds=setting.rounds, progress=progress)
-    shared = fedit(adapted, federation.train, local_steps=setting.round_steps, seed=seed, **options)
+    watch = dict(eval_split=eval_split, callbacks=callbacks)
+    options = training_options(setting, setting.federated_lr_scale) | watch
+    options |= dict(rounds=setting.rounds, local_steps=setting.round_steps, participation=setting.participation)
+    shared = fedit(adapted, federation.train, seed=seed, eval_every=eval_every, progress=progress, **options)
     federated = repeat_adapter(shared.adapter, len(federation))
     seconds = time.perf_counter() - began
     start = federated if setting.local_from_federated else repeat_adapter(adapted.initial, len(federation))
-    local, local_ledger, local_seconds = train_local(adapted, start, federation, setting, seed, progress)
+    watch["eval_every"] = eval_every * max(1, setting.round_steps)
+    trained, local_ledger, local_seconds = train_local(adapted, start, federation, setting, seed, progress, **watch)
     costs = (shared.ledger, local_ledger), (seconds, local_seconds)
-    return ModelPair(federated, local, *costs, setting.local_from_federated)
+    histories = [shared.history.assign(model="federated"), trained.history.assign(model="local")]
+    return ModelPair(federated, trained.adapters, *costs, setting.local_from_federated, joined(histories))
+
+
+def joined(histories: Sequence[Any]) -> Any:
+    """The histories of several trainings as one table."""
+    import pandas as pd
+
+    return pd.concat([history for history in histories if len(history)] or histories, ignore_index=True)
 
 
 @checked
 def train_local(
-    adapted: AdaptedBackbone, start: Stack, federation: Federation, setting: Setting, seed: Seed, progress: Flag = False
-) -> tuple[Adapter, Ledger, float]:
-    """The local models from the stack ``start``, what their training cost, and its seconds."""
+    adapted: AdaptedBackbone,
+    start: Stack,
+    federation: Federation,
+    setting: Setting,
+    seed: Seed,
+    progress: Flag = False,
+    **watch,
+) -> tuple[Trained, Ledger, float]:
+    """The local models from the stack ``start``, what their training cost, and its seconds. ``watch``: what ``train``
+    is told of evaluations on the way."""
     [start] = check_models(adapted, federation.train, start=start)
     began = time.perf_counter()
     options = training_options(setting, setting.local_lr_scale) | dict(steps=setting.local_steps, progress=progress)
-    local = train(adapted, start, federation.train, seed=(seed, 1), **options).adapters
+    trained = train(adapted, start, federation.train, seed=(seed, 1), **options, **watch)
     clients = len(federation)
     ledger = Ledger.zeros(clients).add(torch.arange(clients), steps=setting.local_steps)
-    return local, ledger, time.perf_counter() - began
+    return trained, ledger, time.perf_counter() - began
 
 
 @checked
 @dataclass
 class Run:
-    """One federation and seed, with what its methods share; each part is computed on first use."""
+    """One federation and seed, with what its methods share; each part is computed on first use.
+
+    With an ``eval_split`` the models are evaluated every ``eval_every`` rounds on the way, for their histories.
+    """
 
     adapted: AdaptedBackbone
     federation: Federation
     setting: Setting
     seed: Seed
     progress: Flag = False
+    eval_split: Split | None = None
+    eval_every: Size = 1
     pairs: dict[tuple, ModelPair] = field(default_factory=dict, init=False, repr=False)  # others, by what they are
 
     @cached_property
     def pair(self) -> ModelPair:
         """The two models of every client that all merges share."""
-        return train_pair(self.adapted, self.federation, self.setting, self.seed, self.progress)
+        watch = dict(eval_split=self.eval_split, eval_every=self.eval_every)
+        return train_pair(self.adapted, self.federation, self.setting, self.seed, self.progress, **watch)
 
     def pair_from_federated(self, lr_scale: float = 1.0) -> ModelPair:
         """The pair whose local models were trained from the federated one, so not independently of it."""
@@ -151,11 +190,11 @@ class Run:
         if key not in self.pairs:
             pair = self.pair
             setting = replace(self.setting, local_lr_scale=lr_scale)
-            local, ledger, seconds = train_local(
+            trained, ledger, seconds = train_local(
                 self.adapted, pair.federated, self.federation, setting, self.seed, self.progress
             )
             costs = (pair.ledgers[0], ledger), (pair.seconds[0], seconds)
-            self.pairs[key] = ModelPair(pair.federated, local, *costs, local_from_federated=True)
+            self.pairs[key] = ModelPair(pair.federated, trained.adapters, *costs, local_from_federated=True)
         return self.pairs[key]
 
     @cached_property
@@ -170,14 +209,15 @@ class Run:
 @checked
 @dataclass(frozen=True)
 class Result:
-    """The clients' models (a stack) and the backbone that runs them, what they cost, and the mixing weight ``(C,)`` of
-    those that are merged."""
+    """The clients' models (a stack) and the backbone that runs them, what they cost, the mixing weight ``(C,)`` of
+    those that are merged, and the ``history`` of what was trained for them."""
 
     adapted: AdaptedBackbone
     adapters: Stack
     ledger: Ledger
     seconds: NonNegative
     weight: ClientWeights | None = None
+    history: Any = None
 
     def __post_init__(self):
         object.__setattr__(self, "adapters", check_adapter(self.adapted, self.adapters, "adapters", stacked=True))
@@ -202,7 +242,8 @@ def initial_adapter(run: Run) -> Result:
 def federated_model(run: Run) -> Result:
     """The federated one of the two models that are merged, with what its own training costs."""
     pair = run.pair
-    return Result(run.adapted, pair.federated, pair.ledgers[0], pair.seconds[0], torch.ones(len(run.federation)))
+    weight = torch.ones(len(run.federation))
+    return Result(run.adapted, pair.federated, pair.ledgers[0], pair.seconds[0], weight, pair.history)
 
 
 def local_model(run: Run) -> Result:
@@ -212,7 +253,7 @@ def local_model(run: Run) -> Result:
     ledger, seconds = pair.ledgers[1], pair.seconds[1]
     if pair.local_from_federated:
         ledger, seconds = pair.ledgers[0] + ledger, pair.seconds[0] + seconds
-    return Result(run.adapted, pair.local, ledger, seconds, torch.zeros(len(run.federation)))
+    return Result(run.adapted, pair.local, ledger, seconds, torch.zeros(len(run.federation)), pair.history)
 
 
 def independent_models(run: Run) -> ModelPair:
@@ -239,11 +280,11 @@ def merging(
         seconds = sum(pair.seconds) + time.perf_counter() - began
         ledger = pair.ledgers[0] + pair.ledgers[1]
         if not isinstance(merged, tuple):
-            return Result(run.adapted, merged, ledger, seconds)
+            return Result(run.adapted, merged, ledger, seconds, history=pair.history)
         adapters, estimate = merged
         up, down = (4 * floats for floats in estimate.floats)
         ledger = ledger.add(torch.arange(len(run.federation)), up=up, down=down)
-        return Result(run.adapted, adapters, ledger, seconds, estimate.client_weight)
+        return Result(run.adapted, adapters, ledger, seconds, estimate.client_weight, pair.history)
 
     return method
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .checks import Count, Flag, Positive, PositiveOrInf, Size, checked, invalid
+from .checks import Count, Flag, Positive, PositiveOrInf, Share, Size, checked, invalid
 
 DATA = "fashion-mnist", "wordnet", "wordnet-domains"
 
@@ -18,8 +18,9 @@ class Setting:
     """One federation and how its models are trained.
 
     The defaults were chosen on calibration data of other seeds (``benchmarks/choose_default.py``).
-    ``federated_lr_scale`` and ``local_lr_scale`` multiply ``lr`` for the two models that are merged. With
-    ``local_from_federated`` the local model starts from the trained federated one, else from the same initial adapter.
+    ``participation``: the share of the clients in each federated round. ``federated_lr_scale`` and ``local_lr_scale``
+    multiply ``lr`` for the two models that are merged. With ``local_from_federated`` the local model starts from the
+    trained federated one, else from the same initial adapter.
     ``data`` is one of ``DATA``: images, WordNet's glosses with label skew, or a domain of glosses for each client;
     ``backbone`` is a text encoder, by default MiniLM.
 
@@ -41,6 +42,7 @@ class Setting:
     rounds: Count = 40
     round_steps: Count = 5
     local_steps: Count = 100
+    participation: Share = 1.0
     local_from_federated: Flag = False
     chunk_size: Size | None = None
     device: str = "cpu"

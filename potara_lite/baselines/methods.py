@@ -61,9 +61,11 @@ def from_algorithm(algorithm: Algorithm | Callable[[Setting], Algorithm], lr_sca
             raise ValueError(f"{one.name}: rounds of {round_cost} steps do not make {setting.total_steps}")
         began = time.perf_counter()
         options = training_options(setting, lr_scale)
-        options |= dict(rounds=rounds, local_steps=setting.round_steps, seed=run.seed)
-        result = run_algorithm(one, run.adapted, run.federation.train, **options)
-        return Result(result.adapted, result.personal, result.ledger, time.perf_counter() - began)
+        options |= dict(rounds=rounds, local_steps=setting.round_steps, participation=setting.participation)
+        watch = dict(eval_split=run.eval_split, eval_every=run.eval_every)
+        result = run_algorithm(one, run.adapted, run.federation.train, seed=run.seed, **options, **watch)
+        seconds = time.perf_counter() - began
+        return Result(result.adapted, result.personal, result.ledger, seconds, history=result.history)
 
     return method
 
@@ -95,10 +97,12 @@ def local_training(lr_scale: Positive = 1.0) -> Method:
         clients, steps = len(run.federation), run.setting.total_steps
         began = time.perf_counter()
         options = training_options(run.setting, lr_scale) | dict(steps=steps, seed=(run.seed, 1))
+        options |= dict(eval_split=run.eval_split, eval_every=run.eval_every * max(1, run.setting.round_steps))
         initial = repeat_adapter(run.adapted.initial, clients)
         trained = train(run.adapted, initial, run.federation.train, **options)
         ledger = Ledger.zeros(clients).add(torch.arange(clients), steps=steps)
-        return Result(run.adapted, trained.adapters, ledger, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return Result(run.adapted, trained.adapters, ledger, seconds, history=trained.history)
 
     return method
 

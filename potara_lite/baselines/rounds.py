@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import AfterValidator
@@ -37,12 +37,16 @@ from ..adapters.state import (
     repeat_adapter,
     select_clients,
 )
-from ..checks import Count, Flag, Fraction, List, Seed, Share, Size, checked
+from ..checks import AnyList, Count, Flag, Fraction, List, Seed, Share, Size, checked
 from ..federation.split import Split
 from ..merging.merge import merge_exact
 from ..training.fedavg import Ledger, participants, weighted_average
-from ..training.train import Objective, OptimizerState, check_labels, train
+from ..training.history import Callback, History
+from ..training.train import Objective, OptimizerState, check_labels, evaluate, for_each_client, train
 from .privacy import Privacy, private_average
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NameFilter = Callable[[str], bool]
 
@@ -172,7 +176,7 @@ class Algorithm:
 class Personalised:
     """What a run gives: the clients' models (a stack) and the backbone that runs them, the federation's model (no
     client dimension; ``None`` for methods without one), what each client paid in all and by round, and all the tensors
-    that the clients hold."""
+    that the clients hold. ``history``: a row for each round and client, with the bytes since the beginning."""
 
     adapted: AdaptedBackbone
     personal: Adapter
@@ -180,13 +184,14 @@ class Personalised:
     ledger: Ledger
     by_round: Ledger
     tensors: Adapter
+    history: pd.DataFrame
 
     def rows(self, index: Tensor) -> Personalised:
         """The same with its clients in the order of these rows."""
         personal = select_clients(self.personal, index)
         by_round = Ledger(self.by_round.up[:, index], self.by_round.down[:, index], self.by_round.steps[:, index])
         tensors = select_clients(self.tensors, index)
-        return Personalised(self.adapted, personal, self.federated, by_round.total(), by_round, tensors)
+        return Personalised(self.adapted, personal, self.federated, by_round.total(), by_round, tensors, self.history)
 
 
 @checked
@@ -196,18 +201,25 @@ def run_algorithm(
     split: Split,
     *,
     rounds: Count,
-    local_steps: Count,
+    local_steps: Count | List[Count],
     participation: Share = 1.0,
     seed: Seed = 0,
+    eval_split: Split | None = None,
+    eval_every: Size = 1,
+    callbacks: AnyList[Callback] = (),
     progress: Flag = False,
     **training,
 ) -> Personalised:
-    """Run ``rounds`` rounds of ``local_steps`` steps; ``training`` goes to ``train`` (lr, batch_size, clip, …).
+    """Run ``rounds`` rounds of ``local_steps`` steps, or each client its own number of a list.
+
+    ``training`` goes to ``train`` (lr, batch_size, clip, …).
 
     Each phase reads the client's batch stream ``(seed, 0)`` from where the round begins, so a phase with all the steps
     of a round sees what ``fedit`` sees. ``participation``: the share of clients in each round, drawn as ``fedit`` does.
-    The ledger counts the messages as they were passed, and an optimiser step for every model that took one. The
-    clients' models are the same to the last bit in any order of the clients.
+    Every ``eval_every`` rounds and at the end the clients' models, as they would be if this round were the last one,
+    are evaluated on ``eval_split`` (see ``fedit``). The ledger counts the messages as they were passed, and an
+    optimiser step for every model that took one. The clients' models are the same to the last bit in any order of the
+    clients.
 
     Raises ``ValueError`` for a phase that trains none of the tensors, and for less than full participation in a method
     whose messages differ from client to client.
@@ -225,10 +237,12 @@ def run_algorithm(
     by_id = sorted(range(len(split)), key=split.ids.__getitem__)  # sums of floats depend on the clients' order
     if by_id != list(range(len(split))):
         split = split.rows(by_id)
-    local = dict(local_steps=local_steps, seed=seed, **training)
-    result = _run_rounds(
-        algorithm, adapted, split, rounds=rounds, participation=participation, progress=progress, local=local
-    )
+        eval_split = eval_split and eval_split.rows(by_id)
+    history = History(split.ids, eval_split, eval_every, callbacks)
+    steps_of = for_each_client("local_steps", local_steps, len(split))
+    local = dict(local_steps=[steps_of[row] for row in by_id], seed=seed, **training)
+    options = dict(rounds=rounds, participation=participation, progress=progress)
+    result = _run_rounds(algorithm, adapted, split, history=history, local=local, **options)
     return result.rows(torch.tensor(by_id).argsort())
 
 
@@ -240,6 +254,7 @@ def _run_rounds(
     rounds: int,
     participation: float,
     progress: bool,
+    history: History,
     local: dict[str, Any],
 ) -> Personalised:
     """``run_algorithm`` with the clients in the order of their ids; ``local``: the options of ``client_step``."""
@@ -252,7 +267,16 @@ def _run_rounds(
     if participation < 1:
         message = _same_for_all(message, clients, algorithm.name)
     by_round = []
-    for number in tqdm(range(rounds), disable=not progress, unit="round", desc=algorithm.name):
+    paid = Ledger.zeros(clients)
+
+    def measure(eval_split: Split) -> tuple[Tensor, Tensor]:
+        """Of the models that clients have after the next message, or will have after their last local steps."""
+        now, _ = _receive(algorithm, tensors, message, everyone, number + 1)
+        how = {"execution": local["execution"]} if "execution" in local else {}
+        return evaluate(backbone, algorithm.personal_model(now), eval_split, **how)
+
+    bar = tqdm(range(rounds), disable=not progress, unit="round", desc=algorithm.name)
+    for number in bar:
         rows = participants(split.ids, participation, local["seed"], number)
         # down
         receivers = everyone if algorithm.broadcast_to_all else rows
@@ -261,14 +285,21 @@ def _run_rounds(
         part = split if len(rows) == clients else split.rows(rows.tolist())
         states = [state.rows(rows) for state in optimizers]
         mine = select_clients(tensors, rows)
-        mine, states = client_step(algorithm, backbone, part, mine, states, number=number, **local)
+        steps = [local["local_steps"][row] for row in rows.tolist()]
+        options = local | dict(number=number, local_steps=steps)
+        mine, states, losses = client_step(algorithm, backbone, part, mine, states, **options)
         tensors = _replace_clients(tensors, rows, mine)
         optimizers = [old.replace_rows(rows, new) for old, new in zip(optimizers, states)]
         # up
         uploads = algorithm.upload(mine)
         message = server_step(algorithm, uploads, part.sizes, clients, sent=message, number=number)
         up = algorithm.bytes_of(uploads, rows, clients)
-        by_round.append(Ledger(up, down, 0 * up).add(rows, steps=algorithm.local_cost(local["local_steps"])))
+        costs = torch.tensor([algorithm.local_cost(one) for one in steps])
+        by_round.append(Ledger(up, down, 0 * up).add(rows, steps=costs))
+        paid = paid + by_round[-1]
+        train_loss = torch.full((clients,), torch.nan).index_copy(0, rows, losses.float().cpu())
+        record = dict(round=number + 1, step=paid.steps, train_loss=train_loss, bytes_up=paid.up, bytes_down=paid.down)
+        bar.set_postfix(history.add(measure if history.is_due(number + 1, rounds) else None, **record))
     tensors, down = _receive(algorithm, tensors, message, everyone, rounds)
     federated = algorithm.federated_model and algorithm.federated_model(tensors)
     personal = algorithm.personal_model(tensors)
@@ -277,7 +308,7 @@ def _run_rounds(
         tensors, personal = finetune_step(algorithm, backbone, split, tensors, personal, number=rounds, **local)
         after_rounds = after_rounds.add(everyone, steps=algorithm.local_cost(algorithm.finetune_steps))
     ledger = Ledger.by_round([*by_round, after_rounds])
-    return Personalised(backbone, personal, federated, ledger.total(), ledger, tensors)
+    return Personalised(backbone, personal, federated, ledger.total(), ledger, tensors, history.table())
 
 
 def _receive(
@@ -297,17 +328,21 @@ def client_step(
     optimizers: list[OptimizerState],
     *,
     number: int,
-    local_steps: int,
+    local_steps: int | list[int],
     steps: int | None = None,
     seed: int = 0,
     **training,
-) -> tuple[Adapter, list[OptimizerState]]:
+) -> tuple[Adapter, list[OptimizerState], Tensor]:
     """Round ``number`` at some clients: the phases of ``local_steps`` (of ``steps``, for fine-tuning), one by one.
 
-    ``tensors`` and ``optimizers`` are theirs; both are returned as they are afterwards. Each phase reads the client's
+    ``tensors`` and ``optimizers`` are theirs; both are returned as they are afterwards, with each client's mean
+    training loss ``(C,)`` over all steps. Each phase reads the client's
     batch stream ``(seed, 0)`` from where the round begins.
     """
     optimizers = list(optimizers)
+    of_round = for_each_client("local_steps", local_steps, len(split))
+    now = of_round if steps is None else [steps] * len(split)
+    losses = []
     for i, phase in enumerate(algorithm.phases):
         moving = algorithm.trained(i, tensors)
         frozen = algorithm.frozen(tensors)
@@ -316,8 +351,8 @@ def client_step(
                 adapted,
                 moving,
                 split,
-                steps=phase.steps(local_steps if steps is None else steps),
-                start=number * phase.steps(local_steps),
+                steps=[phase.steps(one) for one in now],
+                start=[number * phase.steps(one) for one in of_round],
                 state=optimizers[i],
                 seed=(seed, 0),
                 objective=phase.objective or (lambda f, mine: f(algorithm.personal_model(mine))),
@@ -326,7 +361,9 @@ def client_step(
             )
         tensors = tensors | trained.adapters
         optimizers[i] = trained.state
-    return tensors, optimizers if algorithm.keep_optimizer else algorithm.new_optimizers(tensors)
+        losses.append(trained.losses)
+    optimizers = optimizers if algorithm.keep_optimizer else algorithm.new_optimizers(tensors)
+    return tensors, optimizers, torch.cat(losses, dim=1).nanmean(1)
 
 
 def server_step(
@@ -370,7 +407,7 @@ def finetune_step(
     ``before``."""
     optimizers = algorithm.new_optimizers(tensors)
     steps = algorithm.finetune_steps
-    tensors, _ = client_step(algorithm, adapted, split, tensors, optimizers, steps=steps, **options)
+    tensors, _, _ = client_step(algorithm, adapted, split, tensors, optimizers, steps=steps, **options)
     after = algorithm.personal_model(tensors)
     weight = algorithm.wise_ft_weight
     return tensors, merge_exact(before, after, weight) if weight else after

@@ -135,7 +135,7 @@ def train_round(client: Client, message: RecordDict) -> RecordDict:
     tensors = client.receive(message, number)
     optimizers = client.optimizers(tensors)
     backbone = algorithm.backbone(client.adapted)
-    tensors, optimizers = client_step(
+    tensors, optimizers, _ = client_step(
         algorithm, backbone, client.data.train, tensors, optimizers, number=number, **training
     )
     states = {f"optimizer-{i}": vars(one) for i, one in enumerate(optimizers)} if algorithm.keep_optimizer else {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
@@ -22,12 +23,17 @@ from ..adapters.state import (
     flatten,
     repeat_adapter,
 )
-from ..checks import Count, Flag, List, Numbers, Seed, Share, Size, checked
+from ..checks import AnyList, Count, Flag, List, Numbers, Seed, Share, Size, checked
 from ..federation.split import Split
-from .train import OptimizerState, train
+from .history import Callback, History
+from .train import OptimizerState, evaluate, for_each_client, train
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Costs = Annotated[Tensor, Numbers("C|rounds C", whole=True, least=0)]
 Rows = Annotated[Tensor, Numbers("K", whole=True, least=0)]  # of some clients
+Paid = Count | Rows
 
 
 @checked
@@ -53,10 +59,11 @@ class Ledger:
         return Ledger(*torch.zeros(3, clients, dtype=torch.int64))
 
     @checked
-    def add(self, clients: Rows, *, up: Count = 0, down: Count = 0, steps: Count = 0) -> Ledger:
-        """The ledger after these clients sent ``up`` bytes, received ``down`` bytes and took ``steps`` steps each."""
+    def add(self, clients: Rows, *, up: Paid = 0, down: Paid = 0, steps: Paid = 0) -> Ledger:
+        """The ledger after these clients sent ``up`` bytes, received ``down`` bytes and took ``steps`` steps: each as
+        many, or each its own number ``(K,)``."""
         columns = ((self.up, up), (self.down, down), (self.steps, steps))
-        return Ledger(*(column.index_add(0, clients, torch.full_like(clients, n)) for column, n in columns))
+        return Ledger(*(column.index_add(0, clients, torch.as_tensor(n).expand(len(clients))) for column, n in columns))
 
     @checked
     def __add__(self, other: Ledger) -> Ledger:
@@ -78,13 +85,15 @@ class Ledger:
 @dataclass(frozen=True)
 class Federated:
     """The federated adapter (no client dimension), the ledger in all and by round, each round's mean training loss per
-    client ``(rounds, C)``, NaN where a client did not take part, and the clients' optimiser state to go on from."""
+    client ``(rounds, C)``, NaN where a client did not take part, the clients' optimiser state to go on from, and the
+    ``history``: a row for each round and client, with the bytes since the beginning."""
 
     adapter: Adapter
     ledger: Ledger
     by_round: Ledger
     losses: Tensor
     state: OptimizerState
+    history: pd.DataFrame
 
 
 @checked
@@ -117,35 +126,48 @@ def fedit(
     split: Split,
     *,
     rounds: Count,
-    local_steps: Count,
+    local_steps: Count | List[Count],
     participation: Share = 1.0,
     keep_optimizer: Flag = True,
     adapter: OneAdapter | None = None,
     start: Count = 0,
     state: OptimizerState | None = None,
     seed: Seed = 0,
+    eval_split: Split | None = None,
+    eval_every: Size = 1,
+    callbacks: AnyList[Callback] = (),
     progress: Flag = False,
     **training,
 ) -> Federated:
     """FedIT (Zhang et al., 2024): FedAvg over the LoRA factors and the head, weighted by the clients' sizes.
 
-    Each round the participants download the adapter, take ``local_steps`` steps and upload theirs; at the end every
-    client downloads the result. ``keep_optimizer``: each client goes on with the AdamW state of its last round (it
-    stays with the client and costs no bytes); otherwise every round starts with a new state. ``training`` goes to
-    ``train`` (lr, batch_size, clip, execution, …). ``adapter``, ``state`` and ``start`` (the rounds already done)
-    continue an earlier run. The model is the same to the last bit in whatever order the clients are. With one client
-    and the optimiser kept, this is local training. ``run_algorithm(FEDIT, ...)`` of ``baselines`` is the same method as
-    a declaration beside the others; this function can continue a run.
+    Each round the participants download the adapter, take ``local_steps`` steps (or each its own number of a list, such
+    as that of ``epoch_steps``) and upload theirs; at the end every client downloads the result. ``keep_optimizer``:
+    each client goes on with the AdamW state of its last round (it stays with the client and costs no bytes); otherwise
+    every round starts with a new state. ``training`` goes to ``train`` (lr, batch_size, clip, execution, …).
+    ``adapter``, ``state`` and ``start`` (the rounds already done) continue an earlier run. Every ``eval_every`` rounds
+    and at the end the model is evaluated on every client of ``eval_split``, which changes nothing in the training; the
+    numbers are in the ``history`` of the result, of which each of the ``callbacks`` gets the new rows after each round.
+    The model is the same to the last bit in whatever order the clients are. With one client and the optimiser kept,
+    this is local training. ``run_algorithm(FEDIT, ...)`` of ``baselines`` is the same method as a declaration beside
+    the others; this function can continue a run.
     """
     check_models(adapted, split)
     adapter = check_adapter(adapted, adapted.initial if adapter is None else adapter)
     clients = len(split)
+    steps_of = torch.tensor(for_each_client("local_steps", local_steps, clients))
     flat = flatten(repeat_adapter(adapter, clients))
     state = OptimizerState.zeros(flat) if state is None else state
     state.check(*flat.shape)
     message_bytes = adapter_bytes(adapter)
+    if eval_split is not None:
+        check_models(adapted, eval_split)
+    how = {"execution": training["execution"]} if "execution" in training else {}
+    history = History(split.ids, eval_split, eval_every, callbacks)
     by_round, losses = [], []
-    for number in tqdm(range(start, start + rounds), disable=not progress, unit="round", desc="federated"):
+    paid = Ledger.zeros(clients)
+    bar = tqdm(range(start, start + rounds), disable=not progress, unit="round", desc="federated")
+    for number in bar:
         rows = participants(split.ids, participation, seed, number).tolist()
         rows.sort(key=split.ids.__getitem__)  # sums of floats depend on the clients' order
         part = split.rows(rows)
@@ -154,8 +176,8 @@ def fedit(
             adapted,
             repeat_adapter(adapter, len(rows)),
             part,
-            steps=local_steps,
-            start=number * local_steps,
+            steps=steps_of[index].tolist(),
+            start=(number * steps_of[index]).tolist(),
             state=state.rows(index) if keep_optimizer else None,
             seed=(seed, 0),
             **training,
@@ -163,9 +185,15 @@ def fedit(
         adapter = weighted_average(trained.adapters, part.sizes)
         if keep_optimizer:
             state = state.replace_rows(index, trained.state)
-        by_round.append(Ledger.zeros(clients).add(index, up=message_bytes, down=message_bytes, steps=local_steps))
-        losses.append(torch.full((clients,), torch.nan).index_copy(0, index, trained.losses.mean(1).float().cpu()))
+        messages = Ledger.zeros(clients).add(index, up=message_bytes, down=message_bytes)
+        by_round.append(messages.add(index, steps=steps_of[index]))
+        losses.append(torch.full((clients,), torch.nan).index_copy(0, index, trained.losses.nanmean(1).float().cpu()))
+        paid = paid + by_round[-1]
+        is_due = history.is_due(number + 1, start + rounds)
+        measure = partial(evaluate, adapted, repeat_adapter(adapter, clients), **how) if is_due else None
+        costs = dict(step=paid.steps, bytes_up=paid.up, bytes_down=paid.down)
+        bar.set_postfix(history.add(measure, round=number + 1, train_loss=losses[-1], **costs))
     last_download = Ledger.zeros(clients).add(torch.arange(clients), down=message_bytes)
     ledger = Ledger.by_round([*by_round, last_download])
     all_losses = torch.stack(losses) if losses else torch.zeros(0, clients)
-    return Federated(adapter, ledger.total(), ledger, all_losses, state)
+    return Federated(adapter, ledger.total(), ledger, all_losses, state, history.table())

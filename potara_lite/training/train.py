@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,17 @@ from tqdm.auto import tqdm
 
 from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import Adapter, Stack, check_count, check_models, flatten, select_clients, unflatten
-from ..checks import Count, Flag, List, NonNegative, Positive, Seed, Size, checked
+from ..checks import AnyList, Count, Flag, List, NonNegative, Positive, Seed, Size, checked
 from ..federation.batches import batch_indices
 from ..federation.inputs import MASK, Inputs, any_tensor, map_inputs, take
 from ..federation.split import Split
 from .batching import Execution, ExecutionPlan, Forward, map_clients, plan_execution, with_autocast
 from .grouped_lora import measured_once
+from .history import Callback, History, history_table
 from .loss import example_accuracies, example_losses, mean_loss
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Objective = Callable[[Callable[[Adapter], Tensor], Adapter], Tensor]  # (loss of an adapter on the batch, tensors)
@@ -78,11 +82,21 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class Trained:
-    """What ``train`` returns: the stack, the optimiser state to go on from, the loss of each step ``(C, steps)``."""
+    """What ``train`` returns: the stack, the optimiser state to go on from, the loss of each step ``(C, steps)``, NaN
+    behind a client's last one, and the ``evaluations`` on the way."""
 
     adapters: Adapter
     state: OptimizerState
     losses: Tensor
+    evaluations: History
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """A row for each step and client: step, client, training loss, and loss and accuracy where it was evaluated."""
+        steps = [{"step": step, "train_loss": self.losses[:, step - 1]} for step in range(1, self.losses.shape[1] + 1)]
+        for record in self.evaluations.records:
+            steps[record["step"] - 1] = record
+        return history_table(self.evaluations.ids, steps)
 
 
 def adamw_step(
@@ -216,70 +230,126 @@ def train(
     adapters: Stack,
     split: Split,
     *,
-    steps: Count,
+    steps: Count | List[Count],
     batch_size: Size = 8,
     lr: Positive = 1e-3,
     weight_decay: NonNegative = 0.0,
     clip: Positive | None = None,
     seed: Seed | List[Seed] = 0,
-    start: Count = 0,
+    start: Count | List[Count] = 0,
     state: OptimizerState | None = None,
     loss: Loss = mean_loss,
     objective: Objective = plain_loss,
     fixed: Mapping[str, Tensor] | None = None,
+    eval_split: Split | None = None,
+    eval_every: Size = 10,
+    callbacks: AnyList[Callback] = (),
     execution: Execution = Execution(),
     progress: Flag = False,
 ) -> Trained:
     """Train each client's adapter on its own examples with AdamW, all clients in one batched program.
 
-    ``adapters``: a stack, a row per client of ``split``. ``steps`` optimiser steps of ``batch_size`` examples each;
-    ``start``: the steps of the batch stream that are already done (see ``batch_indices``); ``state``: the optimiser
-    state of an earlier run to go on from. ``clip`` bounds each client's gradient norm. A client's batches depend on
-    ``(seed, split.ids[client])`` alone. ``objective`` is that of ``losses``; it also gets the tensors of the stack
-    ``fixed``, which do not train. Adapters, data and state may be on the CPU; each chunk of clients is moved to the
-    backbone's device for its steps (see ``Execution``).
+    ``adapters``: a stack, a row per client of ``split``. ``steps`` optimiser steps of ``batch_size`` examples each, or
+    as many as each client's number in a list (``epoch_steps`` gives those of whole epochs); ``start``: the steps of the
+    batch stream that are already done, of all or of each client (see ``batch_indices``); ``state``: the optimiser state
+    of an earlier run to go on from. ``clip`` bounds each client's gradient norm. A client's batches depend on ``(seed,
+    split.ids[client])`` alone. ``objective`` is that of ``losses``; it also gets the tensors of the stack ``fixed``,
+    which do not train. Adapters, data and state may be on the CPU; each chunk of clients is moved to the backbone's
+    device for its steps (see ``Execution``).
+
+    Every ``eval_every`` steps and at the end the models are evaluated on ``eval_split``, which changes nothing in the
+    training; ``Trained.history`` has the numbers, and each of the ``callbacks`` gets the new rows of it at once.
 
     Raises ``ValueError`` for adapters, data, a state or numbers that do not fit, and ``DivergedError`` (a subclass)
     naming the client and the step when a loss is not finite; the result for the other clients is in its ``trained``.
     """
     fixed = {name: tensor.detach() for name, tensor in (fixed or {}).items()}
-    if objective is plain_loss and not fixed:
-        adapters = check_clients(adapted, adapters, split)
-        if loss is mean_loss:
-            check_labels(adapted, adapters, split)
-    else:  # what trains need not be an adapter of the backbone
-        check_models(adapted, split)
-        check_inputs(adapted, split)
-        check_count("adapters", adapters, len(split))
-        if fixed:
-            check_count("fixed", fixed, len(split))
+    adapters = _checked_tensors(adapted, adapters, split, loss, objective, fixed)
+    if eval_split is not None:
+        check_clients(adapted, adapters, eval_split)
     flat = flatten(adapters).detach().to(adapted.dtype)
     like = {name: tensor[0] for name, tensor in adapters.items()}
     if state is not None:
         state.check(*flat.shape)
     state = OptimizerState.zeros(flat) if state is None else state.rows(torch.arange(len(split)))  # a copy
-    curves = flat.new_zeros(len(split), steps)
-    tensors = adapters | fixed
-    chunks = _planned_chunks(adapted, tensors, split, batch_size, loss, objective, execution)
-    with tqdm(total=steps * len(split), disable=not progress, unit="step", desc="training") as bar:
-        for rows, step_losses in chunks:
-            chunk = torch.tensor(rows)
+    last_steps = for_each_client("steps", steps, len(split))
+    first_steps = for_each_client("start", start, len(split))
+    most = max(last_steps)
+    curves = flat.new_full((len(split), most), torch.nan)
+    history = History(split.ids, eval_split, eval_every, callbacks)
+
+    def stack() -> Adapter:
+        return {name: tensor.to(like[name].dtype) for name, tensor in unflatten(flat, like).items()}
+
+    def train_until(begin: int, end: int) -> None:
+        """Steps ``begin … end - 1`` of the clients that have so many, in place: all clients' results exist once."""
+        training = [row for row, last in enumerate(last_steps) if last > begin]
+        part = split.rows(training)
+        tensors = select_clients(adapters | fixed, torch.tensor(training))
+        for rows, step_losses in _planned_chunks(adapted, tensors, part, batch_size, loss, objective, execution):
+            chunk = torch.tensor(training)[rows]
             chunk_fixed = {name: tensor.to(adapted.device) for name, tensor in select_clients(fixed, chunk).items()}
             now = flat[chunk].to(adapted.device)
             now_state = state.rows(chunk).to(adapted.device)
-            batches = _batches(split.rows(rows).to(adapted.device), seed, start, steps, batch_size)
-            for step, (x, y) in enumerate(batches):
+            done = [first_steps[training[row]] + begin for row in rows]
+            batches = _batches(part.rows(rows).to(adapted.device), seed, done, end - begin, batch_size)
+            for step, (x, y) in enumerate(batches, begin):
                 now.requires_grad_()
                 values = step_losses(unflatten(now, like) | chunk_fixed, x, y)  # (K,)
                 (grad,) = torch.autograd.grad(values.sum(), now)
                 now, now_state = adamw_step(now.detach(), _clipped(grad, clip), now_state, lr, weight_decay)
                 curves[chunk, step] = values.detach().to(curves)
                 bar.update(len(now))
-            flat[chunk] = now.to(flat.device)  # in place: all clients' results exist once
+            flat[chunk] = now.to(flat.device)
             for all_rows, chunk_rows in zip(vars(state).values(), vars(now_state).values()):
                 all_rows[chunk] = chunk_rows.to(all_rows.device)
-    stack = {name: tensor.to(like[name].dtype) for name, tensor in unflatten(flat, like).items()}
-    return _check_finite(Trained(stack, state, curves), split.ids, start)
+
+    stops = {*last_steps, *(step for step in range(most) if history.is_due(step, most))} - {0}
+    with tqdm(total=sum(last_steps), disable=not progress, unit="step", desc="training") as bar:
+        begin = 0
+        for end in sorted(stops):
+            train_until(begin, end)
+            if history.is_due(end, most):
+                measure = partial(evaluate, adapted, stack(), execution=execution)
+                bar.set_postfix(history.add(measure, step=end, train_loss=curves[:, end - 1]))
+            begin = end
+    return _check_finite(Trained(stack(), state, curves, history), split.ids, first_steps, last_steps)
+
+
+def _checked_tensors(
+    adapted: AdaptedBackbone, adapters: Adapter, split: Split, loss: Loss, objective: Objective, fixed: Adapter
+) -> Adapter:
+    """What trains: an adapter of the backbone in the order of its tensors, or whatever an objective makes one of."""
+    if objective is plain_loss and not fixed:
+        adapters = check_clients(adapted, adapters, split)
+        if loss is mean_loss:
+            check_labels(adapted, adapters, split)
+        return adapters
+    check_models(adapted, split)
+    check_inputs(adapted, split)
+    check_count("adapters", adapters, len(split))
+    if fixed:
+        check_count("fixed", fixed, len(split))
+    return adapters
+
+
+def for_each_client(name: str, number: int | Sequence[int], clients: int) -> list[int]:
+    """A number of steps for each client. Raises ``ValueError`` for as many numbers as there are no clients."""
+    if isinstance(number, int):
+        return [number] * clients
+    if len(number) != clients:
+        raise ValueError(f"{name}: {len(number)} of them for {clients} clients")
+    return list(number)
+
+
+@checked
+def epoch_steps(split: Split, epochs: Positive, batch_size: Size) -> list[int]:
+    """The steps of each client in so many epochs of its own examples, at least one.
+
+    >>> epoch_steps(Split([(torch.zeros(n, 2), torch.zeros(n).long()) for n in (8, 20)]), epochs=2, batch_size=4)
+    [4, 10]
+    """
+    return [max(1, round(epochs * size / batch_size)) for size in split.sizes.tolist()]
 
 
 def _planned_chunks(
@@ -346,11 +416,14 @@ def planned_groups(
         yield group, plan
 
 
-def _batches(split: Split, seed: int | Sequence[int], start: int, steps: int, batch_size: int) -> Iterator:
-    """The clients' batches of every step, ``(K, B, ...)`` and ``(K, B)``."""
+def _batches(
+    split: Split, seed: int | Sequence[int], start: Sequence[int], steps: int, batch_size: int
+) -> Iterator[tuple[Inputs, Tensor]]:
+    """The clients' batches of every step, ``(K, B, ...)`` and ``(K, B)``, each from its own step ``start``."""
     seeds = [seed] if isinstance(seed, int) else list(seed)
     x, y, starts = split.joined()
-    streams = [batch_indices(n, start, steps, batch_size, [*seeds, i]) for n, i in zip(split.sizes.tolist(), split.ids)]
+    clients = zip(split.sizes.tolist(), start, split.ids)
+    streams = [batch_indices(n, done, steps, batch_size, [*seeds, i]) for n, done, i in clients]
     examples = (torch.stack(streams) + starts.view(-1, 1, 1)).to(y.device)  # (K, steps, B)
     for step in range(steps):
         yield take(x, examples[:, step]), y[examples[:, step]]
@@ -361,13 +434,15 @@ def _clipped(grad: Tensor, clip: float | None) -> Tensor:
     return grad if clip is None else grad * (clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp_max(1)
 
 
-def _check_finite(trained: Trained, ids: Sequence[int], start: int) -> Trained:
+def _check_finite(trained: Trained, ids: Sequence[int], start: Sequence[int], last_steps: Sequence[int]) -> Trained:
     """The run itself. Raises ``DivergedError`` if a loss, or an adapter after the last update, is not finite."""
     finite_adapters = flatten(trained.adapters).isfinite().all(1, keepdim=True)
-    finite = torch.cat([trained.losses.isfinite(), finite_adapters], dim=1)  # (C, steps + 1)
+    is_over = torch.arange(max(last_steps)) >= torch.tensor(last_steps).unsqueeze(1)
+    is_finite = trained.losses.isfinite() | is_over.to(trained.losses.device)
+    finite = torch.cat([is_finite, finite_adapters], dim=1)  # (C, steps + 1)
     if not finite.all():
         row = int((~finite.all(1)).nonzero()[0])
-        raise DivergedError(ids[row], start + int((~finite[row]).nonzero()[0]), trained)
+        raise DivergedError(ids[row], start[row] + int((~finite[row]).nonzero()[0]), trained)
     return trained
 
 

@@ -509,6 +509,6 @@ def replay(parts, world):
         if some:
             mine, split = select_clients(message, torch.tensor(some)), world.federation.train.rows(some)
             new = algorithm.new_optimizers(mine)
-            mine, _ = rounds.client_step(algorithm, world.adapted, split, mine, new, number=number, **training)
+            mine, _, _ = rounds.client_step(algorithm, world.adapted, split, mine, new, number=number, **training)
             message = rounds.server_step(algorithm, mine, split.sizes, 3, sent=message, number=number)
     return message
