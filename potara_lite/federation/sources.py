@@ -1,15 +1,20 @@
-"""Where a federation comes from: the shipped Fashion-MNIST, torchvision's data sets, your tensors."""
+"""Where a federation comes from: the shipped Fashion-MNIST, torchvision's data sets, data of your own.
+
+Tensors and arrays, tables, data sets of torch: each has a function, and ``assemble`` does the rest. The function for
+Hugging Face's data sets is in ``huggingface.py``.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from ..checks import Flag, List, PathLike, Seed, Size, checked
+from ..checks import ByClient, Flag, List, PathLike, Portion, Seed, Size, checked
 from ..files import check_file, data_path, reading
-from .inputs import ExamplesPair, check_examples, take
+from .assemble import assemble
+from .inputs import AnyPair
 from .partition import partition, partition_options
-from .split import Federation, Split
+from .split import Federation
 
 
 @checked
@@ -60,34 +65,43 @@ def from_torchvision(dataset: str, root: PathLike, *, download: Flag = True, **o
 
 @checked
 def from_tensors(
-    train: List[ExamplesPair],
-    test: List[ExamplesPair],
+    train: ByClient[AnyPair],
+    test: ByClient[AnyPair] | None = None,
     *,
-    calibration: List[ExamplesPair] | None = None,
+    test_size: Portion = 0.2,
+    calibration: ByClient[AnyPair] | None = None,
     calibration_size: Size = 30,
     classes: Size | None = None,
+    class_names: List[str] | None = None,
     seed: Seed = 0,
     name: str = "federation",
 ) -> Federation:
     """A federation of your tensors: for each client a pair of inputs ``(n, ...)`` and labels ``(n,)`` (see ``Split``).
 
-    Without ``calibration``, ``calibration_size`` examples of each client are drawn from its ``train`` and withheld
-    from training. ``classes`` defaults to the largest label plus one.
+    A list of pairs, or a dictionary by the clients' names. Inputs may also be arrays and tables, which become float32
+    (whole numbers of an array stay). Labels are whole numbers from 0, true and false, or an array or a column of names,
+    which are numbered in sorted order and kept as ``class_names``.
+
+    Without ``calibration``, ``calibration_size`` examples of each client are drawn from its ``train`` and withheld from
+    training; without ``test``, so are ``test_size`` of them, a number or a fraction. The draws are stratified by label
+    and depend on the seed and on the client (its name, or its place in the list) alone. ``classes`` defaults to the
+    largest label plus one.
+
+    >>> federation = from_tensors({"A": (torch.rand(50, 3), torch.arange(50) % 2)}, test_size=0.2, calibration_size=10)
+    >>> federation.client_names, federation.train.sizes.tolist(), federation.test.sizes.tolist()
+    (('A',), [30], [10])
 
     Raises ``ValueError`` for what ``check_examples`` refuses, labels outside the classes, splits of different clients
     or inputs, and a client too small to withhold from.
     """
-    for client, examples in enumerate(train):
-        check_examples(client, *examples)
-    if classes is None:
-        classes = 1 + max(int(y.max()) for _, y in [*train, *test] if len(y))
-    if calibration is None:
-        calibration, rest = [], []
-        for client, (x, y) in enumerate(train):
-            if len(y) <= calibration_size:
-                raise ValueError(f"client {client} has {len(y)} examples: none is left if {calibration_size} calibrate")
-            order = torch.from_numpy(np.random.default_rng([seed, client]).permutation(len(y)))
-            for examples, rows in ((calibration, order[:calibration_size]), (rest, order[calibration_size:])):
-                examples.append((take(x, rows), y[rows]))
-        train = rest
-    return Federation(Split.of(train), Split.of(calibration), Split.of(test), classes, name)
+    return assemble(
+        train,
+        test,
+        calibration,
+        test_size=test_size,
+        calibration_size=calibration_size,
+        classes=classes,
+        class_names=class_names,
+        seed=seed,
+        name=name,
+    )

@@ -1,0 +1,209 @@
+"""Data of one's own: what becomes of it, how it is split, and what is refused."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch.utils.data import TensorDataset
+
+from potara_lite import from_tensors
+from potara_lite.federation.assemble import stratified
+from potara_lite.federation.split import Federation
+
+PARTS = ("train", "calibration", "test")
+
+
+def numbered(n, labels=2, start=0):
+    """Examples that carry their own number, and labels in turn."""
+    return torch.arange(start, start + n).float().unsqueeze(1), torch.arange(n) % labels
+
+
+def rows_of(federation, client):
+    """The numbers of a client's examples in each split, sorted."""
+    return {part: sorted(getattr(federation, part).client(client)[0][:, 0].int().tolist()) for part in PARTS}
+
+
+def patients(n=120, **columns):
+    """A table of two features that tell the row, three wards and a label."""
+    rng = np.random.default_rng(0)
+    table = {"row": np.arange(n), "fever": rng.random(n) > 0.5, "ward": np.resize(list("CAB"), n)}
+    return pd.DataFrame(table | {"sick": np.where(np.arange(n) // 3 % 4 == 0, "yes", "no")} | columns)
+
+
+# The splits of a client.
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=2),
+    seed=st.integers(0, 99),
+)
+def test_stratified_parts_have_each_class_within_one_of_its_share(counts, sizes, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    if sum(sizes) >= len(labels):
+        return
+    parts = stratified(labels, sizes, np.random.default_rng(seed))
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
+    assert [len(rows) for rows in parts[:-1]] == sizes
+    left = np.array(counts)
+    for rows, size in zip(parts, sizes):
+        found = np.bincount(labels[rows], minlength=len(counts))
+        pool = np.where(left > 1, left, 0)  # single examples go to the rest
+        if (left - 1).clip(0).sum() >= size and (size * pool / pool.sum() <= left - 1).all():
+            assert (np.abs(found - size * pool / pool.sum()) < 1 + 1e-9).all()
+        left -= found
+    if sum(sizes) <= sum(counts) - len(counts):
+        assert set(labels[parts[-1]]) == set(labels)  # every class can be learned
+
+
+def test_a_class_with_one_example_is_trained_on():
+    labels = np.array([0] * 30 + [1] * 30 + [2])
+    for seed in range(20):
+        test, calibration, train = stratified(labels, [10, 10], np.random.default_rng(seed))
+        assert 60 in train
+        assert np.bincount(labels[test]).tolist() == np.bincount(labels[calibration]).tolist() == [5, 5]
+
+
+def test_ties_between_classes_are_broken_at_random():
+    labels = np.repeat(np.arange(6), 2)
+    found = [labels[stratified(labels, [1], np.random.default_rng(seed))[0]][0] for seed in range(200)]
+    assert (np.bincount(found, minlength=6) > 15).all()  # 33 each are expected
+
+
+@pytest.mark.parametrize("test_size, expected", [(0.25, 20), (7, 7), (1, 1), (0.001, 1)])
+def test_a_test_set_is_a_fraction_or_a_number_and_no_example_is_in_two_splits(test_size, expected):
+    federation = from_tensors([numbered(80)], test_size=test_size, calibration_size=10)
+    rows = rows_of(federation, 0)
+    assert len(rows["test"]) == expected and len(rows["calibration"]) == 10
+    assert sorted(sum(rows.values(), [])) == list(range(80))
+    for part in PARTS:
+        x, y = getattr(federation, part).client(0)
+        assert torch.equal(y, x[:, 0].long() % 2)  # each example kept its label
+
+
+def test_splits_depend_on_the_seed_and_the_client_alone():
+    clients = {name: numbered(80) for name in "ABC"}
+    one, again, other = (from_tensors(clients, seed=seed) for seed in (0, 0, 1))
+    without = from_tensors({name: clients[name] for name in "CA"}, seed=0)
+    assert rows_of(one, 2) == rows_of(again, 2) == rows_of(without, 0)
+    assert rows_of(one, 0) == rows_of(without, 1) != rows_of(one, 1)
+    assert rows_of(one, 0) != rows_of(other, 0)
+    larger = from_tensors(clients, seed=0, calibration_size=20)
+    assert rows_of(one, 0)["test"] == rows_of(larger, 0)["test"]
+    listed = from_tensors(list(clients.values()), seed=0)
+    assert rows_of(listed, 0) != rows_of(listed, 1) and listed.client_names is None
+
+
+def test_test_and_calibration_sets_of_ones_own_are_taken_as_they_are():
+    train, test, held = ({name: numbered(9, start=start) for name in "AB"} for start in (0, 100, 200))
+    turned = dict(reversed(test.items()))
+    turned["A"] = numbered(5, start=300)
+    federation = from_tensors(train, turned, calibration=held)
+    assert rows_of(federation, 0)["train"] == list(range(9))
+    assert rows_of(federation, 0)["test"] == list(range(300, 305))
+    assert rows_of(federation, 1)["test"] == list(range(100, 109))
+    assert rows_of(federation, 1)["calibration"] == list(range(200, 209))
+
+
+def test_token_level_targets_are_split_too():
+    x = {"input_ids": torch.arange(1, 61).view(20, 3), "attention_mask": torch.ones(20, 3).long()}
+    y = torch.randint(1, 9, (20, 3))
+    federation = from_tensors([(x, y)], test_size=5, calibration_size=5)
+    assert [getattr(federation, part).sizes.tolist() for part in PARTS] == [[10], [5], [5]]
+
+
+# Tensors, arrays and tables.
+
+
+def test_arrays_and_tables_give_the_federation_that_tensors_give():
+    x, y = torch.rand(50, 3), torch.arange(50) % 2
+    table = pd.DataFrame(x.numpy().astype(np.float64), columns=list("abc"))
+    names = pd.Series(np.where(y == 1, "yes", "no"))
+    expected = from_tensors([(x, y)])
+    for inputs in (x.numpy(), x.double().numpy(), table):
+        for labels in (y.numpy(), y.bool(), y.bool().numpy(), pd.Series(y), names, names.to_numpy(), y.to(torch.uint8)):
+            found = from_tensors([(inputs, labels)])
+            for part in PARTS:
+                for one, other in zip(getattr(found, part).client(0), getattr(expected, part).client(0)):
+                    assert torch.equal(one, other) and one.dtype == other.dtype
+            assert found.classes == 2
+            named = getattr(labels, "dtype", None) in (names.dtype, names.to_numpy().dtype)
+            assert found.class_names == (("no", "yes") if named else None)
+
+
+def test_tensors_keep_their_dtype_and_arrays_of_tokens_theirs():
+    x, y = numbered(50)
+    assert from_tensors([(x.double(), y)]).train.client(0)[0].dtype == torch.float64
+    assert from_tensors([(np.ones((50, 4), np.int64), y)]).train.client(0)[0].dtype == torch.int64
+    array = np.zeros((50, 1))
+    federation = from_tensors([(array, y)])
+    array += 1
+    assert not federation.train.client(0)[0].any()  # a copy
+
+
+def test_classes_have_one_number_in_all_clients_and_splits():
+    train = [(torch.rand(40, 1), np.array(["b", "d"] * 20)), (torch.rand(40, 1), np.array(["c"] * 40))]
+    test = [(torch.rand(1, 1), np.array(["a"])), (torch.rand(1, 1), np.array(["d"]))]
+    federation = from_tensors(train, test)
+    assert federation.class_names == ("a", "b", "c", "d") and federation.classes == 4
+    assert set(federation.train.client(0)[1].tolist()) == {1, 3}
+    assert set(federation.train.client(1)[1].tolist()) == {2}
+    assert [federation.test.client(i)[1].tolist() for i in range(2)] == [[0], [3]]
+    assert from_tensors([numbered(40)], class_names=["no", "yes", "never"]).classes == 3
+
+
+def test_names_are_kept_by_rows_map_and_to():
+    federation = from_tensors({name: numbered(40) for name in "ABC"}, class_names=["no", "yes"])
+    for one in (federation.to("cpu"), federation.map(lambda x: 2 * x)):
+        assert one.client_names == ("A", "B", "C") and one.class_names == ("no", "yes")
+    assert from_tensors({7: numbered(40), 8: numbered(40)}).client_names == ("7", "8")
+    for index, names in (([2, 0], ("C", "A")), (slice(1, 3), ("B", "C")), (slice(None, None, 2), ("A", "C"))):
+        assert federation.rows(index).client_names == names
+        assert federation.rows(index).train.ids == tuple("ABC".index(name) for name in names)
+    with pytest.raises(ValueError, match=r"index\[1\] must be at most 2, not 3"):
+        federation.rows([0, 3])
+    split = federation.train
+    with pytest.raises(ValueError, match=r"client_names: 2 of them, not 3: \('A', 'B'\)"):
+        Federation(split, split, split, 2, client_names=["A", "B"])
+    with pytest.raises(ValueError, match="class_names: 1 of them, not 2"):
+        Federation(split, split, split, 2, class_names=["A"])
+
+
+PAIR = numbered(40)
+
+
+@pytest.mark.parametrize(
+    "train, options, said",
+    [
+        (5, {}, "train must be a list or a dictionary with at least 1 entry, not 5"),
+        ([], {}, r"train must be a list or a dictionary with at least 1 entry, not \[\]"),
+        ({}, {}, "train must be a list or a dictionary with at least 1 entry, not {}"),
+        ({"A": PAIR, "B": 3}, {}, r"train\['B'\] must be a pair of inputs and labels, not 3"),
+        ([TensorDataset(*PAIR)], {}, r"train\[0\] must be a pair .* \(for a Dataset, see from_datasets\)"),
+        ({"A": PAIR, "B": numbered(20)}, {}, "client 'B' has 20 examples: none is left if 4 are tested on and 30"),
+        ({"A": PAIR, "B": (PAIR[0], PAIR[1] - 1)}, {}, "client 'B': label -1 is below 0"),
+        ({"A": PAIR, "B": (torch.rand(40, 2), PAIR[1])}, {}, r"client 'B' has inputs of shape \(2,\), client 'A' of"),
+        ({"A": PAIR}, dict(test=[PAIR]), "test must be a dictionary like train"),
+        ([PAIR], dict(test={"A": PAIR}), "test must be a list like train"),
+        ({"A": PAIR}, dict(test={"B": PAIR}), "test must have the clients of train: only one of the two has 'A'"),
+        ({"A": PAIR, "B": (PAIR[0], ["x"] * 40)}, {}, "client 'B': labels must be tensors"),
+        (
+            {"A": PAIR, "B": (PAIR[0], np.array(["x"] * 40))},
+            {},
+            "labels must be names for all clients and splits, or n",
+        ),
+        ([(PAIR[0], np.array(["x", None] * 20))], {}, "client 0: the label is missing in row 1"),
+        ([(PAIR[0], pd.Series([1.0, np.nan] * 20))], {}, "client 0: the label is missing in row 1"),
+        ([(PAIR[0], np.linspace(0, 1, 40))], {}, "client 0: labels must be whole numbers, not torch.float64"),
+        ([(np.array(["x"] * 40), PAIR[1])], {}, "client 0: inputs must be tensors"),
+        ([(pd.DataFrame({"a": ["x"] * 40}), PAIR[1])], {}, "client 0: column 'a' holds (str|object), not numbers"),
+        ([PAIR], dict(test_size=1.5), r"test_size must be a whole number of at least 1, or a fraction in \(0, 1\)"),
+        ([PAIR], dict(class_names=["no"]), "class_names: 1 of them, not 2"),
+    ],
+)
+def test_from_tensors_refuses(train, options, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        from_tensors(train, **options)
+    assert "\n" not in str(caught.value)
