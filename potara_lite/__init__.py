@@ -65,6 +65,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time the same li
     from .federation.partition import partition as partition
     from .federation.sources import (
         fashion_mnist as fashion_mnist,
+        from_dataframe as from_dataframe,
         from_tensors as from_tensors,
         from_torchvision as from_torchvision,
     )

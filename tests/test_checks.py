@@ -196,6 +196,10 @@ CALLS = {
         train=[t.split.client(i) for i in range(3)], test=[t.split.client(i) for i in range(3)], calibration_size=1,
         test_size=1, classes=4, class_names=list("abcd"), seed=0, name="x",
     ),
+    "federation.sources.from_dataframe": lambda t: dict(
+        df=t.table, client="ward", label="sick", features=["age"], test=t.table, test_size=0.2, calibration_size=1,
+        seed=0, name="x",
+    ),
     "models.vit.lab_vit": lambda t: dict(classes=4, checkpoint=None),
     "models.vit.torchvision_vit": lambda t: dict(name="vit_b_32", classes=4, weights=None),
     "models.language.text_encoder": lambda t: dict(name_or_path="nowhere", classes=4),

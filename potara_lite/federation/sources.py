@@ -6,12 +6,16 @@ Hugging Face's data sets is in ``huggingface.py``.
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from collections.abc import Hashable, Sequence
 
-from ..checks import ByClient, Flag, List, PathLike, Portion, Seed, Size, checked
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..checks import ByClient, Flag, List, PathLike, Portion, Seed, Size, checked, invalid, shown
 from ..files import check_file, data_path, reading
-from .assemble import assemble
+from .assemble import as_categories, assemble, features as feature_tensor, rows_of
 from .inputs import AnyPair
 from .partition import partition, partition_options
 from .split import Federation
@@ -105,3 +109,63 @@ def from_tensors(
         seed=seed,
         name=name,
     )
+
+
+@checked
+def from_dataframe(
+    df: pd.DataFrame,
+    *,
+    client: Hashable,
+    label: Hashable,
+    features: List[Hashable] | None = None,
+    test: pd.DataFrame | None = None,
+    test_size: Portion = 0.2,
+    calibration_size: Size = 30,
+    seed: Seed = 0,
+    name: str = "federation",
+) -> Federation:
+    """A federation of a table: the rows of each value of the column ``client``, in sorted order, are a client.
+
+    ``features``: the columns of the inputs, numbers or true and false, ``(n, F)`` in float32; all but ``client`` and
+    ``label`` by default. The labels may be of any type; their values, sorted or in the order of a categorical column,
+    are the ``class_names``. Splits are drawn as in ``from_tensors``; ``test`` is a table with the same columns.
+
+    >>> df = pd.DataFrame({"age": range(40), "sick": ["no", "yes"] * 20, "ward": ["A"] * 20 + ["B"] * 20})
+    >>> federation = from_dataframe(df, client="ward", label="sick", calibration_size=5)
+    >>> federation.client_names, federation.class_names, federation.train.client(0)[0].shape
+    (('A', 'B'), ('no', 'yes'), torch.Size([11, 1]))
+
+    Raises ``ValueError`` for a column that is not there or not of numbers, for missing values, with the column and the
+    row, and for a client too small, by its name.
+    """
+    tables = {"df": df} if test is None else {"df": df, "test": test}
+    for argument, table in tables.items():
+        _check_columns(argument, table, client, label, features)
+    columns = features or [column for column in df.columns if column not in (client, label)]
+    labels = pd.concat([table[label] for table in tables.values()])
+    kinds = as_categories(labels, f"label: column {label!r}").dtype
+
+    def by_client(argument: str, table: pd.DataFrame) -> dict[str, tuple[Tensor, pd.Series]]:
+        x, y = feature_tensor(table[columns], f"{argument}: "), table[label].astype(kinds)
+        rows_by_name = rows_of(table[client], f"client: column {client!r}")
+        return {name: (x[rows], y.iloc[rows]) for name, rows in rows_by_name.items()}
+
+    parts = {argument: by_client(argument, table) for argument, table in tables.items()}
+    return assemble(
+        parts["df"], parts.get("test"), test_size=test_size, calibration_size=calibration_size, seed=seed, name=name
+    )
+
+
+def _check_columns(
+    name: str, table: pd.DataFrame, client: Hashable, label: Hashable, features: Sequence[Hashable] | None
+) -> None:
+    if not len(table) or not table.columns.is_unique:
+        invalid(name, "a table with rows, whose columns have different names", table)
+    for argument, column in (("client", client), ("label", label), *(("features", one) for one in features or ())):
+        if column not in table:
+            columns = shown(list(table.columns))
+            raise ValueError(f"{argument} must be a column of {name}, not {column!r}: there are {columns}")
+    if client == label or {client, label} & set(features or ()):
+        raise ValueError(f"client, label and features must be different columns, unlike {client!r} and {label!r}")
+    if table.shape[1] < 3:
+        raise ValueError("features must be at least one column besides client and label")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import TensorDataset
 
-from potara_lite import from_tensors
+from potara_lite import from_dataframe, from_tensors
 from potara_lite.federation.assemble import stratified
 from potara_lite.federation.split import Federation
 
@@ -206,4 +206,123 @@ PAIR = numbered(40)
 def test_from_tensors_refuses(train, options, said):
     with pytest.raises(ValueError, match=said) as caught:
         from_tensors(train, **options)
+    assert "\n" not in str(caught.value)
+
+
+# Tables.
+
+
+def test_a_table_becomes_clients_classes_and_features():
+    table = patients()
+    federation = from_dataframe(table, client="ward", label="sick", test_size=0.25, calibration_size=8, seed=3)
+    assert federation.client_names == ("A", "B", "C") and federation.class_names == ("no", "yes")
+    assert [getattr(federation, part).sizes.tolist() for part in PARTS] == [[22] * 3, [8] * 3, [10] * 3]
+    seen = []
+    for client, ward in enumerate("ABC"):
+        for part, share in (("calibration", 2), ("test", 2.5)):
+            assert abs(int(getattr(federation, part).client(client)[1].sum()) - share) < 1  # a quarter is sick
+        for part in PARTS:
+            x, y = getattr(federation, part).client(client)
+            rows = table.iloc[x[:, 0].int().tolist()]
+            assert x.dtype == torch.float32 and (rows.ward == ward).all()
+            assert x[:, 1].tolist() == rows.fever.tolist() and y.tolist() == (rows.sick == "yes").tolist()
+            seen += rows.row.tolist()
+    assert sorted(seen) == list(range(120))
+
+
+@pytest.mark.parametrize(
+    "labels, names",
+    [
+        (np.resize([5, 2, 9], 120), ("2", "5", "9")),
+        (np.resize([5.0, 2.0], 120), ("2", "5")),
+        (np.resize([True, False], 120), ("False", "True")),
+        (pd.Categorical(np.resize(["lo", "hi"], 120), ["lo", "mid", "hi"], ordered=True), ("lo", "mid", "hi")),
+        (pd.array(np.resize([5, 2], 120), dtype="Int64"), ("2", "5")),
+        (pd.array(np.resize(["b", "a"], 120), dtype="string"), ("a", "b")),
+        (pd.to_datetime(np.resize(["2020-02-01", "2020-01-01"], 120)), ("2020-01-01 00:00:00", "2020-02-01 00:00:00")),
+    ],
+)
+def test_labels_of_any_type_become_classes(labels, names):
+    table = patients(sick=labels)
+    federation = from_dataframe(table, client="ward", label="sick", calibration_size=8)
+    assert federation.class_names == names and federation.classes == len(names)
+    x, y = federation.train.client(1)
+    of_row = table.sick.astype("int64") if table.sick.dtype.kind == "f" else table.sick
+    assert [str(of_row[row]) for row in x[:, 0].int().tolist()] == [names[label] for label in y.tolist()]
+
+
+def test_clients_are_in_the_order_of_their_values_whatever_the_index():
+    table = patients(ward=np.resize([10, 9, 2], 120)).set_index(pd.Index(["same"] * 120))
+    federation = from_dataframe(table, client="ward", label="sick", features=["row"], calibration_size=8)
+    assert federation.client_names == ("2", "9", "10")
+    assert set(federation.train.client(0)[0][:, 0].int().tolist()) <= set(range(2, 120, 3))
+    kinds = pd.Categorical(table.ward, [9, 2, 10, 7])
+    federation = from_dataframe(table.assign(ward=kinds), client="ward", label="sick", calibration_size=8)
+    assert federation.client_names == ("9", "2", "10")
+
+
+def test_a_test_table_has_the_same_clients_and_classes():
+    table = patients()
+    test = patients(12, sick=["maybe"] * 12)
+    federation = from_dataframe(table, client="ward", label="sick", test=test, calibration_size=8)
+    assert federation.class_names == ("maybe", "no", "yes")
+    assert federation.test.sizes.tolist() == [4, 4, 4] and federation.train.sizes.tolist() == [32] * 3
+    assert federation.test.client(0)[0][:, 0].tolist() == [1, 4, 7, 10]
+    with pytest.raises(ValueError, match="test must have the clients of train: only one of the two has 'C'"):
+        from_dataframe(table, client="ward", label="sick", test=test[test.ward != "C"])
+
+
+TABLE = patients()
+LARGE = pd.concat([TABLE, TABLE[:3].assign(ward="tiny")])
+
+
+@pytest.mark.parametrize(
+    "table, options, said",
+    [
+        (
+            TABLE,
+            dict(client="wrad"),
+            r"client must be a column of df, not 'wrad': there are \['row', 'fever', 'ward', 'sick'\]",
+        ),
+        (TABLE, dict(label="x"), "label must be a column of df, not 'x'"),
+        (TABLE, dict(features=["row", "x"]), "features must be a column of df, not 'x'"),
+        (TABLE, dict(features=["row", "sick"]), "client, label and features must be different columns"),
+        (TABLE, dict(label="ward"), "client, label and features must be different columns"),
+        (TABLE[["ward", "sick"]], {}, "features must be at least one column besides client and label"),
+        (TABLE[:0], {}, "df must be a table with rows"),
+        (
+            pd.concat([TABLE, TABLE[["row"]]], axis=1),
+            {},
+            "df must be a table with rows, whose columns have different n",
+        ),
+        (TABLE.assign(kind="x"), {}, r"column 'kind' holds (str|object), .*pd.get_dummies\(df, columns=\['kind'\]\)"),
+        (TABLE.assign(kind=pd.Categorical(["x"] * 120)), {}, "column 'kind' holds category, not numbers"),
+        (TABLE.assign(when=pd.Timestamp("2020")), {}, "column 'when' holds datetime64"),
+        (TABLE.assign(wave=1j), {}, "column 'wave' holds complex128"),
+        (
+            TABLE.assign(row=TABLE.row.astype(float).where(TABLE.row != 17)),
+            {},
+            "column 'row' has nan in row 17: fill or",
+        ),
+        (
+            TABLE.assign(row=TABLE.row.astype("Int64").where(TABLE.row != 17)),
+            {},
+            "column 'row' has nan in row 17: fill",
+        ),
+        (TABLE.assign(row=TABLE.row.astype(float).where(TABLE.row != 17, 1e300)), {}, "column 'row' has inf in row 17"),
+        (TABLE.assign(sick=TABLE.sick.where(TABLE.row != 17)), {}, "label: column 'sick' is missing in row 17"),
+        (TABLE.assign(ward=TABLE.ward.where(TABLE.row != 17)), {}, "client: column 'ward' is missing in row 17"),
+        (
+            TABLE.assign(sick=TABLE.row / 8),
+            {},
+            r"label: column 'sick' must be names or whole numbers, not 0.125 \(row 1\)",
+        ),
+        (TABLE.assign(sick=[1, "a"] * 60), {}, "label: column 'sick' has values of several types, such as 1 and 'a'"),
+        (TABLE.assign(sick=[[1]] * 120), {}, r"label: column 'sick' must be names or whole numbers, not \[1\]"),
+        (LARGE, {}, "client 'tiny' has 3 examples: none is left if 1 are tested on and 30 calibrate"),
+    ],
+)
+def test_from_dataframe_refuses(table, options, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        from_dataframe(table, **dict(client="ward", label="sick") | options)
     assert "\n" not in str(caught.value)
