@@ -66,6 +66,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time the same li
     from .federation.sources import (
         fashion_mnist as fashion_mnist,
         from_dataframe as from_dataframe,
+        from_datasets as from_datasets,
         from_tensors as from_tensors,
         from_torchvision as from_torchvision,
     )

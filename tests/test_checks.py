@@ -200,6 +200,9 @@ CALLS = {
         df=t.table, client="ward", label="sick", features=["age"], test=t.table, test_size=0.2, calibration_size=1,
         seed=0, name="x",
     ),
+    "federation.sources.from_datasets": lambda t: dict(
+        train=[t.dataset] * 2, test=[t.dataset] * 2, test_size=0.2, calibration_size=1, classes=2, seed=0, name="x"
+    ),
     "models.vit.lab_vit": lambda t: dict(classes=4, checkpoint=None),
     "models.vit.torchvision_vit": lambda t: dict(name="vit_b_32", classes=4, weights=None),
     "models.language.text_encoder": lambda t: dict(name_or_path="nowhere", classes=4),

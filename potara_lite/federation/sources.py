@@ -6,7 +6,8 @@ Hugging Face's data sets is in ``huggingface.py``.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..checks import ByClient, Flag, List, PathLike, Portion, Seed, Size, checked, invalid, shown
 from ..files import check_file, data_path, reading
-from .assemble import as_categories, assemble, features as feature_tensor, rows_of
+from .assemble import as_categories, assemble, features as feature_tensor, rows_of, stack_items
 from .inputs import AnyPair
 from .partition import partition, partition_options
 from .split import Federation
@@ -169,3 +170,70 @@ def _check_columns(
         raise ValueError(f"client, label and features must be different columns, unlike {client!r} and {label!r}")
     if table.shape[1] < 3:
         raise ValueError("features must be at least one column besides client and label")
+
+
+@checked
+def from_datasets(
+    train: ByClient[Any],
+    test: ByClient[Any] | None = None,
+    *,
+    test_size: Portion = 0.2,
+    calibration_size: Size = 30,
+    classes: Size | None = None,
+    seed: Seed = 0,
+    name: str = "federation",
+) -> Federation:
+    """A federation of a torch ``Dataset`` for each client: a list, or a dictionary by the clients' names.
+
+    Any with a length and pairs of an input and a label: ``TensorDataset``, ``Subset``, ``ImageFolder``, torchvision's.
+    Inputs are tensors, arrays, dictionaries of them, or images of PIL, which become ``(channels, height, width)`` in
+    [0, 1]. Every example is read **once**, here, and kept in memory: a transform that augments at random is frozen at
+    that pass. ``classes`` of a data set (torchvision's convention) are the ``class_names``; where the clients' differ,
+    labels are numbered anew by the name of their class. Splits are drawn as in ``from_tensors``.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> shops = {name: TensorDataset(torch.rand(60, 3), torch.arange(60) % 2) for name in ("books", "films")}
+    >>> from_datasets(shops, test_size=0.5, calibration_size=10).train.sizes
+    tensor([20, 20])
+
+    Raises ``ValueError`` for data without a length, for other than pairs, and for inputs of different sizes.
+    """
+
+    def read(part):
+        if isinstance(part, Mapping):
+            return {client: _read_dataset(f"client {client!r}", dataset) for client, dataset in part.items()}
+        return [_read_dataset(f"client {i}", dataset) for i, dataset in enumerate(part)]
+
+    return assemble(
+        read(train),
+        None if test is None else read(test),
+        test_size=test_size,
+        calibration_size=calibration_size,
+        classes=classes,
+        seed=seed,
+        name=name,
+    )
+
+
+def _read_dataset(called: str, dataset: Any) -> tuple[Any, Any]:
+    """All inputs and labels of a data set; the labels with their names, where it has them."""
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise ValueError(f"{called}: a data set must have a length and examples by number, unlike {shown(dataset)}")
+    if not (items := [dataset[i] for i in range(len(dataset))]):
+        raise ValueError(f"{called} has no examples")
+    if odd := [item for item in items if not (isinstance(item, list | tuple) and len(item) == 2)]:
+        raise ValueError(f"{called}: a data set must give pairs of an input and a label, not {shown(odd[0])}")
+    x, y = (stack_items(called, column) for column in zip(*items))
+    classes = _classes_of(dataset)
+    is_number = y.dim() == 1 and not y.is_floating_point()
+    is_named = classes and is_number and 0 <= int(y.min()) <= int(y.max()) < len(classes)
+    return x, pd.Categorical.from_codes(y.numpy(), classes) if is_named else y
+
+
+def _classes_of(dataset: Any) -> list[str] | None:
+    """The names of the classes, of a subset those of the whole."""
+    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", None)
+    is_list = isinstance(names, list | tuple) and all(isinstance(one, str) for one in names)
+    return list(names) if is_list and len(set(names)) == len(names) else None

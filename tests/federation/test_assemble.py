@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch.utils.data import TensorDataset
+from PIL import Image
+from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
-from potara_lite import from_dataframe, from_tensors
+from potara_lite import from_dataframe, from_datasets, from_tensors
 from potara_lite.federation.assemble import stratified
 from potara_lite.federation.split import Federation
 
@@ -325,4 +326,121 @@ LARGE = pd.concat([TABLE, TABLE[:3].assign(ward="tiny")])
 def test_from_dataframe_refuses(table, options, said):
     with pytest.raises(ValueError, match=said) as caught:
         from_dataframe(table, **dict(client="ward", label="sick") | options)
+    assert "\n" not in str(caught.value)
+
+
+# Data sets of torch.
+
+
+class Items(Dataset):
+    """Examples from a list."""
+
+    def __init__(self, items, classes=None):
+        self.items = items
+        if classes is not None:
+            self.classes = classes
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
+
+
+def test_data_sets_give_the_federation_that_their_tensors_give():
+    clients = {name: numbered(60, start=100 * i) for i, name in enumerate("AB")}
+    expected = from_tensors(clients, test_size=0.3, seed=1)
+    as_items = {
+        name: Items([(row.numpy(), label.item()) for row, label in zip(*pair)]) for name, pair in clients.items()
+    }
+    mappings = {n: Items([({"x": row}, label) for row, label in zip(*pair)]) for n, pair in clients.items()}
+    for sets in ({name: TensorDataset(*pair) for name, pair in clients.items()}, as_items, mappings):
+        found = from_datasets(sets, test_size=0.3, seed=1)
+        assert found.client_names == ("A", "B") and found.classes == 2
+        for part in PARTS:
+            for client in range(2):
+                x, y = getattr(found, part).client(client)
+                other, labels = getattr(expected, part).client(client)
+                assert torch.equal(x["x"] if isinstance(x, dict) else x, other) and torch.equal(y, labels)
+
+
+def test_a_test_set_of_each_client_and_a_list_without_names():
+    halves = [random_split(TensorDataset(*numbered(60)), [0.5, 0.5]) for _ in range(2)]
+    federation = from_datasets([one for one, _ in halves], [other for _, other in halves], calibration_size=10)
+    assert federation.client_names is None and federation.train.sizes.tolist() == [20, 20]
+    for client, (one, other) in enumerate(halves):
+        rows = rows_of(federation, client)
+        assert sorted(rows["train"] + rows["calibration"]) == sorted(one.indices) and rows["test"] == sorted(
+            other.indices
+        )
+
+
+def folder(root, **colours):
+    """A folder of images, as ``ImageFolder`` reads it: 40 of each class, of one colour."""
+    for kind, colour in colours.items():
+        (root / kind).mkdir(parents=True)
+        for i in range(40):
+            Image.new("RGB", (6, 4), colour).save(root / kind / f"{i}.png")
+    return root
+
+
+def test_image_folders_with_other_classes_agree_on_their_numbers(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    one = ImageFolder(folder(tmp_path / "one", cat=(255, 0, 0), dog=(0, 51, 0)))
+    two = ImageFolder(folder(tmp_path / "two", ant=(0, 0, 102), dog=(0, 51, 0)))
+    federation = from_datasets({"one": one, "two": Subset(two, range(80))}, test_size=10, calibration_size=10)
+    assert federation.class_names == ("ant", "cat", "dog")
+    colours = torch.tensor([[0, 0, 0.4], [1, 0, 0], [0, 0.2, 0]])
+    for part in PARTS:
+        for client, classes in ((0, {1, 2}), (1, {0, 2})):
+            x, y = getattr(federation, part).client(client)
+            assert x.shape[1:] == (3, 4, 6) and set(y.tolist()) == classes
+            torch.testing.assert_close(x, colours[y][:, :, None, None].expand_as(x))
+
+
+@pytest.mark.parametrize("mode, channels", [("L", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("1", 1)])
+def test_images_become_floats_in_the_unit_range(mode, channels):
+    image = Image.new("RGB", (5, 4), (255, 255, 255)).convert(mode)
+    x, _ = from_datasets([Items([(image, 0)] * 40)]).train.client(0)
+    assert x.shape[1:] == (channels, 4, 5) and x.dtype == torch.float32 and (x == 1).all()
+
+
+def test_a_data_set_is_read_once_so_that_augmentation_is_frozen():
+    class Noisy(Items):
+        reads = 0
+
+        def __getitem__(self, i):
+            Noisy.reads += 1
+            return torch.rand(1), 0
+
+    federation = from_datasets([Noisy([None] * 40)])
+    assert Noisy.reads == 40
+    assert torch.equal(federation.train.client(0)[0], federation.train.client(0)[0])
+
+
+GREY, WIDE = Image.new("L", (4, 4)), Image.new("L", (5, 4))
+
+
+@pytest.mark.parametrize(
+    "dataset, said",
+    [
+        (iter([PAIR]), "client 'A': a data set must have a length and examples by number"),
+        (Items([]), "client 'A' has no examples"),
+        (Items([(torch.rand(1), 0, 0)] * 40), "client 'A': a data set must give pairs of an input and a label, not"),
+        (Items([torch.rand(1)] * 40), "client 'A': a data set must give pairs of an input and a label, not"),
+        (
+            Items([(GREY, 0)] * 39 + [(WIDE, 0)]),
+            r"client 'A': example 39 is of shape \(1, 4, 5\), example 0 of \(1, 4, 4\)",
+        ),
+        (Items([(GREY, 0), (GREY.convert("RGB"), 0)] * 20), r"example 1 is of shape \(3, 4, 4\)"),
+        (Items([(GREY.convert("F"), 0)] * 40), "client 'A': images must be grey or RGB, not of PIL's mode 'F'"),
+        (Items([("text", 0)] * 40), "client 'A': inputs must be tensors, arrays, numbers or images, not 'text'"),
+        (Items([(torch.zeros(1, 4, 4, dtype=torch.uint8), 0)] * 40), "client 'A': images must be floating numbers"),
+        (Items([(torch.rand(1), 0.5)] * 40), "client 'A': labels must be whole numbers"),
+    ],
+)
+def test_from_datasets_refuses(dataset, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        from_datasets({"A": dataset})
     assert "\n" not in str(caught.value)
