@@ -203,6 +203,10 @@ CALLS = {
     "federation.sources.from_datasets": lambda t: dict(
         train=[t.dataset] * 2, test=[t.dataset] * 2, test_size=0.2, calibration_size=1, classes=2, seed=0, name="x"
     ),
+    "federation.huggingface.from_huggingface": lambda t: dict(
+        ds=t.columns, client="ward", label="sick", text=None, tokenizer=None, max_length=8, features=["age"],
+        test_size=0.2, calibration_size=1, seed=0, name="x",
+    ),
     "models.vit.lab_vit": lambda t: dict(classes=4, checkpoint=None),
     "models.vit.torchvision_vit": lambda t: dict(name="vit_b_32", classes=4, weights=None),
     "models.language.text_encoder": lambda t: dict(name_or_path="nowhere", classes=4),
