@@ -568,6 +568,7 @@ BAD = {
     "weights_name": [5, True],
     "adapted": [None, 3, "net", (lambda v: v.model, "PeftModel")],
     "split": [None, 3, (lambda v: things().federation, "Federation"), (lambda v: v.x, "Tensor")],
+    "counted": [None, 3, (lambda v: v.x, "Tensor")],
     "federation": [None, 3, (lambda v: v.train, "Split")],
     "setting": [None, 3, (lambda v: {}, "dict")],
     "execution": [None, 4, (lambda v: {}, "dict")],
@@ -743,6 +744,7 @@ MEANT = {
     **{("federation.huggingface.from_huggingface", name): f"ds_{name}"
        for name in ("client", "label", "text", "features")},
     ("results.leaderboard", "local"): "local_name",
+    ("plots.label_counts", "split"): "counted",
     ("plots.along_weight", "weights"): "g_f",
     ("plots.along_weight", "values"): "curves",
     ("plots.overview", "weights"): "g_f",
