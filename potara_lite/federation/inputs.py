@@ -20,8 +20,14 @@ MASK = "attention_mask"  # of a mapping: 1 for a real token, 0 for padding
 
 def _as_pair(value: Any) -> Any:
     is_pair = isinstance(value, list | tuple) and len(value) == 2
-    way_out = " (for a Dataset, see from_datasets)" if isinstance(value, Dataset) else ""
-    return value if is_pair else invalid("", f"a pair of inputs and labels{way_out}", value)
+    if is_pair:
+        return value
+    ways_out = {
+        Dataset: " (for a Dataset, see from_datasets)",
+        dict: " (for Hugging Face's rows, see from_huggingface)",
+    }
+    way_out = next((text for kind, text in ways_out.items() if isinstance(value, kind)), "")
+    invalid("", f"a pair of inputs and labels{way_out}", value)
 
 
 ExamplesPair = Annotated[Examples, PlainValidator(_as_pair)]  # in a signature; ``check_examples`` looks inside

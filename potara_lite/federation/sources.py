@@ -57,7 +57,7 @@ def from_torchvision(dataset: str, root: PathLike, *, download: Flag = True, **o
 
     kinds = {"FashionMNIST": 10, "CIFAR10": 10, "CIFAR100": 100}
     if dataset not in kinds:
-        raise ValueError(f"dataset must be one of {sorted(kinds)}, not {dataset!r}")
+        raise ValueError(f"dataset must be one of {sorted(kinds)}, not {dataset!r} (for another, see from_datasets)")
     options = partition_options(**{"name": dataset, **options})  # checked before the download
     pools = []
     for train in (True, False):
