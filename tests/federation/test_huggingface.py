@@ -140,8 +140,21 @@ def test_a_column_of_arrays_is_one_tensor():
     assert from_huggingface([rows.with_format("torch")], calibration_size=5).train.client(0)[0].shape == (27, 3, 2)
 
 
+def test_what_is_stored_is_read_whatever_was_set_to_change_it():
+    changed = NUMBERS.with_transform(lambda rows: {name: [0.0] * len(rows["number"]) for name in rows})
+    for one in (changed, NUMBERS.with_format("torch"), NUMBERS.with_format("pandas")):
+        federation = from_huggingface([one], calibration_size=5)
+        assert sorted(sum((numbers(federation, 0, part) for part in PARTS), [])) == list(range(1, 81))
+        assert federation.class_names == ("poor", "good")
+    changed = FILMS.with_transform(lambda rows: {name: ["same"] * len(column) for name, column in rows.items()})
+    options = dict(client="shop", text="text", tokenizer=Words(), calibration_size=5)
+    one, other = (from_huggingface(ds, **options).train.client(0)[0]["input_ids"] for ds in (FILMS, changed))
+    assert torch.equal(one, other)
+
+
 UNEVEN = images([(6, 4)] * 59 + [(5, 4)])
 HOLES = FILMS.map(lambda row: {"label": -1} if row["number"] == 18 else row)
+NO_LABEL = FILMS.map(lambda row: {"label": None} if row["number"] == 18 else row)
 NO_NUMBER = FILMS.map(lambda row: {"half": None} if row["number"] == 18 else row)
 
 
@@ -182,6 +195,7 @@ NO_NUMBER = FILMS.map(lambda row: {"half": None} if row["number"] == 18 else row
             "'web': text 0 is em",
         ),
         (HOLES, dict(client="shop", features=["half"]), "label: column 'label' is missing in row 17"),
+        (NO_LABEL, dict(client="shop", features=["half"]), "label: column 'label' is missing in row 17"),
         (NO_NUMBER, dict(client="shop", features=["half"]), "client 'web': column 'half' has nan in row 8"),
         (
             [UNEVEN],
