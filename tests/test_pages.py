@@ -43,7 +43,7 @@ def test_a_figure_that_would_not_be_shown_is_an_error(page, texts, said):
     assert said in str(error.value)
 
 
-RUN = ("docs/data.md",)  # the pages whose code is run
+RUN = ("docs/data.md", "docs/how_do_i.md")  # the pages whose code is run
 BLOCK = re.compile(r"^(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)^```$", re.M | re.S)
 
 
@@ -74,6 +74,12 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
             assert needed == error.name
     if missing:
         pytest.skip(f"run without the blocks that need {missing}")
+
+
+def test_the_commonest_jobs_are_short():
+    page = (ROOT / "docs" / "how_do_i.md").read_text()
+    assert len(re.findall(r"^### … .*\?$", page, re.M)) >= 20
+    assert all(source.count("\n") <= 12 for _, source in BLOCK.findall(page))
 
 
 def test_the_code_of_a_page_is_held_to_what_it_shows():
