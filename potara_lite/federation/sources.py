@@ -7,6 +7,7 @@ Hugging Face's data sets is in ``huggingface.py``.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from .assemble import as_categories, assemble, features as feature_tensor, rows_
 from .inputs import AnyPair
 from .partition import partition, partition_options
 from .split import Federation
+
+FASHION = "T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"
 
 
 @checked
@@ -44,7 +47,8 @@ def fashion_mnist(**options) -> Federation:
             if labels.max(initial=0) > 9:
                 raise ValueError(f"{part} has label {labels.max()}, which is outside 0 … 9")
             pools.append((torch.from_numpy(images).unsqueeze(1) / 255, torch.from_numpy(labels).long()))
-    return partition(*pools, classes=10, **{"name": "Fashion-MNIST", **options})
+    federation = partition(*pools, classes=10, **{"name": "Fashion-MNIST", **options})
+    return replace(federation, class_names=FASHION)
 
 
 @checked
@@ -65,7 +69,7 @@ def from_torchvision(dataset: str, root: PathLike, *, download: Flag = True, **o
         x = torch.as_tensor(source.data)
         x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2)
         pools.append((x / 255, torch.as_tensor(source.targets).long()))
-    return partition(*pools, classes=kinds[dataset], **options)
+    return replace(partition(*pools, classes=kinds[dataset], **options), class_names=_classes_of(source))
 
 
 @checked
