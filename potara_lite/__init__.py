@@ -62,9 +62,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time the same li
         prepare as prepare,
         train_pair as train_pair,
     )
+    from .federation.huggingface import from_huggingface as from_huggingface
     from .federation.partition import partition as partition
     from .federation.sources import (
         fashion_mnist as fashion_mnist,
+        from_dataframe as from_dataframe,
+        from_datasets as from_datasets,
         from_tensors as from_tensors,
         from_torchvision as from_torchvision,
     )

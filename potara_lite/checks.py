@@ -70,6 +70,14 @@ def _flag(value: Any) -> Any:
     return bool(value) if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_") else value
 
 
+def _portion(value: Any) -> Any:
+    number = _float(_whole(value))
+    is_count = isinstance(value, Integral) and isinstance(number, float) and number >= 1
+    if not is_count and not (isinstance(number, float) and 0 < number < 1):
+        invalid("", BOUNDS["Portion"], value)
+    return _whole(value) if is_count else number
+
+
 def _in_float32(value: float) -> float:
     is_lost = 0 < abs(value) < FLOAT32[0] or FLOAT32[1] < abs(value) < inf
     return invalid("", IN_FLOAT32, value) if is_lost else value
@@ -89,6 +97,7 @@ PositiveOrInf = Annotated[float, _real, _float32, Field(gt=0)]
 Fraction = Annotated[float, _real, _float32, Field(ge=0, le=1)]
 Share = Annotated[float, _real, _float32, Field(gt=0, le=1)]
 Probability = Annotated[float, _real, _float32, Field(gt=0, lt=1)]
+Portion = Annotated[int | float, PlainValidator(_portion)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 BOUNDS = {
     "Count": "a whole number of at least 0",
@@ -101,6 +110,7 @@ BOUNDS = {
     "Fraction": "in [0, 1]",
     "Share": "in (0, 1]",
     "Probability": "in (0, 1)",
+    "Portion": "a whole number of at least 1, or a fraction in (0, 1)",
 }
 
 
@@ -124,6 +134,17 @@ def _as_named(value: Any) -> Mapping:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         invalid("", "a dictionary by names", value)
     return value
+
+
+def _by_client(value: Any) -> Any:
+    """A list, or a dictionary by names; whole numbers are names, too."""
+    is_empty = hasattr(value, "__len__") and getattr(value, "shape", None) != () and not len(value)
+    if is_empty or not isinstance(value, Mapping | Iterable) or isinstance(value, str | bytes):
+        invalid("", "a list or a dictionary with at least 1 entry", value)
+    if not isinstance(value, Mapping):
+        return value
+    named = {str(key) if isinstance(key, Integral) else key: one for key, one in value.items()}
+    return _as_named(named if len(named) == len(value) else value)
 
 
 def _as_path(value: Any) -> Any:
@@ -245,6 +266,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
 AnyList = Annotated[Sequence[T], BeforeValidator(_as_list)]
 List = Annotated[AnyList[T], Field(min_length=1)]
 Named = Annotated[Mapping[str, T], BeforeValidator(_as_named), Field(min_length=1)]
+ByClient = Annotated[List[T] | Named[T], BeforeValidator(_by_client)]
 Seeds = Annotated[List[Seed], AfterValidator(_differ)]
 PathLike = Annotated[str | Path, PlainValidator(_as_path)]
 if TYPE_CHECKING:

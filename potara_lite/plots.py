@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .checks import List, Named, Numbers, checked, table
-from .federation.split import Split
+from .federation.split import Federation, Split
 
 COLOURS = {  # Okabe & Ito's palette, safe for colour-blind readers
     "federated": "#0072B2",
@@ -51,8 +51,17 @@ def check_names(names: Sequence[str], splits: Iterable[Split]) -> None:
 
 
 @checked
-def label_counts(split: Split, names: List[str]) -> Figure:
-    """How many examples of each class every client has: a row per client, a column per class of ``names``."""
+def label_counts(split: Split | Federation, names: List[str] | None = None) -> Figure:
+    """How many examples of each class every client has: a row per client, a column per class.
+
+    Of a federation, its ``train`` split, with its names of clients and classes; ``names`` of the classes come first.
+    """
+    whole = split if isinstance(split, Federation) else None
+    split = whole.train if whole else split
+    clients = (whole and whole.client_names) or [f"client {i}" for i in split.ids]
+    if names is None:
+        largest = max(int(split.client(i)[1].max()) for i in range(len(split)))
+        names = (whole and whole.class_names) or [f"class {k}" for k in range(whole.classes if whole else largest + 1)]
     check_names(names, [split])
     counts = np.stack([np.bincount(split.client(i)[1].cpu(), minlength=len(names)) for i in range(len(split))])
     figure = Figure(figsize=(8, 1.2 + 0.32 * len(counts)), layout="constrained")
@@ -63,7 +72,7 @@ def label_counts(split: Split, names: List[str]) -> Figure:
             shade = "white" if count > counts.max() / 2 else "black"
             panel.text(k, client, str(count), ha="center", va="center", fontsize=9, color=shade)
     panel.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    panel.set_yticks(range(len(counts)), [f"client {i}" for i in split.ids])
+    panel.set_yticks(range(len(counts)), clients)
     panel.spines[:].set_visible(False)
     panel.tick_params(length=0)
     return figure

@@ -46,7 +46,8 @@ def rows_with(*columns: str) -> AfterValidator:
 @checked
 def result_rows(method: str, run: Run, result: Result, split: Split | None = None) -> pd.DataFrame:
     """A row per client in the order of ``COLUMNS``: accuracy and loss (nats) on ``split``, by default the test split;
-    the mixing weight on the federated model, where there is one; what the client paid."""
+    the mixing weight on the federated model, where there is one; what the client paid. ``client`` is its name, or its
+    row."""
     loss, accuracy = result.evaluate(run.federation.test if split is None else split, run.setting.chunk_size)
     columns = {
         "accuracy": accuracy,
@@ -57,7 +58,8 @@ def result_rows(method: str, run: Run, result: Result, split: Split | None = Non
         "steps": result.ledger.steps,
     }
     frame = pd.DataFrame({name: tensor.cpu().numpy() for name, tensor in columns.items()})
-    frame = frame.assign(method=method, seed=run.seed, client=range(len(frame)), seconds=round(result.seconds, 3))
+    clients = run.federation.client_names or range(len(frame))
+    frame = frame.assign(method=method, seed=run.seed, client=clients, seconds=round(result.seconds, 3))
     return frame[COLUMNS]
 
 

@@ -19,6 +19,7 @@ from conftest import changed_split, tiny_federation, tiny_vit
 from hypothesis import given, settings, strategies as st
 from test_project import FILES, module_name
 from test_results import ROOT, script
+from torch.utils.data import TensorDataset
 
 import potara_lite
 from potara_lite import checks as library, estimators, fedit, next_tokens
@@ -54,6 +55,32 @@ class Letters:
 
 
 LETTERS = Letters()
+
+
+class Columns:
+    """What a data set of Hugging Face's is asked for."""
+
+    def __init__(self, table):
+        self.table, self.column_names = table, list(table)
+        self.features = dict.fromkeys(table, SimpleNamespace())
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, column):
+        return self.table[column].tolist()
+
+    def with_format(self, _):
+        return self
+
+    def select(self, rows):
+        return Columns(self.table.iloc[rows])
+
+    def select_columns(self, columns):
+        return Columns(self.table[columns])
+
+    def to_pandas(self):
+        return self.table
 
 
 class Speaker(torch.nn.Module):
@@ -103,6 +130,9 @@ def things():
     t.folder = potara_lite.save_adapter(t.adapted, t.one, mkdtemp())
     t.task = Path(mkdtemp()) / "task.jsonl"
     t.task.write_text('{"question": "is it", "passage": "It is.", "answer": true}')
+    t.table = pd.DataFrame({"age": range(8), "sick": ["no", "yes"] * 4, "ward": list("AABB") * 2})
+    t.dataset = TensorDataset(torch.rand(8, 2), torch.arange(8) % 2)
+    t.columns = Columns(t.table)
     t.rows = pd.DataFrame(
         [(f, m, s, c, 0.5 + 0.1 * c + 0.05 * s, 1.0 + c, 0.5, 1, 1, 1, 1.0, 0.4, 2.0)
          for f in ("one",) for m in ("local", "other") for s in (0, 1) for c in (0, 1)],
@@ -164,7 +194,18 @@ CALLS = {
         lambda t: dict(dataset="CIFAR10", root="nowhere", download=False, clients=2, alpha=1.0),
     "federation.sources.from_tensors": lambda t: dict(
         train=[t.split.client(i) for i in range(3)], test=[t.split.client(i) for i in range(3)], calibration_size=1,
-        classes=4, seed=0, name="x",
+        test_size=1, classes=4, class_names=list("abcd"), seed=0, name="x",
+    ),
+    "federation.sources.from_dataframe": lambda t: dict(
+        df=t.table, client="ward", label="sick", features=["age"], test=t.table, test_size=0.2, calibration_size=1,
+        seed=0, name="x",
+    ),
+    "federation.sources.from_datasets": lambda t: dict(
+        train=[t.dataset] * 2, test=[t.dataset] * 2, test_size=0.2, calibration_size=1, classes=2, seed=0, name="x"
+    ),
+    "federation.huggingface.from_huggingface": lambda t: dict(
+        ds=t.columns, client="ward", label="sick", text=None, tokenizer=None, max_length=8, features=["age"],
+        test_size=0.2, calibration_size=1, seed=0, name="x",
     ),
     "models.vit.lab_vit": lambda t: dict(classes=4, checkpoint=None),
     "models.vit.torchvision_vit": lambda t: dict(name="vit_b_32", classes=4, weights=None),
@@ -206,11 +247,13 @@ CALLS = {
     "training.fedavg.fedit": lambda t: dict(
         adapted=t.adapted, split=t.split, rounds=1, local_steps=1, participation=1.0, keep_optimizer=True,
         adapter=t.one, start=0, state=short_state(3, 452), seed=0, progress=False, lr=0.01, batch_size=2,
+        eval_split=t.federation.test, eval_every=1, callbacks=[],
     ),
     "training.train.train": lambda t: run(t) | dict(
         steps=1, batch_size=2, lr=0.01, weight_decay=0.0, clip=1.0, seed=0, start=0, state=None, loss=plain,
-        execution=potara_lite.Execution(), progress=False,
+        execution=potara_lite.Execution(), progress=False, eval_split=t.federation.test, eval_every=1, callbacks=[],
     ),
+    "training.train.epoch_steps": lambda t: dict(split=t.split, epochs=1.0, batch_size=2),
     "training.train.evaluate": lambda t: run(t) | dict(batch_size=4, execution=potara_lite.Execution()),
     "training.gradients.per_sample_gradients": lambda t: run(t) | dict(
         labels=t.split.y, execution=potara_lite.Execution()
@@ -293,7 +336,8 @@ CALLS = {
     "experiment.prepare_text": lambda t: dict(setting=TINY, seed=0),
     "experiment.training_options": lambda t: dict(setting=TINY, lr_scale=2.0),
     "experiment.train_pair": lambda t: dict(
-        adapted=t.adapted, federation=t.federation, setting=TINY, seed=0, progress=False
+        adapted=t.adapted, federation=t.federation, setting=TINY, seed=0, progress=False,
+        eval_split=t.federation.test, eval_every=1, callbacks=[],
     ),
     "experiment.train_local": lambda t: dict(
         adapted=t.adapted, start=t.local, federation=t.federation, setting=TINY, seed=0, progress=False
@@ -315,6 +359,7 @@ CALLS = {
     "baselines.privacy.noise_moment": lambda t: dict(adapter=t.one, scaling=t.adapted.scaling, std=0.1, noisy=bool),
     "baselines.privacy.with_noise": lambda t: dict(moments=t.moments, variance=1.0),
     "baselines.rounds.run_algorithm": lambda t: dict(
+        eval_split=t.federation.test, eval_every=1, callbacks=[],
         algorithm=t.fedit, adapted=t.adapted, split=t.split, rounds=1, local_steps=1, participation=1.0, seed=0,
         progress=False, lr=0.01, batch_size=2,
     ),
@@ -527,8 +572,13 @@ BAD = {
     "weights_name": [5, True],
     "adapted": [None, 3, "net", (lambda v: v.model, "PeftModel")],
     "split": [None, 3, (lambda v: things().federation, "Federation"), (lambda v: v.x, "Tensor")],
+    "counted": [None, 3, (lambda v: v.x, "Tensor")],
     "federation": [None, 3, (lambda v: v.train, "Split")],
     "setting": [None, 3, (lambda v: {}, "dict")],
+    "eval_split": [3, (lambda v: things().federation, "Federation"), (lambda v: v.rows([0, 1]), "clients")],
+    "eval_every": SIZE,
+    "callbacks": [5, (lambda v: [3], "callbacks[0]"), None],
+    "epochs": [0, -1, *NUMBER],
     "execution": [None, 4, (lambda v: {}, "dict")],
     "backbone network": [None, "net", (lambda v: torch.nn.Linear, "type")],
     "config": [5, (lambda v: {"r": 4}, "dict")],
@@ -658,9 +708,27 @@ BAD = {
         (lambda v: [(x, y.float().expand(2, -1).T) for x, y in v], "float32"),
         (lambda v: [(x, y + 9) for x, y in v], "outside 0"),
         (lambda v: [(x, y - 9) for x, y in v], "below 0"),
-        (lambda v: [(x, y.bool()) for x, y in v], "torch.bool"),
-        (lambda v: [(x.numpy(), y) for x, y in v], "ndarray"),
+        (lambda v: [(x.tolist(), y) for x, y in v], "must be tensors"),
+        (lambda v: [(x, y.tolist()) for x, y in v], "must be tensors"),
+        (lambda v: {b"a": v[0]}, "by names"),
+        (lambda v: dict(zip("abc", v)), "like train"),
     ],
+    "portion": [0, 1.0, 1.5, -0.5, "2", True, NAN, INF, 1j, None],
+    "class_names": [5, "ab", (lambda v: [3], "3"), (lambda v: v[1:], "3 of them, not 4")],
+    "df": [5, None, (lambda v: v[:0], "(0, 3)"), (lambda v: v["age"], "Series"),
+           (lambda v: v.drop(columns="ward"), "ward"), (lambda v: v.assign(age=NAN), "nan in row 0"),
+           (lambda v: v.assign(age="x"), "'age'")],
+    "df_test": [5, (lambda v: v[:0], "(0, 3)"), (lambda v: v.drop(columns="ward"), "ward"),
+                (lambda v: v[:2], "only one of the two has 'B'")],
+    "column": ["x", (lambda v: ["a"], "hashable"), (lambda v: "age", "different")],
+    "columns": [5, "age", (lambda v: [], "list"), (lambda v: ["x"], "'x'"), (lambda v: ["sick"], "different")],
+    "datasets": [5, None, (lambda v: [], "[]"), (lambda v: [5, 5], "length"), (lambda v: [range(3)] * 2, "pairs"),
+                 (lambda v: [v[0], TensorDataset(torch.rand(8, 3), torch.arange(8))], "(3,)")],
+    "ds": [5, None, "x", (lambda v: [v], "'ward'"), (lambda v: {"test": v}, "'train'")],
+    "ds_client": [5, "x", (lambda v: None, "the column that")],
+    "ds_label": [5, None, "x"],
+    "ds_text": [5, (lambda v: "x", "together")],
+    "ds_features": [5, "age", (lambda v: [], "list"), (lambda v: ["x"], "'x'"), (lambda v: ["sick"], "'sick'")],
     "proportions": [(lambda v: 5, "()"), (lambda v: [[1.0], [1.0, 2.0]], "numbers"), (lambda v: "ab", "'ab'"),
                     (lambda v: torch.ones(2, 4, requires_grad=True), "numbers"),
                     (lambda v: [[1.0, 0, 0, 0]], "(1, 4)"),
@@ -671,7 +739,20 @@ BAD = {
 
 MEANT = {
     ("federation.text.encode_answers", "end"): "shift",
+    **{(f"federation.{name}", "test_size"): "portion"
+       for name in ("sources.from_tensors", "sources.from_dataframe", "sources.from_datasets",
+                    "huggingface.from_huggingface")},
+    ("federation.sources.from_dataframe", "test"): "df_test",
+    ("federation.sources.from_dataframe", "client"): "column",
+    ("federation.sources.from_dataframe", "label"): "column",
+    ("federation.sources.from_dataframe", "features"): "columns",
+    ("federation.sources.from_datasets", "train"): "datasets",
+    ("federation.sources.from_datasets", "test"): "datasets",
+    ("federation.sources.from_datasets", "classes"): "classes",
+    **{("federation.huggingface.from_huggingface", name): f"ds_{name}"
+       for name in ("client", "label", "text", "features")},
     ("results.leaderboard", "local"): "local_name",
+    ("plots.label_counts", "split"): "counted",
     ("plots.along_weight", "weights"): "g_f",
     ("plots.along_weight", "values"): "curves",
     ("plots.overview", "weights"): "g_f",
@@ -815,6 +896,7 @@ def test_every_public_function_checks_its_arguments_and_has_a_row():
 
 def test_every_argument_of_a_row_is_annotated_and_tried():
     free = {
+        "watch",
         "options",
         "training",
         "fixed",

@@ -1,4 +1,7 @@
-"""The pages: every figure and table in them is computed from the committed rows."""
+"""The pages: every figure and table in them is computed from the committed rows, and their code runs."""
+
+import ast
+import re
 
 import pytest
 from test_results import ROOT, script
@@ -38,3 +41,50 @@ def test_a_figure_that_would_not_be_shown_is_an_error(page, texts, said):
     with pytest.raises(ValueError) as error:
         pages.fill(page, texts)
     assert said in str(error.value)
+
+
+RUN = ("docs/data.md", "docs/how_do_i.md")  # the pages whose code is run
+BLOCK = re.compile(r"^(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)^```$", re.M | re.S)
+
+
+def run_code(source, names):
+    """Run a block of a page. The comment behind a line that is one expression is what it has to show."""
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        found = re.search(r"  # (.+)$", lines[node.end_lineno - 1])
+        if isinstance(node, ast.Expr) and found:
+            shown = repr(eval(compile(ast.Expression(node.value), source, "eval"), names))
+            assert shown == found[1], f"{ast.unparse(node)} shows {shown}, the page says {found[1]}"
+        else:
+            exec(compile(ast.Module([node], []), source, "exec"), names)
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = BLOCK.findall((ROOT / page).read_text())
+    names, missing = {}, set()
+    assert len(blocks) >= 5
+    for needed, source in blocks:
+        try:
+            needed and __import__(needed)
+            run_code(source, names)
+        except ModuleNotFoundError as error:
+            missing.add(error.name)
+            assert needed == error.name
+    if missing:
+        pytest.skip(f"run without the blocks that need {missing}")
+
+
+def test_the_commonest_jobs_are_short():
+    page = (ROOT / "docs" / "how_do_i.md").read_text()
+    assert len(re.findall(r"^### … .*\?$", page, re.M)) >= 20
+    assert all(source.count("\n") <= 12 for _, source in BLOCK.findall(page))
+
+
+def test_the_code_of_a_page_is_held_to_what_it_shows():
+    names = {}
+    run_code("x = 2  # a number\nx + 1  # 3", names)
+    assert names["x"] == 2
+    with pytest.raises(AssertionError, match=r"x \+ 1 shows 3, the page says 4"):
+        run_code("x + 1  # 4", names)

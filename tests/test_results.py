@@ -4,16 +4,18 @@ import importlib.util
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from potara_lite.experiment import prepare
+from potara_lite.experiment import Result, Run, prepare
 from potara_lite.plots import along_weight
-from potara_lite.results import COLUMNS, summary
+from potara_lite.results import COLUMNS, leaderboard, paired_differences, result_rows, summary
 from potara_lite.setting import Setting
+from potara_lite.training.fedavg import Ledger
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,3 +122,20 @@ def test_a_setting_reaches_its_federation():
     assert even.train.y.shape == (3, 40) and even.calibration.y.shape == (3, 5) and even.test.y.shape == (3, 6)
     _, shifted = prepare(Setting(**tiny, alpha=100.0, shift=True), seed=0)
     assert torch.equal(shifted.train.y, even.train.y) and not torch.allclose(shifted.train.x, even.train.x)
+
+
+def test_rows_have_the_names_of_the_clients(adapted, federation, random_stack):
+    parts = []
+    for method, seed in (("one", 0), ("other", 0), ("one", 1), ("other", 1)):
+        stack = random_stack(adapted, 3, seed=len(parts))
+        result = Result(adapted, stack, Ledger.zeros(3), 0.0)
+        for names in (None, ["Cy", "Ann", "Bo"]):
+            run = Run(adapted, replace(federation, client_names=names), Setting(clients=3), seed)
+            parts.append(result_rows(method, run, result))
+    numbered, named = (pd.concat(parts[i::2]) for i in range(2))
+    assert named.client.tolist() == ["Cy", "Ann", "Bo"] * 4 and numbered.client.tolist() == [0, 1, 2] * 4
+    pd.testing.assert_frame_equal(numbered.drop(columns="client"), named.drop(columns="client"))
+    pd.testing.assert_frame_equal(paired_differences(numbered, "one"), paired_differences(named, "one"))
+    more = dict(federation="mine", union_accuracy=0.5)
+    boards = [leaderboard(rows.assign(**more), local="one") for rows in (numbered, named)]
+    pd.testing.assert_frame_equal(*boards)

@@ -6,8 +6,11 @@ A line with an ``ignore`` is a mistake that the checker has to find: mypy report
 from pathlib import Path
 from typing import assert_type
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import potara_lite
 from potara_lite import (
@@ -19,6 +22,9 @@ from potara_lite import (
     attach,
     estimate_calibrated,
     evaluate,
+    from_dataframe,
+    from_datasets,
+    from_huggingface,
     from_tensors,
     merge_exact,
     prepare,
@@ -43,6 +49,10 @@ trained = train(adapted, pair.local, federation.train, steps=10, lr=1e-3, clip=N
 assert_type(trained.losses, Tensor)
 assert_type(attach(nn.Linear(2, 2), targets=["0"], head=None), AdaptedBackbone)
 assert_type(from_tensors([(torch.ones(1), torch.ones(1))], []), Federation)
+assert_type(from_tensors({"A": (np.ones(1), np.ones(1))}, test_size=0.2), Federation)
+assert_type(from_dataframe(pd.DataFrame(), client="ward", label=0, features=["age"]), Federation)
+assert_type(from_datasets({"A": TensorDataset(torch.ones(1))}, test_size=5), Federation)
+assert_type(from_huggingface([], text="text", tokenizer=len), Federation)
 assert_type(Moments(torch.ones(1), torch.ones(1), torch.ones(1)).weight, Tensor)
 
 train(adapted, pair.local, federation.train, steps="ten")  # type: ignore[arg-type]
@@ -50,5 +60,6 @@ train(adapted, pair.local, federation.train)  # type: ignore[call-arg]
 train(adapted, pair.local, federation.train, steps=1, learning_rate=0.1)  # type: ignore[call-arg]
 evaluate(federation, pair.local, federation.train)  # type: ignore[arg-type]
 Setting(clients="8")  # type: ignore[arg-type]
+from_datasets(5)  # type: ignore[arg-type]
 Setting(client=8)  # type: ignore[call-arg]
 unknown = potara_lite.no_such_name  # type: ignore[attr-defined]

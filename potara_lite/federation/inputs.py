@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import PlainValidator
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..checks import all_finite, invalid, is_dense, shown
 
@@ -19,10 +20,18 @@ MASK = "attention_mask"  # of a mapping: 1 for a real token, 0 for padding
 
 def _as_pair(value: Any) -> Any:
     is_pair = isinstance(value, list | tuple) and len(value) == 2
-    return value if is_pair else invalid("", "a pair of inputs and labels", value)
+    if is_pair:
+        return value
+    ways_out = {
+        Dataset: " (for a Dataset, see from_datasets)",
+        dict: " (for Hugging Face's rows, see from_huggingface)",
+    }
+    way_out = next((text for kind, text in ways_out.items() if isinstance(value, kind)), "")
+    invalid("", f"a pair of inputs and labels{way_out}", value)
 
 
 ExamplesPair = Annotated[Examples, PlainValidator(_as_pair)]  # in a signature; ``check_examples`` looks inside
+AnyPair = Annotated[tuple[Any, Any], PlainValidator(_as_pair)]  # of what becomes tensors
 
 
 def map_inputs(function: Callable[..., Tensor], *inputs: Inputs) -> Inputs:

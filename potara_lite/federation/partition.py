@@ -31,8 +31,8 @@ def dirichlet_proportions(clients: Size, classes: Size, alpha: PositiveOrInf, rn
     return rng.dirichlet(np.full(classes, alpha), size=clients)
 
 
-def _round(shares: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers in proportion to ``shares`` that add up to ``total`` (largest remainders)."""
+def largest_remainders(shares: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers in proportion to ``shares`` that add up to ``total``."""
     exact = shares / shares.sum() * total
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
@@ -47,7 +47,7 @@ def draw(
     ``proportions``: ``(C, K)``, of which client i gets ``sizes[i]`` examples, rounded by largest remainders. Raises
     ``SupplyError`` (a ``ValueError``) when a class runs out.
     """
-    counts = np.stack([_round(share, size) for share, size in zip(proportions, sizes)])  # (C, K)
+    counts = np.stack([largest_remainders(share, size) for share, size in zip(proportions, sizes)])  # (C, K)
     picked: list[list[np.ndarray]] = [[] for _ in sizes]
     for k in range(proportions.shape[1]):
         pool = rng.permutation(np.flatnonzero(labels == k))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated
 
@@ -32,6 +32,7 @@ from .inputs import (
 )
 
 Rows = slice | AnyList[Count]  # of clients
+Names = Annotated[AnyList[str], AfterValidator(tuple)]
 
 
 @checked
@@ -208,8 +209,9 @@ def _split(examples: Iterable[Examples], ids: Iterable[int]) -> Split:
 class Federation:
     """C clients with a ``train``, a ``calibration`` and a ``test`` split each. Calibration examples train nothing.
 
-    ``classes``: of the labels; for token-level targets, the size of the vocabulary. Raises ``ValueError`` for labels
-    outside them and for splits of different clients or inputs.
+    ``classes``: of the labels; for token-level targets, the size of the vocabulary. ``client_names`` and
+    ``class_names``: a name for each, where they are known. Raises ``ValueError`` for labels outside the classes, for
+    splits of different clients or inputs, and for too few or too many names.
     """
 
     train: Split
@@ -217,9 +219,14 @@ class Federation:
     test: Split
     classes: Size
     name: str = "federation"
+    client_names: Names | None = None
+    class_names: Names | None = None
 
     def __post_init__(self):
         train_x, _ = self.train.examples[0]
+        for part, names, n in (("client", self.client_names, len(self)), ("class", self.class_names, self.classes)):
+            if names is not None and len(names) != n:
+                raise ValueError(f"{part}_names: {len(names)} of them, not {n}: {shown(names)}")
         for part in ("train", "calibration", "test"):
             split = getattr(self, part)
             x, _ = split.examples[0]
@@ -246,13 +253,16 @@ class Federation:
     @checked
     def rows(self, index: Rows) -> Federation:
         """The clients in these rows, as another federation."""
-        return self._each(lambda split: split.rows(index))
+        names = self.client_names
+        if names is not None:
+            names = names[index] if isinstance(index, slice) else [names[i] for i in index if i < len(names)]
+        return self._each(lambda split: split.rows(index), client_names=names)
 
     @checked
     def map(self, function: Callable, batch_size: Size = 512) -> Federation:
         """The same federation with ``function`` applied to all inputs, such as a backbone's frozen ``embed``."""
         return self._each(lambda split: split.map(function, batch_size))
 
-    def _each(self, function: Callable[[Split], Split]) -> Federation:
-        parts = (function(split) for split in (self.train, self.calibration, self.test))
-        return Federation(*parts, self.classes, self.name)
+    def _each(self, function: Callable[[Split], Split], **changes) -> Federation:
+        parts = {name: function(getattr(self, name)) for name in ("train", "calibration", "test")}
+        return replace(self, **parts, **changes)

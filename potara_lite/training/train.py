@@ -265,6 +265,7 @@ def train(
     """
     fixed = {name: tensor.detach() for name, tensor in (fixed or {}).items()}
     adapters = _checked_tensors(adapted, adapters, split, loss, objective, fixed)
+    history = History(split.ids, eval_split, eval_every, callbacks)
     if eval_split is not None:
         check_clients(adapted, adapters, eval_split)
     flat = flatten(adapters).detach().to(adapted.dtype)
@@ -276,7 +277,6 @@ def train(
     first_steps = for_each_client("start", start, len(split))
     most = max(last_steps)
     curves = flat.new_full((len(split), most), torch.nan)
-    history = History(split.ids, eval_split, eval_every, callbacks)
 
     def stack() -> Adapter:
         return {name: tensor.to(like[name].dtype) for name, tensor in unflatten(flat, like).items()}

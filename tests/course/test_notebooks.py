@@ -4,6 +4,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -214,3 +215,17 @@ def test_label_counts_shows_every_example(federation):
     (panel,) = figure.axes
     assert sum(int(text.get_text()) for text in panel.texts) == int(federation.train.sizes.sum())
     assert [tick.get_text() for tick in panel.get_yticklabels()] == ["client 0", "client 1", "client 2"]
+
+
+def test_label_counts_has_the_names_of_a_federation(federation):
+    named = replace(federation, client_names=["Ann", "Bo", "Cy"], class_names=["no", "yes", "may", "so"])
+    for source, names, clients, classes in (
+        (named, None, named.client_names, named.class_names),
+        (named, list("abcd"), named.client_names, "abcd"),
+        (federation, None, [f"client {i}" for i in range(3)], [f"class {k}" for k in range(4)]),
+        (federation.train, None, [f"client {i}" for i in range(3)], [f"class {k}" for k in range(4)]),
+    ):
+        (panel,) = label_counts(source, names).axes
+        assert [tick.get_text() for tick in panel.get_yticklabels()] == list(clients)
+        assert [tick.get_text() for tick in panel.get_xticklabels()] == list(classes)
+        assert sum(int(text.get_text()) for text in panel.texts) == int(federation.train.sizes.sum())

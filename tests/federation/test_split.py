@@ -236,6 +236,7 @@ def test_fashion_mnist_has_images_in_the_unit_range_from_its_own_splits():
     federation = fashion_mnist(clients=8, train_size=1000)
     assert federation.train.x.shape == (8, 1000, 1, 28, 28) and federation.test.x.shape == (8, 250, 1, 28, 28)
     assert federation.train.x.dtype == torch.float32 and federation.classes == 10
+    assert len(federation.class_names) == 10 and federation.class_names[8] == "bag"
     assert federation.train.x.min() == 0 and federation.train.x.max() == 1
     images = torch.cat([split.x.flatten(0, 1).flatten(1) for split in (federation.train, federation.calibration)])
     assert len(images.unique(dim=0)) >= len(images) - 20  # Fashion-MNIST itself holds a few images twice
@@ -303,7 +304,8 @@ def test_torchvision_data_sets_are_read_from_their_real_format(tmp_path, monkeyp
         monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # ours have other checksums
     options = dict(clients=1, train_size=20, calibration_size=5, test_size=15, alpha=float("inf"))
     federation = from_torchvision(kind, str(tmp_path), download=False, **options)
-    assert federation.classes == classes and federation.name == kind
+    assert federation.classes == classes == len(federation.class_names) and federation.name == kind
+    assert federation.class_names[3] == ("Dress" if kind == "FashionMNIST" else "3")
     channels = (1, *shape) if len(shape) == 2 else shape
     known = {image.reshape(channels).tobytes(): n for n, image in enumerate(images)}
     for split, belongs in (
