@@ -94,6 +94,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time the same li
     )
     from .models.frozen_trunk import linear_layers as linear_layers
     from .models.language import causal_lm as causal_lm, text_encoder as text_encoder
+    from .models.loss import Task as Task
     from .models.vit import lab_vit as lab_vit, torchvision_vit as torchvision_vit
     from .results import (
         compare as compare,
@@ -110,7 +111,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time the same li
         multiple_choice as multiple_choice,
         write_answers as write_answers,
     )
-    from .training.train import DivergedError as DivergedError, evaluate as evaluate, train as train
+    from .training.train import (
+        DivergedError as DivergedError,
+        epoch_steps as epoch_steps,
+        evaluate as evaluate,
+        train as train,
+    )
 
 
 else:

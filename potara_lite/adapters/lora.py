@@ -26,6 +26,7 @@ from ..compat import dropout_rate, has_hooks, last_token_padding, make_attention
 from ..federation.inputs import MASK, Inputs
 from ..models.frozen_trunk import LINEAR, call_network, check_names, frozen_blocks, run_frozen_blocks
 from ..models.language import check_tokens
+from ..models.loss import CLASSIFICATION, TASKS, Task
 from .state import Adapter, adapter_bytes, is_lora, layer_of, lora_layers
 
 
@@ -51,6 +52,7 @@ class AdaptedBackbone:
     ``initial``: the adapter that ``attach`` drew; its LoRA ``B`` and head are zero.
     ``parameter_names``: the model's parameter behind each adapter tensor.
     ``scaling``: ``alpha / r`` (or ``alpha / sqrt(r)`` with rsLoRA) of each adapted layer.
+    ``task``: what its outputs are compared with, in training, evaluation and estimation.
     """
 
     model: PeftModel
@@ -58,6 +60,7 @@ class AdaptedBackbone:
     parameter_names: dict[str, str]
     scaling: dict[str, float]
     state: ModelState = field(default_factory=ModelState)
+    task: Task = CLASSIFICATION
 
     def __repr__(self) -> str:  # short and cheap: vmap asks for it at every call
         name = type(self.model.get_base_model()).__name__
@@ -204,6 +207,7 @@ def attach(
     head: str | None = "head",
     seed: Seed = 0,
     config: LoraConfig | None = None,
+    task: str | Task = "classification",
 ) -> AdaptedBackbone:
     """Put LoRA on the ``targets`` of a copy of ``backbone`` and train its new ``head`` directly.
 
@@ -214,11 +218,17 @@ def attach(
     ``targets`` and ``head``. Untrained, the adapted model is the backbone, but for a new head. PEFT compares the ends
     of names, so with DistilBERT's ``classifier`` its ``pre_classifier`` trains, too, from its pre-trained values.
 
-    Raises ``ValueError`` for a scaling that is not a positive number; dropout (the random numbers of one client would
-    depend on the others); options and layers that are not ``W + scaling * B A``; ``targets`` or a ``head`` that the
-    backbone has not or that are ambiguous; a weight that is another layer's, too (a language model's output tied to
-    its embedding); and a batch norm without running statistics (an example's logits would depend on the others).
+    ``task``: ``"classification"`` (also of tokens), ``"regression"`` (half the mean squared error), ``"multi-label"``
+    (binary cross-entropy), or a ``Task`` with a loss and a metric of your own.
+
+    Raises ``ValueError`` for a task of no such name; a scaling that is not a positive number; dropout (the random
+    numbers of one client would depend on the others); options and layers that are not ``W + scaling * B A``;
+    ``targets`` or a ``head`` that the backbone has not or that are ambiguous; a weight that is another layer's, too (a
+    language model's output tied to its embedding); and a batch norm without running statistics (an example's logits
+    would depend on the others).
     """
+    if isinstance(task, str) and task not in TASKS:
+        invalid("task", f"one of {', '.join(TASKS)}, or a Task", task)
     new_head = None
     if config is None:
         new_head = None if head is None else _module_named(backbone, head)
@@ -244,7 +254,8 @@ def attach(
     for layer, value in scaling.items():
         if not 0 < value < float("inf"):
             invalid(f"the scaling of {layer}", "positive", value)
-    return AdaptedBackbone(model, initial, {name: parameter_names[name] for name in initial}, scaling)
+    names = {name: parameter_names[name] for name in initial}
+    return AdaptedBackbone(model, initial, names, scaling, task=TASKS[task] if isinstance(task, str) else task)
 
 
 def _check_config(config: LoraConfig) -> None:

@@ -14,7 +14,6 @@ from ..federation.split import Split
 from ..merging.connectivity import Weights, weight_grid
 from ..merging.merge import merge_exact
 from ..training.batching import Execution
-from ..training.loss import example_losses
 from ..training.train import batched_logits, check_losses
 from .estimate import Estimate
 from .gauss_newton import moments_from_slopes
@@ -55,14 +54,14 @@ def parabola_moments(weights: Annotated[Tensor, Numbers("W")], loss: Annotated[T
 @torch.no_grad()
 @checked
 def client_losses(adapted: AdaptedBackbone, adapters: Stack, split: Split) -> Tensor:
-    """Each example's loss ``(C, N)`` in nats (``training/loss.py``); zeros for padding.
+    """Each example's loss ``(C, N)`` in nats (``models/loss.py``); zeros for padding.
 
     Raises ``ValueError`` for a client with a loss that is not finite.
     """
     [adapters] = check_models(adapted, split, adapters=adapters)
     result = torch.zeros(len(split), int(split.sizes.max()), dtype=adapted.dtype, device=adapted.device)
     for rows, columns, logits, y in batched_logits(adapted, adapters, split, batch_size=128, execution=Execution()):
-        result[rows, columns] = example_losses(logits, y, leading=2)
+        result[rows, columns] = adapted.task.losses(logits, y, leading=2)
     check_losses(result, split)
     return result
 

@@ -111,6 +111,8 @@ def _with_drawn_labels(
     adapted: AdaptedBackbone, models: tuple[Adapter, Adapter], split: Split, seed: int
 ) -> list[Split]:
     """The split with the labels under which each model's gradients are taken, drawn from that model."""
+    if not adapted.task.has_classes:
+        raise ValueError(f"sample_labels draws classes: {adapted.task.name} has none")
     generator = torch.Generator().manual_seed(seed)
     y = split.y
     result = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import shown
-from .inputs import Examples, check_alike, check_examples, take
+from .inputs import Examples, check_alike, check_examples, is_float, take
 from .partition import largest_remainders
 from .split import Federation, Split
 
@@ -50,7 +50,8 @@ def assemble(
             check_examples(_called(names, i), x, y)
         check_alike([repr(one) for one in names] if names else range(len(examples)), examples)
     if classes is None:
-        largest = 1 + max(int(y.max()) for examples in parts.values() for _, y in examples)
+        labels = [y for examples in parts.values() for _, y in examples]
+        largest = int(labels[0][0].numel()) if is_float(labels[0]) else 1 + max(int(y.max()) for y in labels)
         classes = max(largest, len(class_names or found_names or ()))
     sizes = {"test": test_size, "calibration": calibration_size}
     sizes = {part: size for part, size in sizes.items() if part not in parts}
@@ -117,7 +118,8 @@ def _withhold(
         wanted = " and ".join(f"{n} {words[part]}" for part, n in counts.items())
         raise ValueError(f"{_called(names, i)} has {len(y)} examples: none is left if {wanted}")
     client = list(names[i].encode()) if names else [i]
-    labels = y.cpu().numpy() if y.dim() == 1 else np.zeros(len(y))  # token-level targets are of no class
+    has_classes = y.dim() == 1 and not is_float(y)  # neither token-level targets nor real ones are of a class
+    labels = y.cpu().numpy() if has_classes else np.zeros(len(y))
     rows = stratified(labels, list(counts.values()), np.random.default_rng([seed, *client]))
     return {part: (take(x, torch.from_numpy(one)), y[one]) for part, one in zip([*counts, "train"], rows)}
 

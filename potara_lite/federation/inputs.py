@@ -65,7 +65,7 @@ def check_examples(client: int | str, x: Inputs, y: Tensor) -> None:
     """Raise ``ValueError``, which names the client (or what it is called), for anything but examples.
 
     There are as many inputs as labels, one or more. Inputs are finite floating numbers, or token ids; labels are whole
-    numbers of 0 or more, one for each input or a target for each token.
+    numbers of 0 or more, one for each input or a target for each token, or real targets ``(n,)`` or ``(n, d)``.
     """
     name = client if isinstance(client, str) else f"client {client}"
     tensors = list(x.values()) if isinstance(x, dict) and x else [x]
@@ -101,8 +101,14 @@ def _check_mask(name: str, is_token: Tensor) -> None:
 
 
 def _check_labels(name: str, x: Inputs, y: Tensor) -> None:
+    if is_float(y):
+        if y.dim() > 2 or not all_finite(y):
+            raise ValueError(
+                f"{name}: real targets must be finite, of shape ({len(y)},) or ({len(y)}, d), not {shown(y)}"
+            )
+        return
     if not is_integer(y):
-        raise ValueError(f"{name}: labels must be whole numbers, not {y.dtype}")
+        raise ValueError(f"{name}: labels must be whole numbers, or real targets, not {y.dtype}")
     is_column = isinstance(x, Tensor) and y.shape[1:] == (1,)
     if y.dim() > 2 or (y.dim() == 2 and (is_column or y.shape[1:] != any_tensor(x).shape[1:2])):
         raise ValueError(f"{name}: labels must be of shape ({len(y)},), or a target per token, not {shown(y)}")
@@ -129,6 +135,9 @@ def check_alike(ids: Sequence[int], examples: Sequence[Examples]) -> None:
     for client, (x, y) in zip(ids, examples):
         if kind_of(x) != kind_of(first_x):
             raise ValueError(f"client {client} has inputs {kind_of(x)}, client {ids[0]} has {kind_of(first_x)}")
+        if is_float(y) != is_float(first_y) or (is_float(y) and y.shape[1:] != first_y.shape[1:]):
+            kinds = f"{y.dtype} {tuple(y.shape[1:])}, client {ids[0]} of {first_y.dtype} {tuple(first_y.shape[1:])}"
+            raise ValueError(f"client {client} has targets of {kinds}".replace("torch.", ""))
         if y.dim() != first_y.dim():
             raise ValueError(f"client {client} has labels of {y.dim()} dimensions, client {ids[0]} of {first_y.dim()}")
         shape, expected = any_tensor(x).shape[1:], any_tensor(first_x).shape[1:]
@@ -139,7 +148,12 @@ def check_alike(ids: Sequence[int], examples: Sequence[Examples]) -> None:
             )
 
 
-def pad_stack(tensors: Sequence[Tensor], value: int) -> Tensor:
+def padding_of(y: Tensor) -> float:
+    """What a padded target is: -100 as a label, NaN as a real number."""
+    return float("nan") if is_float(y) else PADDING
+
+
+def pad_stack(tensors: Sequence[Tensor], value: float) -> Tensor:
     """The clients' tensors ``(n, ...)``, each filled up with ``value`` at the ends, as one ``(C, N, ...)``."""
     shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors))]
     stack = tensors[0].new_full((len(tensors), *shape), value)
@@ -148,7 +162,7 @@ def pad_stack(tensors: Sequence[Tensor], value: int) -> Tensor:
     return stack
 
 
-def pad_concatenate(tensors: Sequence[Tensor], value: int) -> Tensor:
+def pad_concatenate(tensors: Sequence[Tensor], value: float) -> Tensor:
     """The clients' tensors ``(n, ...)`` one after another, texts filled up with ``value`` to the longest one."""
     if len({tensor.shape[1:] for tensor in tensors}) == 1:
         return torch.cat(tensors)

@@ -78,8 +78,8 @@ def _check_pool(name: str, pool: Examples, classes: int) -> None:
     """Raise ``ValueError`` for a pool that is no examples, or that cannot be dealt by its labels."""
     check_examples(name, *pool)
     _, labels = pool
-    if labels.dim() > 1:
-        raise ValueError("examples are dealt by their labels, and token-level targets have none: use from_tensors")
+    if labels.dim() > 1 or is_float(labels):
+        raise ValueError(f"{name} has {labels.dtype} of {labels.dim()} dimensions: examples are dealt by a label each")
     if (labels >= classes).any():
         raise ValueError(f"{name} has label {int(labels.max())}, which is outside 0 … {classes - 1}")
 

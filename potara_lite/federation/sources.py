@@ -126,6 +126,7 @@ def from_dataframe(
     test: pd.DataFrame | None = None,
     test_size: Portion = 0.2,
     calibration_size: Size = 30,
+    real_targets: Flag = False,
     seed: Seed = 0,
     name: str = "federation",
 ) -> Federation:
@@ -133,7 +134,8 @@ def from_dataframe(
 
     ``features``: the columns of the inputs, numbers or true and false, ``(n, F)`` in float32; all but ``client`` and
     ``label`` by default. The labels may be of any type; their values, sorted or in the order of a categorical column,
-    are the ``class_names``. Splits are drawn as in ``from_tensors``; ``test`` is a table with the same columns.
+    are the ``class_names``; with ``real_targets`` they are the numbers to predict, in float32. Splits are drawn as in
+    ``from_tensors``; ``test`` is a table with the same columns.
 
     >>> df = pd.DataFrame({"age": range(40), "sick": ["no", "yes"] * 20, "ward": ["A"] * 20 + ["B"] * 20})
     >>> federation = from_dataframe(df, client="ward", label="sick", calibration_size=5)
@@ -148,12 +150,13 @@ def from_dataframe(
         _check_columns(argument, table, client, label, features)
     columns = features or [column for column in df.columns if column not in (client, label)]
     labels = pd.concat([table[label] for table in tables.values()])
-    kinds = as_categories(labels, f"label: column {label!r}").dtype
+    kinds = None if real_targets else as_categories(labels, f"label: column {label!r}").dtype
 
-    def by_client(argument: str, table: pd.DataFrame) -> dict[str, tuple[Tensor, pd.Series]]:
-        x, y = feature_tensor(table[columns], f"{argument}: "), table[label].astype(kinds)
+    def by_client(argument: str, table: pd.DataFrame) -> dict[str, tuple[Tensor, Tensor | pd.Series]]:
+        x = feature_tensor(table[columns], f"{argument}: ")
+        y = feature_tensor(table[[label]], f"{argument}: ")[:, 0] if real_targets else table[label].astype(kinds)
         rows_by_name = rows_of(table[client], f"client: column {client!r}")
-        return {name: (x[rows], y.iloc[rows]) for name, rows in rows_by_name.items()}
+        return {name: (x[rows], y[rows] if real_targets else y.iloc[rows]) for name, rows in rows_by_name.items()}
 
     parts = {argument: by_client(argument, table) for argument, table in tables.items()}
     return assemble(

@@ -23,11 +23,13 @@ from .inputs import (
     any_tensor,
     check_alike,
     check_examples,
+    is_float,
     is_integer,
     kind_of,
     map_inputs,
     pad_concatenate,
     pad_stack,
+    padding_of,
     take,
 )
 
@@ -42,9 +44,9 @@ class Split:
 
     Inputs are one tensor or a mapping of tensors, the keyword arguments that the network is called with: of texts
     ``input_ids`` and ``attention_mask`` ``(n, T)``. Labels may be token-level, ``(n, T)``, -100 where a token is no
-    target. Clients may have any number of examples, and texts of any length: nothing is padded in memory. ``ids``: the
-    clients' numbers, 0, 1, … unless given, which seed their batches, so that a client's training does not depend on the
-    other clients.
+    target, or real targets of regression and the like, floats ``(n,)`` or ``(n, d)``. Clients may have any number of
+    examples, and texts of any length: nothing is padded in memory. ``ids``: the clients' numbers, 0, 1, … unless given,
+    which seed their batches, so that a client's training does not depend on the other clients.
 
     Raises ``ValueError`` for an empty client, mismatched lengths, ids that are not a different one for each client,
     what ``check_examples`` refuses, and clients whose inputs differ in names, dtypes or dimensions.
@@ -60,7 +62,7 @@ class Split:
         for client, (x, y) in zip(ids, self.examples):
             check_examples(client, x, y)
         check_alike(ids, self.examples)
-        examples = [(map_inputs(Tensor.detach, x), y.detach().long()) for x, y in self.examples]
+        examples = [(map_inputs(Tensor.detach, x), y.detach() if is_float(y) else y.long()) for x, y in self.examples]
         vars(self).update(vars(_split(examples, ids)))
 
     @staticmethod
@@ -98,8 +100,8 @@ class Split:
 
     @property
     def y(self) -> Tensor:
-        """All labels ``(C, N)`` or ``(C, N, T)``, padded with -100: a copy, made at each use."""
-        return pad_stack([y for _, y in self.examples], PADDING)
+        """All labels ``(C, N)`` or ``(C, N, T)``, padded with -100, real targets with NaN: a copy, made at each use."""
+        return pad_stack([y for _, y in self.examples], padding_of(self.examples[0][1]))
 
     @checked
     def client(self, i: Count) -> Examples:
@@ -140,7 +142,7 @@ class Split:
         """The examples of all clients one after another, inputs ``(M, ...)`` and labels ``(M, ...)``, texts padded to
         the longest one; and where each client's begin ``(C,)``."""
         x = map_inputs(lambda *tensors: pad_concatenate(tensors, 0), *(x for x, _ in self.examples))
-        y = pad_concatenate([y for _, y in self.examples], PADDING)
+        y = pad_concatenate([y for _, y in self.examples], padding_of(self.examples[0][1]))
         return x, y, self.sizes.cumsum(0) - self.sizes
 
     @cached_property
@@ -223,24 +225,29 @@ class Federation:
     class_names: Names | None = None
 
     def __post_init__(self):
-        train_x, _ = self.train.examples[0]
         for part, names, n in (("client", self.client_names, len(self)), ("class", self.class_names, self.classes)):
             if names is not None and len(names) != n:
                 raise ValueError(f"{part}_names: {len(names)} of them, not {n}: {shown(names)}")
         for part in ("train", "calibration", "test"):
             split = getattr(self, part)
-            x, _ = split.examples[0]
-            if kind_of(x) != kind_of(train_x):
-                raise ValueError(f"{part} has inputs {kind_of(x)}, train has {kind_of(train_x)}")
-            if isinstance(x, Tensor) and x.shape[1:] != train_x.shape[1:]:
-                shapes = f"{tuple(x.shape[1:])}, train of {tuple(train_x.shape[1:])}"
-                raise ValueError(f"{part} has inputs of shape {shapes}")
-            if split.ids != self.train.ids:
-                raise ValueError(f"{part} has clients {split.ids}, train has {self.train.ids}")
+            self._check_kind(part, split)
             for client, (_, labels) in zip(split.ids, split.examples):
                 labels = labels if labels.dim() == 1 else labels[labels != PADDING]
-                if (bad := labels[(labels < 0) | (labels >= self.classes)]).numel():
+                if (bad := labels[(labels < 0) | (labels >= self.classes)]).numel() and not is_float(labels):
                     raise ValueError(f"client {client}: {part} label {int(bad[0])} is outside 0 … {self.classes - 1}")
+
+    def _check_kind(self, part: str, split: Split) -> None:
+        """Raise ``ValueError`` for a split of other clients, inputs or targets than ``train``."""
+        train_x, train_y = self.train.examples[0]
+        x, y = split.examples[0]
+        if kind_of(x) != kind_of(train_x):
+            raise ValueError(f"{part} has inputs {kind_of(x)}, train has {kind_of(train_x)}")
+        if isinstance(x, Tensor) and x.shape[1:] != train_x.shape[1:]:
+            raise ValueError(f"{part} has inputs of shape {tuple(x.shape[1:])}, train of {tuple(train_x.shape[1:])}")
+        if is_float(y) != is_float(train_y):
+            raise ValueError(f"{part} has targets of {y.dtype}, train of {train_y.dtype}")
+        if split.ids != self.train.ids:
+            raise ValueError(f"{part} has clients {split.ids}, train has {self.train.ids}")
 
     def __len__(self) -> int:
         return len(self.train)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import grad, jvp
 
 from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import (
@@ -32,9 +32,9 @@ from ..adapters.state import (
 from ..checks import Numbers, all_finite, checked, invalid
 from ..federation.inputs import PADDING, Inputs, map_inputs, take
 from ..federation.split import Split
+from ..models.loss import CLASSIFICATION, Task, checked_logits, token_mean
 from .batching import Execution, ExecutionPlan, map_clients, plan_execution
 from .grouped_lora import GroupedLoRA, group_lora
-from .loss import checked_logits, example_losses, token_mean
 from .train import check_clients, check_labels, check_losses, losses, planned_groups
 
 Labels = Annotated[Tensor, Numbers("C N|C N T", whole=True, least=PADDING)]
@@ -78,7 +78,7 @@ def per_sample_gradients(
             if isinstance(execution_plan.forward, GroupedLoRA):
                 found = execution_plan.forward.per_sample_gradients(*batch)
             else:
-                found = _client_per_example(execution_plan, *batch)
+                found = _client_per_example(execution_plan, adapted.task, *batch)
             gradients[rows, samples] = found.to(gradients)
     if not all_finite(gradients):
         check_losses(gradients, split)
@@ -104,17 +104,17 @@ def _plan_examples(adapted: AdaptedBackbone, adapters: Adapter, x: Inputs, execu
     return replace(plan(), forward=adapted)
 
 
-def _client_per_example(execution_plan: ExecutionPlan, stack: Adapter, x: Inputs, y: Tensor) -> Tensor:
+def _client_per_example(execution_plan: ExecutionPlan, task: Task, stack: Adapter, x: Inputs, y: Tensor) -> Tensor:
     """The gradients ``(K, M, P)`` of ``x`` ``(K, M, ...)``, with a client for every example."""
+
+    def sum_of_losses(outputs: Tensor, y: Tensor) -> Tensor:
+        return task.losses(outputs, y).sum()  # a padded example adds zero, not NaN
+
     rows = flatten(stack).repeat_interleave(y.shape[1], 0).requires_grad_()  # (K M, P)
     like = {name: tensor[0] for name, tensor in stack.items()}
     clients = unflatten(rows, like), _one_by_one(x), y.reshape(-1, 1, *y.shape[2:])
-    values = losses(execution_plan.forward, *clients, _sum_of_losses, vectorize=execution_plan.vectorize)
+    values = losses(execution_plan.forward, *clients, sum_of_losses, vectorize=execution_plan.vectorize)
     return torch.autograd.grad(values.sum(), rows)[0].view(*y.shape[:2], -1)
-
-
-def _sum_of_losses(logits: Tensor, y: Tensor) -> Tensor:
-    return example_losses(logits, y).sum()  # a padded example adds zero, not NaN
 
 
 def _blocks(clients: int, n: int, most: int) -> Iterator[tuple[slice, slice]]:
@@ -165,9 +165,10 @@ def directional_derivatives(
 ) -> tuple[Tensor, Tensor]:
     """Slope and Gauss–Newton curvature of each example's loss along ``direction`` ``(C, P)``: two ``(C, N)``.
 
-    With logits ``z``, ``u = J v`` (one forward-mode product) and ``p = softmax(z)``: the slope is
-    ``(p - onehot(y)) · u`` and the curvature ``uᵀ (diag(p) - p pᵀ) u``, the variance of ``u`` under ``p``; both are
-    means over the targets of an example that has several. Padded examples give zeros.
+    With outputs ``z`` and ``u = J v``, they are ``∇l · u`` and ``uᵀ ∇²l u``, both derivatives of the loss in the
+    outputs. Of classification, with logits ``z``, ``u = J v`` (one forward-mode product) and ``p = softmax(z)``: the
+    slope is ``(p - onehot(y)) · u`` and the curvature ``uᵀ (diag(p) - p pᵀ) u``, the variance of ``u`` under ``p``;
+    both are means over the targets of an example that has several. Padded examples give zeros.
     """
     adapters = check_clients(adapted, adapters, split)
     check_labels(adapted, adapters, split)
@@ -192,15 +193,23 @@ def directional_derivatives(
                 stacks = flat[rows], direction.to(flat)[rows], part.x
                 found = map_clients(logits_and_tangents, *stacks, vectorize=execution_plan.vectorize)
                 logits, tangents = found.unbind(1)  # (K, N, classes)
-                both = torch.stack(_slope_and_curvature(logits, tangents, part.y))
+                both = torch.stack(_slope_and_curvature(adapted.task, logits, tangents, part.y))
             derivatives[:, rows, : both.shape[2]] = both.to(derivatives)
     check_losses(derivatives.transpose(0, 1), split)
     slope, curvature = derivatives
     return slope, curvature
 
 
-def _slope_and_curvature(z: Tensor, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each example's loss, ``(K, N)`` each, from logits and tangents ``(K, N, classes)`` or token by token."""
+def _slope_and_curvature(task: Task, z: Tensor, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each example's loss, ``(K, N)`` each, from outputs and tangents ``(K, N, classes)`` or token by token."""
+    if task is not CLASSIFICATION:
+
+        def along(z: Tensor) -> Tensor:  # the slope; its gradient is the Hessian times u
+            return (grad(lambda z: task.losses(z, y, leading=2).sum())(z) * u).sum()
+
+        first = grad(lambda z: task.losses(z, y, leading=2).sum())(z)
+        second = grad(along)(z)
+        return (first * u).flatten(2).sum(2), (second * u).flatten(2).sum(2)
     p = checked_logits(z, y).softmax(-1)
     u = checked_logits(u, y)
     real = y >= 0

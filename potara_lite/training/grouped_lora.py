@@ -32,7 +32,6 @@ from ..adapters.state import Adapter, factor_names, is_lora
 from ..compat import has_hooks, tree_flatten, tree_unflatten
 from ..federation.inputs import Inputs, any_tensor, map_inputs, take
 from ..models.frozen_trunk import LINEAR, call_network, replaced_forwards
-from .loss import example_losses
 
 T = TypeVar("T")
 OnBackward = Callable[[str, Tensor, Tensor, Tensor | None], None]  # (layer, activations, grad_output, grad_hidden)
@@ -167,7 +166,7 @@ class GroupedLoRA:
         return measured_once(self.adapted, key, compare)
 
     def per_sample_gradients(self, stack: Adapter, x: Inputs, y: Tensor) -> Tensor:
-        """Each example's gradient of its own loss (``example_losses``), ``(C, N, P)``.
+        """Each example's gradient of its own loss (``models/loss.py``), ``(C, N, P)``.
 
         One backward pass, in which every adapted layer adds a product per example as soon as its output's gradient is
         there. It stands on ``grouped_logits``: ask ``matches_vmap`` first.
@@ -197,7 +196,7 @@ class GroupedLoRA:
         with torch.enable_grad():  # one factor of each layer is enough for on_backward to be called
             trained = {name: tensor.detach().requires_grad_(is_lora(name, "B")) for name, tensor in stack.items()}
             logits = self.grouped_logits(trained, x, on_backward)
-            example_losses(logits.flatten(0, 1), y.flatten(0, 1)).sum().backward()
+            self.adapted.task.losses(logits.flatten(0, 1), y.flatten(0, 1)).sum().backward()
         return gradients
 
 

@@ -21,8 +21,8 @@ from ..federation.inputs import MASK, PADDING, map_inputs, take
 from ..federation.split import Split
 from ..federation.tasks import Question
 from ..federation.text import encode_answers, encode_prompts
+from ..models.loss import checked_logits
 from .batching import Execution
-from .loss import checked_logits
 from .train import batched_logits
 
 

@@ -22,10 +22,10 @@ from ..checks import AnyList, Count, Flag, List, NonNegative, Positive, Seed, Si
 from ..federation.batches import batch_indices
 from ..federation.inputs import MASK, Inputs, any_tensor, map_inputs, take
 from ..federation.split import Split
+from ..models.loss import mean_loss
 from .batching import Execution, ExecutionPlan, Forward, map_clients, plan_execution, with_autocast
 from .grouped_lora import measured_once
 from .history import Callback, History, history_table
-from .loss import example_accuracies, example_losses, mean_loss
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,10 +207,20 @@ def _is_independent(adapted: AdaptedBackbone, x: Inputs, row: int) -> bool:
 
 @torch.no_grad()
 def check_labels(adapted: AdaptedBackbone, adapters: Adapter, split: Split, labels: Tensor | None = None) -> None:
-    """Raise ``ValueError`` for a label, of the split or of ``labels`` instead, that the backbone has no logit of.
+    """Raise ``ValueError`` for targets of another kind than those of the backbone's task, and for a label, of the split
+    or of ``labels`` instead, that it has no logit of.
 
     The number of logits is measured once, on the first client's first example.
     """
+    task = adapted.task
+    is_real = split.examples[0][1].is_floating_point()
+    if is_real == task.has_classes:
+        kinds = ["numbers of classes", "real numbers"]
+        way_out = " (see the task of attach)" if is_real else ": make them floats, y.float()"
+        found, wanted = kinds[is_real], kinds[not is_real]
+        raise ValueError(f"split has targets that are {found}, {task.name} takes {wanted}{way_out}")
+    if is_real:
+        return
 
     def count_logits() -> int:
         one = {name: tensor[0].to(adapted.device) for name, tensor in adapters.items()}
@@ -264,6 +274,7 @@ def train(
     naming the client and the step when a loss is not finite; the result for the other clients is in its ``trained``.
     """
     fixed = {name: tensor.detach() for name, tensor in (fixed or {}).items()}
+    loss = adapted.task.mean_loss if loss is mean_loss else loss
     adapters = _checked_tensors(adapted, adapters, split, loss, objective, fixed)
     history = History(split.ids, eval_split, eval_every, callbacks)
     if eval_split is not None:
@@ -322,7 +333,7 @@ def _checked_tensors(
     """What trains: an adapter of the backbone in the order of its tensors, or whatever an objective makes one of."""
     if objective is plain_loss and not fixed:
         adapters = check_clients(adapted, adapters, split)
-        if loss is mean_loss:
+        if loss == adapted.task.mean_loss:
             check_labels(adapted, adapters, split)
         return adapters
     check_models(adapted, split)
@@ -456,15 +467,16 @@ def evaluate(
     batch_size: Size = 128,
     execution: Execution = Execution(),
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss (nats) and accuracy (a fraction), ``(C,)`` each, of each client's adapter on its own examples.
+    """Mean loss (nats) and accuracy (a fraction), ``(C,)`` each, of each client's adapter on its own examples; of
+    another ``task`` than classification, its loss and its metric.
 
     Both are means over examples; that of a text with a target per token is the mean over its tokens (see ``loss.py``).
     Raises ``ValueError`` for adapters that do not fit and for a client whose loss is not finite.
     """
     total = torch.zeros(2, len(split), device=adapted.device, dtype=torch.float64)
     for rows, _, logits, y in batched_logits(adapted, adapters, split, batch_size=batch_size, execution=execution):
-        total[0, rows] += example_losses(logits, y, leading=2).sum(1)
-        total[1, rows] += example_accuracies(logits, y, leading=2).sum(1)
+        total[0, rows] += adapted.task.losses(logits, y, leading=2).sum(1)
+        total[1, rows] += adapted.task.metrics(logits, y, leading=2).sum(1)
     loss, accuracy = total / split.sizes.to(total)
     check_losses(loss, split)
     return loss, accuracy

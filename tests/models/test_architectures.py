@@ -20,10 +20,10 @@ from potara_lite.federation.text import next_tokens, pad_tokens
 from potara_lite.merging.merge import merge_exact
 from potara_lite.models.frozen_trunk import HIDDEN, linear_layers, replaced_forwards
 from potara_lite.models.language import TextClassifier, causal_lm, text_encoder
+from potara_lite.models.loss import example_losses, mean_loss
 from potara_lite.training.batching import Execution, plan_execution
 from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
 from potara_lite.training.grouped_lora import GroupedLoRA
-from potara_lite.training.loss import example_losses, mean_loss
 from potara_lite.training.train import evaluate, train
 
 VOCABULARY, BLOCKS = 40, 3

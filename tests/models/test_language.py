@@ -44,11 +44,11 @@ from potara_lite.federation.text import encode_texts, next_tokens, pad_tokens
 from potara_lite.merging.merge import merge_exact
 from potara_lite.models.frozen_trunk import HIDDEN, linear_layers
 from potara_lite.models.language import TextClassifier, causal_lm, text_encoder
+from potara_lite.models.loss import Task, example_accuracies, example_losses, mean_loss
 from potara_lite.setting import Setting
 from potara_lite.training.batching import Execution, plan_execution
 from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
 from potara_lite.training.grouped_lora import GroupedLoRA, group_lora
-from potara_lite.training.loss import example_accuracies, example_losses, mean_loss
 from potara_lite.training.train import evaluate, train
 
 SIZES, VOCABULARY = (5, 11, 8), 40
@@ -451,7 +451,7 @@ def test_texts_are_dealt_out_by_their_labels():
     assert torch.equal((seen - 1) % 3, torch.cat([federation.train.client(i)[1] for i in range(2)]))
     with pytest.raises(ValueError, match="shift=True is for images"):
         partition((x, y), (x, y), 3, shift=True, **options)
-    with pytest.raises(ValueError, match="token-level targets have none"):
+    with pytest.raises(ValueError, match="examples are dealt by a label each"):
         partition((x, y.unsqueeze(1).expand(-1, 2)), (x, y), 3, **options)
 
 
@@ -640,9 +640,9 @@ def test_a_block_of_logits_is_no_larger_than_the_memory(kind, random_stack, monk
     adapted, split = adapted_of(kind, torch.float64), federation_of(kind).train
     stack, sizes = random_stack(adapted, 3, seed=1), []
     whole = evaluate(adapted, stack, split)
+    losses = Task.losses
     monkeypatch.setattr(
-        "potara_lite.training.train.example_losses",
-        lambda logits, *args, **options: sizes.append(logits.shape[1]) or example_losses(logits, *args, **options),
+        Task, "losses", lambda self, z, *args, **options: sizes.append(z.shape[1]) or losses(self, z, *args, **options)
     )
     copies = 2 * sum(tensor.numel() * tensor.element_size() for tensor in adapted.initial.values())
     parts = evaluate(adapted, stack, split, execution=Execution(memory_bytes=copies + 1))
