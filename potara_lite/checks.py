@@ -329,6 +329,9 @@ def _validator(function: Callable) -> Callable[..., dict[str, Any]]:
     def arguments(**given):
         return given
 
+    found = signature(function)  # without ``self``, by which pydantic calls what it returns
+    parameters = [one for name, one in found.parameters.items() if name != "self"]
+    arguments.__signature__ = found.replace(parameters=parameters)  # type: ignore[attr-defined]
     return validate_call(arguments, config=CONFIG)
 
 
@@ -339,7 +342,8 @@ def check_arguments(function: Callable, given: Mapping[str, Any]) -> dict[str, A
     """
     sizes = _SIZES.set({})
     try:
-        return _validator(function)(**given)
+        alone = {name: value for name, value in given.items() if name != "self"}
+        return {name: given[name] for name in given.keys() & {"self"}} | _validator(function)(**alone)
     except ValidationError as error:
         raise ValueError(_message(error, given)) from None
     finally:

@@ -397,9 +397,11 @@ CALLS = {
     "baselines.sweep.union": lambda t: dict(split=t.split, per_client=2),
     "baselines.sweep.sweep": lambda t: dict(
         methods={"x": len}, settings={"x": TINY}, seeds=[0], folder="nowhere", eval_split=len, union_size=2,
+        eval_every=1,
         prepare=len, shard=(0, 1), progress=False,
     ),
     "baselines.sweep.read_results": lambda t: dict(folder="nowhere"),
+    "baselines.sweep.read_histories": lambda t: dict(folder="nowhere"),
     "results.committed_rows": lambda t: dict(name="bound.csv"),
     "plots.label_counts": lambda t: dict(split=t.split, names=list("abcd")),
     "plots.along_weight": lambda t: curves(t) | dict(chosen=t.chosen, label="x", also={"x": t.curves}),

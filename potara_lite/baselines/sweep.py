@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..adapters.lora import AdaptedBackbone
 from ..checks import Count, Flag, List, Named, PathLike, Seeds, Size, checked, invalid
-from ..experiment import Method, Run, prepare
+from ..experiment import Method, Result, Run, prepare
 from ..federation.split import Federation, Split
 from ..files import FileError, digest, reading, write_atomically
 from ..results import result_rows
@@ -55,6 +55,7 @@ def sweep(
     *,
     eval_split: Callable[[Federation], Split] = lambda federation: federation.test,
     union_size: Size = 25,
+    eval_every: Size | None = None,
     prepare: Callable[[Setting, int], tuple[AdaptedBackbone, Federation]] = prepare,
     shard: List[Count] = (0, 1),
     progress: Flag = False,
@@ -63,10 +64,12 @@ def sweep(
 
     A row per client, in the order of ``COLUMNS``: accuracy and loss (nats) on the client's own examples and on the
     ``union`` of ``union_size`` examples of every client; the mixing weight, where there is one; what the client paid.
-    ``eval_split`` picks the examples: the test split, or the calibration split to choose options by. ``shard=(i, n)``
-    does every n-th pair of federation and seed from the i-th (0 ≤ i < n), to share the work between processes. A result
-    file is computed again when its method, ``prepare``, ``eval_split`` or the version of the library is another one
-    (``fingerprint``), or the data and weights that ``prepare`` returns, which is called every time.
+    ``eval_split`` picks the examples: the test split, or the calibration split to choose options by. With
+    ``eval_every`` the models are also evaluated on them every so many rounds, and ``read_histories`` has the numbers.
+    ``shard=(i, n)`` does every n-th pair of federation and seed from the i-th (0 ≤ i < n), to share the work between
+    processes. A result file is computed again when its method, ``prepare``, ``eval_split`` or the version of the
+    library is another one (``fingerprint``), or the data and weights that ``prepare`` returns, which is called every
+    time.
 
     Raises ``ValueError`` when the folder holds a federation of the same name and another setting or a damaged file (a
     ``FileError``), for names that would share a file or make none, for a seed given twice, and for no such shard.
@@ -95,7 +98,9 @@ def sweep(
     with tqdm(total=len(methods) * len(runs), disable=not progress, unit="run") as bar:
         for name, seed in runs:
             run = Run(*prepare(settings[name], seed), settings[name], seed)
-            made_from = common, prepared_digest(run.adapted, run.federation)
+            made_from = common, eval_every, prepared_digest(run.adapted, run.federation)
+            if eval_every is not None:
+                run.eval_split, run.eval_every = eval_split(run.federation), eval_every
             seed_folder = folder / _slug(name) / f"seed-{seed}"
             seed_folder.mkdir(exist_ok=True)
             for method, function in methods.items():
@@ -103,10 +108,22 @@ def sweep(
                 path = seed_folder / f"{_slug(method)}.csv"
                 key = fingerprint((*made_from, function))
                 if not path.is_file() or _read_rows(path)[0] != key:
-                    rows = _rows(method, function, run, eval_split(run.federation), union_size)
+                    result = function(run)
+                    rows = _rows(method, result, run, eval_split(run.federation), union_size)
+                    if eval_every is not None and result.history is not None:
+                        (seed_folder / "history").mkdir(exist_ok=True)
+                        history = result.history.assign(federation=name, method=method, seed=seed)
+                        write_atomically(seed_folder / "history" / path.name, history.to_csv(index=False))
                     _write_rows(path, key, rows.assign(federation=name)[COLUMNS])
                 bar.update()
     return read_results(folder)
+
+
+@checked
+def read_histories(folder: PathLike) -> pd.DataFrame:
+    """The histories of a sweep with ``eval_every``, by federation, seed and method (see ``training/history.py``)."""
+    files = sorted(Path(folder).glob("*/seed-*/history/*.csv"))
+    return pd.concat([pd.read_csv(file) for file in files], ignore_index=True) if files else pd.DataFrame()
 
 
 @checked
@@ -206,8 +223,7 @@ def _remember_setting(folder: Path, setting: Setting, union_size: int) -> None:
     write_atomically(path, text)
 
 
-def _rows(name: str, method: Method, run: Run, split: Split, union_size: int) -> pd.DataFrame:
-    result = method(run)
+def _rows(name: str, result: Result, run: Run, split: Split, union_size: int) -> pd.DataFrame:
     rows = result_rows(name, run, result, split)
     loss, accuracy = result.evaluate(union(split, union_size), run.setting.chunk_size)
     return rows.assign(union_loss=loss.cpu().numpy(), union_accuracy=accuracy.cpu().numpy())

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from potara_lite.adapters.state import adapter_bytes, client_adapter, delta, flatten
 from potara_lite.baselines import algorithms, methods as M
-from potara_lite.baselines.sweep import COLUMNS, fingerprint, read_results, sweep, union
+from potara_lite.baselines.sweep import COLUMNS, fingerprint, read_histories, read_results, sweep, union
 from potara_lite.estimators import ESTIMATORS, Estimate
 from potara_lite.experiment import ORACLE, Run, local_from_federated, local_model, train_pair, with_estimator
 from potara_lite.federation.split import Federation, Split
@@ -219,6 +219,22 @@ def test_a_sweep_gives_a_row_per_client_and_never_computes_twice(tmp_path, prepa
         sweep(methods, {"one": replace(SETTING, lr=1e-3)}, [0], tmp_path, prepare=prepared)
     with pytest.raises(ValueError, match="must differ in letters or digits"):
         sweep({"a, b": methods["local"], "a b": methods["local"]}, settings, [0], tmp_path, prepare=prepared)
+
+
+def test_a_sweep_keeps_the_histories_and_computes_the_same(tmp_path, prepared):
+    methods = few("local", "uniform", "FedIT")
+    options = dict(prepare=prepared)
+    plain = sweep(methods, {"one": SETTING}, [0, 1], tmp_path / "plain", **options)
+    rows = sweep(methods, {"one": SETTING}, [0, 1], tmp_path / "kept", eval_every=1, **options)
+    pd.testing.assert_frame_equal(plain.drop(columns="seconds"), rows.drop(columns="seconds"))
+    histories = read_histories(tmp_path / "kept")
+    assert (
+        set(histories.method) == set(methods) and set(histories.seed) == {0, 1} and set(histories.client) == {0, 1, 2}
+    )
+    last = histories[(histories.method == "FedIT") & (histories["round"] == histories["round"].max())]
+    expected = rows[rows.method == "FedIT"].sort_values(["seed", "client"])
+    np.testing.assert_allclose(last.sort_values(["seed", "client"]).loss, expected.loss, rtol=1e-6)
+    assert read_histories(tmp_path / "plain").empty
 
 
 def test_what_was_interrupted_goes_on_and_half_a_file_is_not_read(tmp_path, prepared):
