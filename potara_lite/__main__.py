@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
     p.add_argument("--json", action="store_true", help="print the summary as JSON instead of a table")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
+    p.add_argument("--check", action="store_true", help="train nothing: say whether this machine has what it needs")
     p.add_argument("--version", action="version", version=__version__)
     return p
 
@@ -177,11 +178,24 @@ def show(args: argparse.Namespace, rows) -> None:
         print(f"\nMB: up + down per client; λ (weight) is on the federated model. Everything is in {args.out}/")
 
 
+def report_setup() -> int:
+    """Print what the machine has and what it lacks; 1 if it lacks anything."""
+    from .course.setup_check import check_setup
+
+    status = 0
+    for is_right, line in check_setup():
+        print(f"{'ok     ' if is_right else 'MISSING'} {line}", flush=True)
+        status = status or int(not is_right)
+    return status
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command: its exit status. Where it is not 0, one line on stderr says why."""
     try:
         try:
             args = parser().parse_args(argv)
+            if args.check:
+                return report_setup()
             show(args, run_missing(args))
             return 0
         finally:
