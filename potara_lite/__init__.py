@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time the same li
     from .adapters.state import (
         adapter_bytes as adapter_bytes,
         client_adapter as client_adapter,
+        cut_ranks as cut_ranks,
         delta as delta,
         repeat_adapter as repeat_adapter,
         stack_adapters as stack_adapters,

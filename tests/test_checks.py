@@ -233,6 +233,7 @@ CALLS = {
     "adapters.state.delta": lambda t: dict(adapter=t.one, scaling=t.adapted.scaling),
     "adapters.state.delta_inner_products": lambda t: dict(adapters=[t.local, t.federated], scaling=t.adapted.scaling),
     "adapters.state.stack_adapters": lambda t: dict(adapters=[t.one, t.small]),
+    "adapters.state.cut_ranks": lambda t: dict(stack=t.local, ranks=[1, 2, 2]),
     "adapters.state.repeat_adapter": lambda t: dict(adapter=t.one, clients=2),
     "adapters.state.client_adapter": lambda t: dict(stack=t.local, client=1),
     "adapters.state.adapter_bytes": lambda t: dict(adapter=t.one),
@@ -248,7 +249,7 @@ CALLS = {
     "training.fedavg.fedit": lambda t: dict(
         adapted=t.adapted, split=t.split, rounds=1, local_steps=1, participation=1.0, keep_optimizer=True,
         adapter=t.one, start=0, state=short_state(3, 452), seed=0, progress=False, lr=0.01, batch_size=2,
-        eval_split=t.federation.test, eval_every=1, callbacks=[],
+        eval_split=t.federation.test, eval_every=1, callbacks=[], ranks=[1, 2, 2],
     ),
     "training.train.train": lambda t: run(t) | dict(
         steps=1, batch_size=2, lr=0.01, weight_decay=0.0, clip=1.0, seed=0, start=0, state=None, loss=plain,

@@ -336,6 +336,37 @@ def select_clients(stack: Adapter, rows: Tensor | slice) -> Adapter:
     return {name: tensor[rows.to(tensor.device)] for name, tensor in stack.items()}
 
 
+@checked
+def cut_ranks(stack: Stack, ranks: List[Size]) -> Adapter:
+    """The stack with a rank for each client: what is beyond ``ranks[i]`` in A and B is zero, which no gradient moves.
+
+    The scaling stays that of the stack's own rank. Raises ``ValueError`` unless there is a rank for each client, at
+    most the stack's.
+
+    >>> stack = {"fc.lora_A.weight": torch.ones(2, 3, 4), "fc.lora_B.weight": torch.ones(2, 5, 3)}
+    >>> cut_ranks(stack, [1, 3])["fc.lora_A.weight"].sum((1, 2))
+    tensor([ 4., 12.])
+    """
+    result = dict(stack)
+    for name, tensor in stack.items():
+        if is_lora(name):
+            dim = rank_dim(name, tensor)
+            full = tensor.shape[dim]
+            if len(ranks) != len(tensor) or max(ranks) > full:
+                raise ValueError(f"ranks {list(ranks)}: {len(tensor)} numbers from 1 to {full} are needed")
+            is_kept = torch.arange(full) < torch.tensor(ranks).unsqueeze(1)  # (C, r)
+            shape = [len(tensor), *(full if d == dim else 1 for d in range(1, tensor.dim()))]
+            result[name] = tensor * is_kept.view(shape).to(tensor)
+    return result
+
+
+def bytes_by_rank(adapter: Adapter, ranks: Sequence[int]) -> Tensor:
+    """The bytes of one adapter (no client dimension) for clients of these ranks, ``(C,)``."""
+    of_rank_1 = {name: t.narrow(rank_dim(name, t), 0, 1) for name, t in adapter.items() if is_lora(name)}
+    rest = {name: tensor for name, tensor in adapter.items() if not is_lora(name)}
+    return adapter_bytes(rest) + torch.tensor(ranks) * adapter_bytes(of_rank_1)
+
+
 def flatten(stack: Adapter) -> Tensor:
     """A stack as one matrix ``(C, P)``: a row per client, the tensors in the dictionary's order."""
     return torch.cat([tensor.flatten(1) for tensor in stack.values()], dim=1)

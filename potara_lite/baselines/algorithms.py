@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from ..adapters.lora import AdaptedBackbone, ModelState
 from ..adapters.state import (
     Adapter,
+    bytes_by_rank,
     client_adapter,
     client_dims,
     count_clients,
+    cut_ranks,
     factor_names,
     factors,
     is_lora,
     lora_layers,
-    rank_dim,
     repeat_adapter,
 )
 from ..checks import Count, Flag, Fraction, List, NonNegative, Size, checked
@@ -190,18 +191,7 @@ def flexlora(ranks: Annotated[List[Size], AfterValidator(tuple)] | None = None) 
     """
 
     def cut(stack: Adapter) -> Adapter:
-        """The stack with zeros beyond each client's rank."""
-        result = dict(stack)
-        for name, tensor in stack.items():
-            if ranks is not None and is_lora(name):
-                dim = rank_dim(name, tensor)
-                full = tensor.shape[dim]
-                if len(ranks) != len(tensor) or max(ranks) > full:
-                    raise ValueError(f"ranks {list(ranks)}: {len(tensor)} numbers from 1 to {full} are needed")
-                is_kept = torch.arange(full) < torch.tensor(ranks).unsqueeze(1)  # (C, r)
-                shape = [len(tensor), *(full if d == dim else 1 for d in range(1, tensor.dim()))]
-                result[name] = tensor * is_kept.view(shape).to(tensor)
-        return result
+        return stack if ranks is None else cut_ranks(stack, ranks)
 
     def aggregate(stack: Adapter, sizes: Tensor) -> Adapter:
         mean = mean_product(stack, sizes)
@@ -209,11 +199,6 @@ def flexlora(ranks: Annotated[List[Size], AfterValidator(tuple)] | None = None) 
             rank = factors(stack, layer)[0].shape[1]
             mean |= compress({name: mean[name] for name in factor_names(layer)}, rank)[0]
         return cut(repeat_adapter(mean, len(sizes)))
-
-    def bytes_by_rank(message: Adapter, clients: int) -> Tensor:
-        head = {name: tensor for name, tensor in message.items() if is_head(name)}
-        of_rank_1 = {n: t.narrow(rank_dim(n, t), 0, 1) for n, t in message.items() if is_lora(n)}
-        return message_bytes(head, clients) + torch.tensor(ranks) * message_bytes(of_rank_1, clients)
 
     largest = ranks.index(max(ranks)) if ranks else 0
     return replace(
@@ -223,7 +208,7 @@ def flexlora(ranks: Annotated[List[Size], AfterValidator(tuple)] | None = None) 
         aggregate=aggregate,
         federated_model=lambda tensors: client_adapter(select_prefix(tensors), largest),
         keep_optimizer=False,
-        message_bytes=bytes_by_rank if ranks else message_bytes,
+        message_bytes=(lambda message, _: bytes_by_rank(client_adapter(message, 0), ranks)) if ranks else message_bytes,
     )
 
 

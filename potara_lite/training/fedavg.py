@@ -17,9 +17,11 @@ from ..adapters.state import (
     OneAdapter,
     Stack,
     adapter_bytes,
+    bytes_by_rank,
     check_adapter,
     check_models,
     count_clients,
+    cut_ranks,
     flatten,
     repeat_adapter,
 )
@@ -128,6 +130,7 @@ def fedit(
     rounds: Count,
     local_steps: Count | List[Count],
     participation: Share = 1.0,
+    ranks: List[Size] | None = None,
     keep_optimizer: Flag = True,
     adapter: OneAdapter | None = None,
     start: Count = 0,
@@ -144,13 +147,15 @@ def fedit(
     Each round the participants download the adapter, take ``local_steps`` steps (or each its own number of a list, such
     as that of ``epoch_steps``) and upload theirs; at the end every client downloads the result. ``keep_optimizer``:
     each client goes on with the AdamW state of its last round (it stays with the client and costs no bytes); otherwise
-    every round starts with a new state. ``training`` goes to ``train`` (lr, batch_size, clip, execution, …).
-    ``adapter``, ``state`` and ``start`` (the rounds already done) continue an earlier run. Every ``eval_every`` rounds
-    and at the end the model is evaluated on every client of ``eval_split``, which changes nothing in the training; the
-    numbers are in the ``history`` of the result, of which each of the ``callbacks`` gets the new rows after each round.
-    The model is the same to the last bit in whatever order the clients are. With one client and the optimiser kept,
-    this is local training. ``run_algorithm(FEDIT, ...)`` of ``baselines`` is the same method as a declaration beside
-    the others; this function can continue a run.
+    every round starts with a new state. ``ranks``: one for each client, at most the configuration's; a client
+    downloads, trains and uploads that many, the others are zeros in the mean (the zero-padding of HetLoRA, Cho et al.,
+    2024, arXiv 2401.06432, without its weights and pruning), and ``cut_ranks`` gives the clients' models. ``training``
+    goes to ``train`` (lr, batch_size, clip, execution, …). ``adapter``, ``state`` and ``start`` (the rounds already
+    done) continue an earlier run. Every ``eval_every`` rounds and at the end the model is evaluated on every client of
+    ``eval_split``, which changes nothing in the training; the numbers are in the ``history`` of the result, of which
+    each of the ``callbacks`` gets the new rows after each round. The model is the same to the last bit in whatever
+    order the clients are. With one client and the optimiser kept, this is local training. ``run_algorithm(FEDIT, ...)``
+    of ``baselines`` is the same method as a declaration beside the others; this function can continue a run.
     """
     check_models(adapted, split)
     adapter = check_adapter(adapted, adapted.initial if adapter is None else adapter)
@@ -159,7 +164,10 @@ def fedit(
     flat = flatten(repeat_adapter(adapter, clients))
     state = OptimizerState.zeros(flat) if state is None else state
     state.check(*flat.shape)
-    message_bytes = adapter_bytes(adapter)
+    message_bytes = torch.full((clients,), adapter_bytes(adapter))
+    if ranks is not None:
+        cut_ranks(repeat_adapter(adapter, clients), ranks)  # raises where they do not fit
+        message_bytes = bytes_by_rank(adapter, ranks)
     if eval_split is not None:
         check_models(adapted, eval_split)
     how = {"execution": training["execution"]} if "execution" in training else {}
@@ -172,9 +180,10 @@ def fedit(
         rows.sort(key=split.ids.__getitem__)  # sums of floats depend on the clients' order
         part = split.rows(rows)
         index = torch.tensor(rows)
+        start_stack = repeat_adapter(adapter, len(rows))
         trained = train(
             adapted,
-            repeat_adapter(adapter, len(rows)),
+            start_stack if ranks is None else cut_ranks(start_stack, [ranks[row] for row in rows]),
             part,
             steps=steps_of[index].tolist(),
             start=(number * steps_of[index]).tolist(),
@@ -185,12 +194,14 @@ def fedit(
         adapter = weighted_average(trained.adapters, part.sizes)
         if keep_optimizer:
             state = state.replace_rows(index, trained.state)
-        messages = Ledger.zeros(clients).add(index, up=message_bytes, down=message_bytes)
-        by_round.append(messages.add(index, steps=steps_of[index]))
+        paid_now = dict(up=message_bytes[index], down=message_bytes[index], steps=steps_of[index])
+        by_round.append(Ledger.zeros(clients).add(index, **paid_now))
         losses.append(torch.full((clients,), torch.nan).index_copy(0, index, trained.losses.nanmean(1).float().cpu()))
         paid = paid + by_round[-1]
         is_due = history.is_due(number + 1, start + rounds)
-        measure = partial(evaluate, adapted, repeat_adapter(adapter, clients), **how) if is_due else None
+        everyone = repeat_adapter(adapter, clients)
+        models = everyone if ranks is None else cut_ranks(everyone, ranks)
+        measure = partial(evaluate, adapted, models, **how) if is_due else None
         costs = dict(step=paid.steps, bytes_up=paid.up, bytes_down=paid.down)
         bar.set_postfix(history.add(measure, round=number + 1, train_loss=losses[-1], **costs))
     last_download = Ledger.zeros(clients).add(torch.arange(clients), down=message_bytes)

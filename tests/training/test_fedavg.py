@@ -7,7 +7,15 @@ import pytest
 import torch
 from conftest import SIZES, train_one_by_one
 
-from potara_lite.adapters.state import flatten, repeat_adapter
+from potara_lite.adapters.state import (
+    adapter_bytes,
+    client_adapter,
+    cut_ranks,
+    flatten,
+    is_lora,
+    rank_dim,
+    repeat_adapter,
+)
 from potara_lite.baselines.algorithms import FEDIT
 from potara_lite.baselines.rounds import run_algorithm
 from potara_lite.training.batching import Execution
@@ -228,3 +236,45 @@ def test_rounds_can_be_continued(adapted64, federation64):
         adapter=part.adapter, state=part.state, start=1, **OPTIONS,
     )  # fmt: skip
     torch.testing.assert_close(flat(rest.adapter), flat(whole.adapter), rtol=1e-12, atol=0)
+
+
+# Ranks that differ from client to client.
+
+
+def test_clients_of_smaller_rank_train_and_send_that_much(adapted64, federation64):
+    ranks = [1, 2, 1]
+    options = dict(rounds=2, local_steps=3, lr=1e-2, batch_size=4)
+    found = fedit(adapted64, federation64.train, ranks=ranks, **options)
+    adapter, states = adapted64.initial, [None] * 3
+    for number in range(2):  # the obvious loop: each client's own small adapter, padded with zeros for the mean
+        uploads = []
+        for i, rank in enumerate(ranks):
+            mine = cut_ranks({name: tensor.unsqueeze(0) for name, tensor in adapter.items()}, [rank])
+            trained = train(
+                adapted64, mine, federation64.train.rows([i]), steps=3, start=3 * number, state=states[i],
+                seed=(0, 0), lr=1e-2, batch_size=4,
+            )  # fmt: skip
+            states[i] = trained.state
+            for name, tensor in trained.adapters.items():
+                if is_lora(name):
+                    beyond = tensor.narrow(rank_dim(name, tensor), rank, 2 - rank)
+                    assert not beyond.any() and not tensor.isnan().any()
+            uploads.append(client_adapter(trained.adapters, 0))
+        weights = federation64.train.sizes.double() / federation64.train.sizes.sum()
+        adapter = {name: sum(w * one[name] for w, one in zip(weights.tolist(), uploads)) for name in adapter}
+    for name, tensor in adapter.items():
+        torch.testing.assert_close(found.adapter[name], tensor, rtol=1e-7, atol=1e-10)
+    whole = fedit(adapted64, federation64.train, **options).ledger
+    head = adapter_bytes({name: t for name, t in adapted64.initial.items() if not is_lora(name)})
+    factors = adapter_bytes(adapted64.initial) - head
+    assert found.ledger.up.tolist() == [2 * (head + factors // 2), int(whole.up[1]), 2 * (head + factors // 2)]
+    assert found.ledger.down.tolist() == [3 * (head + factors // 2), int(whole.down[1]), 3 * (head + factors // 2)]
+
+
+def test_full_ranks_change_nothing(adapted, federation):
+    options = dict(rounds=2, local_steps=2, lr=1e-2, batch_size=4)
+    one, two = (fedit(adapted, federation.train, ranks=ranks, **options) for ranks in (None, [2, 2, 2]))
+    assert all(torch.equal(one.adapter[name], two.adapter[name]) for name in one.adapter)
+    assert torch.equal(one.ledger.up, two.ledger.up)
+    with pytest.raises(ValueError, match=r"ranks \[1, 2\]: 3 numbers from 1 to 2 are needed"):
+        fedit(adapted, federation.train, ranks=[1, 2], **options)
