@@ -20,11 +20,11 @@ from potara_lite.training.fedavg import Ledger
 ROOT = Path(__file__).parents[1]
 
 
-def script(name):
-    """A script of ``benchmarks/``, where scripts may import each other."""
+def script(name, folder="benchmarks"):
+    """A script of ``benchmarks/``, where scripts may import each other, or of another folder."""
     if str(ROOT / "benchmarks") not in sys.path:
         sys.path.append(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # a dataclass looks its module up there
     spec.loader.exec_module(module)
     return module

@@ -10,7 +10,9 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from test_results import script
 
+from potara_lite import estimate_calibrated
 from potara_lite.course.exercises.quickstart import check_best_single_weight
 from potara_lite.course.widgets import weight_slider
 from potara_lite.plots import label_counts
@@ -229,3 +231,33 @@ def test_label_counts_has_the_names_of_a_federation(federation):
         assert [tick.get_text() for tick in panel.get_yticklabels()] == list(clients)
         assert [tick.get_text() for tick in panel.get_xticklabels()] == list(classes)
         assert sum(int(text.get_text()) for text in panel.texts) == int(federation.train.sizes.sum())
+
+
+method_picture = script("method_picture", "docs")
+
+
+def test_the_picture_of_the_method_is_committed_as_drawn(tmp_path):
+    method_picture.write(tmp_path)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    committed = {path.name: path.read_text() for path in (FOLDER / "images").iterdir()}
+    assert committed == drawn, "python docs/method_picture.py"
+    assert len(drawn) == 1 + len(method_picture.PARTS) and len(set(drawn.values())) == len(drawn)
+
+
+def test_the_picture_is_readable_on_a_phone_and_its_numbers_are_right(adapted, federation, random_stack):
+    svg = method_picture.picture()
+    sizes = [float(size) for size in re.findall(r"font(?:-size)?: ([\d.]+)px", svg)]
+    assert min(sizes) * (360 - 2 * 16) / method_picture.WIDTH >= 11 and len(sizes) >= 4
+    assert "prefers-color-scheme: dark" in svg and svg.count('class="wall"') == method_picture.HOSPITALS
+    models = (random_stack(adapted, 3, seed) for seed in (0, 1))
+    up, down = estimate_calibrated(adapted, *models, federation.calibration).floats
+    assert f"{up} numbers up and {down} down for λ" in svg
+
+
+@pytest.mark.parametrize("part", method_picture.PARTS)
+def test_the_picture_highlights_one_part(part):
+    svg = method_picture.picture(part)
+    assert svg.count('class="dim"') == len(method_picture.PARTS) - 1 and svg.count('class="frame"') == 1
+    assert re.search(rf'<g class="part" id="{part}">', svg)
+    with pytest.raises(ValueError, match="highlight must be one of round, local"):
+        method_picture.picture(part + "s")
