@@ -20,6 +20,7 @@ from .adapters.state import Adapter, Stack, check_adapter, check_models, check_s
 from .checks import AnyList, Flag, Named, NonNegative, Numbers, Positive, Seed, Seeds, Size, checked
 from .estimators import ESTIMATORS, Estimate
 from .estimators.estimate import ClientWeights, Two
+from .federation.display import displayed, megabytes, span
 from .federation.sources import fashion_mnist
 from .federation.split import Federation, Split
 from .federation.tasks import wordnet_glosses
@@ -37,8 +38,9 @@ from .training.train import Trained, evaluate, train
 ORACLE = "oracle weight (test data, reference)"
 
 
+@displayed
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelPair:
     """The two models of every client as stacks, what the training of each cost, and whether the local ones were trained
     from the federated one or, as the paper has it, independently of it. ``history``: how they were trained, with the
@@ -53,6 +55,18 @@ class ModelPair:
 
     def __post_init__(self):
         check_same_base("federated and local", [self.federated, self.local])
+
+    def _title(self) -> str:
+        costs = []
+        for name, ledger, seconds in zip(("federated", "local"), self.ledgers, self.seconds):
+            size = megabytes((ledger.up + ledger.down).double().mean())
+            costs.append(f"{name} {span(ledger.steps)} steps, {size}, {seconds:.1f} s")
+        return f"{len(self.ledgers[0].up)} clients; each {'; '.join(costs)}"
+
+    def _columns(self) -> dict[str, Tensor]:
+        federated, local = self.ledgers
+        return {"bytes up": federated.up, "bytes down": federated.down, "federated steps": federated.steps,
+                "local steps": local.steps}  # fmt: skip
 
     @property
     def models(self) -> tuple[Adapter, Adapter]:
@@ -161,8 +175,9 @@ def train_local(
     return trained, ledger, time.perf_counter() - began
 
 
+@displayed
 @checked
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One federation and seed, with what its methods share; each part is computed on first use.
 
@@ -177,6 +192,12 @@ class Run:
     eval_split: Split | None = None
     eval_every: Size = 1
     pairs: dict[tuple, ModelPair] = field(default_factory=dict, init=False, repr=False)  # others, by what they are
+
+    def _title(self) -> str:
+        return f"seed {self.seed}, {self.adapted}, {self.federation}"
+
+    def _columns(self) -> dict[str, Any]:
+        return self.federation._columns()
 
     @cached_property
     def pair(self) -> ModelPair:
@@ -206,8 +227,9 @@ class Run:
         return weights, *curves
 
 
+@displayed
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """The clients' models (a stack) and the backbone that runs them, what they cost, the mixing weight ``(C,)`` of
     those that are merged, and the ``history`` of what was trained for them."""
@@ -223,6 +245,13 @@ class Result:
         object.__setattr__(self, "adapters", check_adapter(self.adapted, self.adapters, "adapters", stacked=True))
         if self.weight is not None:
             check_weight(self.weight, self.adapters)
+
+    def _title(self) -> str:
+        weight = "" if self.weight is None else f"; λ {span(self.weight, 2)}"
+        return f"{self.ledger._title()}, {self.seconds:.1f} s{weight}"
+
+    def _columns(self) -> dict[str, Tensor]:
+        return self.ledger._columns() | ({} if self.weight is None else {"λ": self.weight})
 
     def evaluate(self, split: Split, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
         """Loss (nats) and accuracy (a fraction) of each client's model on its part of ``split``, ``(C,)`` each."""

@@ -57,6 +57,11 @@ class Setting:
         if self.backbone is not None and not self.is_text:
             raise ValueError(f"backbone is a text encoder: it does not go with {self.data}")
 
+    def _repr_html_(self) -> str:
+        import pandas as pd  # here, so that the command answers at once
+
+        return pd.Series(vars(self), name="Setting", dtype=object).to_frame().to_html()
+
     @property
     def is_text(self) -> bool:
         """Whether the examples are texts."""

@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from ..checks import Device, List, Positive, Seed, Size, checked, invalid, shown
 from ..compat import dropout_rate, has_hooks, last_token_padding, make_attention_explicit, shared_parameters
+from ..federation.display import as_html
 from ..federation.inputs import MASK, Inputs
 from ..models.frozen_trunk import LINEAR, call_network, check_names, frozen_blocks, run_frozen_blocks
 from ..models.language import check_tokens
@@ -44,7 +45,7 @@ class ModelState:
         return ModelState, ()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AdaptedBackbone:
     """A frozen backbone with an empty adapter slot: call it with an adapter and a batch.
 
@@ -61,6 +62,10 @@ class AdaptedBackbone:
     scaling: dict[str, float]
     state: ModelState = field(default_factory=ModelState)
     task: Task = CLASSIFICATION
+
+    def _repr_html_(self) -> str:
+        tensors = {"tensor": list(self.initial), "shape": [str(tuple(t.shape)) for t in self.initial.values()]}
+        return as_html(repr(self), tensors | {"bytes": [t.nbytes for t in self.initial.values()]})
 
     def __repr__(self) -> str:  # short and cheap: vmap asks for it at every call
         name = type(self.model.get_base_model()).__name__

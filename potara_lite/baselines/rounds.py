@@ -38,6 +38,7 @@ from ..adapters.state import (
     select_clients,
 )
 from ..checks import AnyList, Count, Flag, Fraction, List, Seed, Share, Size, checked
+from ..federation.display import displayed
 from ..federation.split import Split
 from ..merging.merge import merge_exact
 from ..training.fedavg import Ledger, participants, weighted_average
@@ -172,7 +173,8 @@ class Algorithm:
         return sum(phase.steps(steps) * phase.models for phase in self.phases)
 
 
-@dataclass(frozen=True)
+@displayed
+@dataclass(frozen=True, eq=False)
 class Personalised:
     """What a run gives: the clients' models (a stack) and the backbone that runs them, the federation's model (no
     client dimension; ``None`` for methods without one), what each client paid in all and by round, and all the tensors
@@ -185,6 +187,12 @@ class Personalised:
     by_round: Ledger
     tensors: Adapter
     history: pd.DataFrame
+
+    def _title(self) -> str:
+        return f"{len(self.by_round.up) - 1} rounds; {self.ledger._title()}"
+
+    def _columns(self) -> dict[str, Tensor]:
+        return self.ledger._columns()
 
     def rows(self, index: Tensor) -> Personalised:
         """The same with its clients in the order of these rows."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 from pydantic import AfterValidator, BeforeValidator
@@ -19,8 +19,12 @@ from torch import Tensor
 from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import Adapter, Stack, check_models, delta, factor_names, is_lora, layer_of, lora_layers
 from ..checks import Count, Finite, Named, Numbers, checked, invalid
+from ..federation.display import displayed, span
 from ..federation.split import Split
 from .moments import Moments
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 T = TypeVar("T")
 Grouping = Callable[[str], str]  # from the name of a tensor to the name of its group
@@ -45,8 +49,9 @@ Two = Annotated[tuple[T, T], BeforeValidator(_two)]
 Interval = Annotated[Two[Finite], AfterValidator(_ordered)]
 
 
+@displayed
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Estimate:
     """A mixing weight per client ``(C,)``, or with groups a dictionary of them that ``merge_exact`` takes as it is.
 
@@ -64,6 +69,23 @@ class Estimate:
     def __post_init__(self):
         if isinstance(self.weight, dict) and "client" not in self.details:
             raise ValueError("details must have the weights that stand for the groups' as 'client'")
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each client: its weight and, where there are any, its moments."""
+        import pandas as pd
+
+        return pd.DataFrame({name: column.cpu().numpy() for name, column in self._columns().items()})
+
+    def _title(self) -> str:
+        weight = self.client_weight
+        groups = f"; {len(self.weight)} groups of layers" if isinstance(self.weight, dict) else ""
+        return f"{len(weight)} clients; λ {span(weight, 2)}, mean {weight.mean():.2f}{groups}"
+
+    def _columns(self) -> dict[str, Tensor]:
+        columns = {"weight": self.client_weight}
+        if self.moments is not None and self.moments.a.dim() == 1:
+            columns |= {name: getattr(self.moments, name) for name in "abc"}
+        return columns
 
     @property
     def client_weight(self) -> Tensor:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ..checks import Flag, Numbers, as_numbers, checked, invalid
+from ..federation.display import displayed, span
 
 
-@dataclass(frozen=True)
+@displayed
+@dataclass(frozen=True, eq=False)
 class Moments:
     """The second moments ``a`` (federated), ``b`` (local), ``c`` (cross): float64, ``(C,)`` or ``(C, groups)``.
 
@@ -46,6 +48,14 @@ class Moments:
         infinite = self.a.isinf() | self.b.isinf()
         if (odd := self.c.isinf() & ((self.c < 0) | ~infinite)).any():
             raise ValueError(f"moment c is infinite for client {int(odd.nonzero()[0, 0])}, and neither a nor b is")
+
+    def _title(self) -> str:
+        groups = f", {self.a.shape[1]} groups" if self.a.dim() == 2 else ""
+        return f"{len(self.a)} clients{groups}; λ {span(self.weight.flatten().tolist(), 2)}"
+
+    def _columns(self) -> dict[str, Tensor]:
+        columns = {"a": self.a, "b": self.b, "c": self.c, "λ": self.weight}
+        return {name: column if column.dim() == 1 else column.mean(1) for name, column in columns.items()}
 
     @property
     def weight(self) -> Tensor:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from ..checks import AnyList, Count, Device, List, Size, checked, invalid, shown
+from .display import Bars, Lazily, displayed, span
 from .inputs import (
     PADDING,
     Examples,
@@ -37,8 +38,9 @@ Rows = slice | AnyList[Count]  # of clients
 Names = Annotated[AnyList[str], AfterValidator(tuple)]
 
 
+@displayed
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """One split of every client: ``examples``, of each its inputs ``(n, ...)`` and labels ``(n,)``, as they are given.
 
@@ -72,6 +74,25 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __getitem__(self, index: int | slice) -> Split:
+        return self.rows(index if isinstance(index, slice) else [range(len(self))[index]])
+
+    def _title(self) -> str:
+        return f"{len(self)} clients; {span(self.sizes)} examples each; {self._inputs()}"
+
+    def _inputs(self) -> str:
+        x, _ = self.examples[0]
+        named = {"inputs": x} if isinstance(x, Tensor) else x
+        parts = (f"{name} {tensor.dtype} {tuple(tensor.shape[1:])}" for name, tensor in named.items())
+        return ", ".join(parts).replace("torch.", "")
+
+    def _columns(self) -> dict[str, Sequence]:
+        return {
+            "client": self.ids,
+            "examples": self.sizes,
+            "labels": Lazily(lambda i: label_bars(self.examples[i][1]), len(self)),
+        }
 
     @cached_property
     def nbytes(self) -> int:
@@ -188,6 +209,16 @@ class Split:
         return _split(examples, self.ids)
 
 
+def label_bars(y: Tensor, classes: int | None = None, names: Sequence[str] | None = None) -> Bars | str:
+    """How many examples each class has; of many classes and of real targets their number or their range."""
+    if is_float(y):
+        return span(y.flatten().tolist(), 2)
+    counts = torch.bincount(y[y >= 0], minlength=classes or 0)
+    if len(counts) > 40:
+        return f"{int((counts > 0).sum())} of {len(counts)} classes"
+    return Bars(counts.tolist(), names or list(map(str, range(len(counts)))))
+
+
 def _within_half(rows: Iterable[int], values: Sequence[int]) -> list[list[int]]:
     """The rows in groups, each of those whose value is more than half of the group's largest, which comes first."""
     rest = list(rows)
@@ -206,8 +237,9 @@ def _split(examples: Iterable[Examples], ids: Iterable[int]) -> Split:
     return split
 
 
+@displayed
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Federation:
     """C clients with a ``train``, a ``calibration`` and a ``test`` split each. Calibration examples train nothing.
 
@@ -251,6 +283,19 @@ class Federation:
 
     def __len__(self) -> int:
         return len(self.train)
+
+    def __getitem__(self, index: int | slice) -> Federation:
+        return self.rows(index if isinstance(index, slice) else [range(len(self))[index]])
+
+    def _title(self) -> str:
+        parts = ", ".join(f"{part} {span(getattr(self, part).sizes)}" for part in ("train", "calibration", "test"))
+        return f"{self.name!r}, {len(self)} clients, {self.classes} classes; {parts} each; {self.train._inputs()}"
+
+    def _columns(self) -> dict[str, Sequence]:
+        sizes = {part: getattr(self, part).sizes for part in ("train", "calibration", "test")}
+        examples = self.train.examples
+        bars = Lazily(lambda i: label_bars(examples[i][1], self.classes, self.class_names), len(self))
+        return {"client": self.client_names or self.train.ids, **sizes, "labels in train": bars}
 
     @checked
     def to(self, device: Device) -> Federation:

@@ -26,9 +26,10 @@ from ..adapters.state import (
     repeat_adapter,
 )
 from ..checks import AnyList, Count, Flag, List, Numbers, Seed, Share, Size, checked
+from ..federation.display import displayed, megabytes, span
 from ..federation.split import Split
 from .history import Callback, History
-from .train import OptimizerState, evaluate, for_each_client, train
+from .train import OptimizerState, evaluate, for_each_client, mean_course, train
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,8 +39,9 @@ Rows = Annotated[Tensor, Numbers("K", whole=True, least=0)]  # of some clients
 Paid = Count | Rows
 
 
+@displayed
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ledger:
     """What each client paid, ``(C,)`` each: bytes up and down, optimiser steps. By round: ``(rounds + 1, C)`` each.
 
@@ -79,12 +81,34 @@ class Ledger:
         """The ledgers of single rounds as one, with the rounds on dim 0."""
         return Ledger(*(torch.stack(columns) for columns in zip(*(vars(one).values() for one in rounds))))
 
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each client, or of a ledger by round for each round and client."""
+        import pandas as pd
+
+        columns = {name: column.reshape(-1).numpy() for name, column in vars(self).items()}
+        clients = self.up.shape[-1]
+        frame = pd.DataFrame(columns | {"client": np.arange(len(columns["up"])) % clients})
+        if self.up.dim() == 2:
+            frame["round"] = 1 + np.arange(len(frame)) // clients
+        return frame
+
+    def _title(self) -> str:
+        total = self if self.up.dim() == 1 else self.total()
+        rounds = "" if self.up.dim() == 1 else f" by round, {len(self.up) - 1} rounds;"
+        up, down = (megabytes(column.double().mean()) for column in (total.up, total.down))
+        return f"{total.up.numel()} clients;{rounds} each {up} up, {down} down, {span(total.steps)} steps"
+
+    def _columns(self) -> dict[str, Tensor]:
+        total = self if self.up.dim() == 1 else self.total()
+        return {"bytes up": total.up, "bytes down": total.down, "steps": total.steps}
+
     def total(self) -> Ledger:
         """Of a ledger by round: what each client paid in all."""
         return Ledger(self.up.sum(0), self.down.sum(0), self.steps.sum(0))
 
 
-@dataclass(frozen=True)
+@displayed
+@dataclass(frozen=True, eq=False)
 class Federated:
     """The federated adapter (no client dimension), the ledger in all and by round, each round's mean training loss per
     client ``(rounds, C)``, NaN where a client did not take part, the clients' optimiser state to go on from, and the
@@ -96,6 +120,13 @@ class Federated:
     losses: Tensor
     state: OptimizerState
     history: pd.DataFrame
+
+    def _title(self) -> str:
+        size = f"an adapter of {adapter_bytes(self.adapter):,} bytes"
+        return f"{len(self.losses)} rounds{mean_course(self.losses)}; {size}; {self.ledger._title()}"
+
+    def _columns(self) -> dict[str, Tensor]:
+        return self.ledger._columns()
 
 
 @checked

@@ -20,6 +20,7 @@ from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import Adapter, Stack, check_count, check_models, flatten, select_clients, unflatten
 from ..checks import AnyList, Count, Flag, List, NonNegative, Positive, Seed, Size, checked
 from ..federation.batches import batch_indices
+from ..federation.display import displayed
 from ..federation.inputs import MASK, Inputs, any_tensor, map_inputs, take
 from ..federation.split import Split
 from ..models.loss import mean_loss
@@ -46,7 +47,7 @@ class DivergedError(ValueError):
         self.client, self.step, self.trained = client, step, trained
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OptimizerState:
     """AdamW's state for a stack: first and second moment ``(C, P)`` and the steps each client has taken ``(C,)``."""
 
@@ -80,7 +81,8 @@ class OptimizerState:
             raise ValueError(f"state must have {size} numbers for each client, not shape {tuple(self.mean.shape)}")
 
 
-@dataclass(frozen=True)
+@displayed
+@dataclass(frozen=True, eq=False)
 class Trained:
     """What ``train`` returns: the stack, the optimiser state to go on from, the loss of each step ``(C, steps)``, NaN
     behind a client's last one, and the ``evaluations`` on the way."""
@@ -90,6 +92,16 @@ class Trained:
     losses: Tensor
     evaluations: History
 
+    def _title(self) -> str:
+        return f"{len(self.losses)} clients, {self.losses.shape[1]} steps{mean_course(self.losses.T)}"
+
+    def _columns(self) -> dict[str, Any]:
+        taken = ~self.losses.isnan()
+        first, last = (
+            [row[ok][at].item() if ok.any() else None for row, ok in zip(self.losses, taken)] for at in (0, -1)
+        )
+        return {"client": self.evaluations.ids, "steps": taken.sum(1), "first loss": first, "last loss": last}
+
     @property
     def history(self) -> pd.DataFrame:
         """A row for each step and client: step, client, training loss, and loss and accuracy where it was evaluated."""
@@ -97,6 +109,13 @@ class Trained:
         for record in self.evaluations.records:
             steps[record["step"] - 1] = record
         return history_table(self.evaluations.ids, steps)
+
+
+def mean_course(losses: Tensor) -> str:
+    """The clients' mean loss of the first and the last step or round ``(steps, C)``, in words."""
+    means = losses.double().nanmean(1)
+    means = means[~means.isnan()]
+    return f"; training loss {means[0]:.3f} → {means[-1]:.3f}" if len(means) else ""
 
 
 def adamw_step(
