@@ -241,7 +241,7 @@ CALLS = {
     "merging.merge.merge_exact": lambda t: merged_pair(t) | dict(weight=0.5),
     "merging.merge.merge_factors": lambda t: merged_pair(t) | dict(weight=torch.tensor([0.1, 0.5, 1.0])),
     "merging.merge.change_basis": lambda t: dict(adapter=t.one, matrix=torch.tensor([[0.0, 1.0], [1.0, 0.0]])),
-    "merging.merge.compress": lambda t: dict(adapter=t.one, rank=1),
+    "merging.merge.compress": lambda t: dict(adapter=t.one, rank=1, balanced=True),
     "estimators.moments.combination_weights":
         lambda t: dict(moments=torch.tensor([[2.0, 0.0], [0.0, 1.0]]), nonnegative=True),
     "training.fedavg.weighted_average": lambda t: dict(stack=t.local, weights=t.sizes),
@@ -378,6 +378,7 @@ CALLS = {
     "baselines.merges.fisher_merge": lambda t: dict(
         models=[t.federated, t.local], fishers=[t.flat.square(), t.flat.square()]
     ),
+    "baselines.merges.model_fisher": lambda t: run(t) | dict(seed=0),
     "baselines.merges.layer_grams": lambda t: run(t) | dict(batch_size=4),
     "baselines.merges.regmean": lambda t: dict(
         models=[t.federated, t.local], grams=[t.grams] * 2, off_diagonal=0.9
@@ -563,7 +564,7 @@ BAD = {
     "delta": [0, 1, -1, *NUMBER],
     "coefficient": [INF, *NUMBER],
     "variance": [-0.1, INF, NAN, "x", True, 1j],
-    "shift domains keep_optimizer progress unbiased cross_fit relative on_delta parabola download nonnegative "
+    "balanced shift domains keep_optimizer progress unbiased cross_fit relative on_delta parabola download nonnegative "
     "adaptive": FLAG,
     "name method score dataset until label highlight": [5, 1.5, None, b"x"],
     "head": [5, "haed"],

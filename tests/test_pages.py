@@ -6,6 +6,8 @@ import re
 import pytest
 from test_results import ROOT, script
 
+from potara_lite.baselines.methods import METHODS
+
 figures, pages = script("figures"), script("pages")
 
 
@@ -26,6 +28,15 @@ def test_figures_and_blocks_are_filled_by_their_names():
     filled = pages.fill(page, {"regret": "0.04 ± 0.01", "table": "| a |"})
     assert filled == page.replace("?", "0.04 ± 0.01").replace("-->\n<!-- /", "-->\n| a |\n<!-- /")
     assert pages.fill(filled, {"regret": "?", "table": ""}).count("?") == 2
+
+
+def test_the_comparison_says_of_every_method_where_it_is_from():
+    page = (ROOT / "docs" / "comparison.md").read_text()
+    table = page.split("| row | source |")[1].split("\n\n")[0]
+    named = {name for line in table.splitlines()[2:] for name in line.split("|")[1].strip().split("; ")}
+    families = {"*method*, fine-tuned": ", fine-tuned", "*merge*, local from federated": ", local from federated"}
+    of_family = {name for name in METHODS if name.endswith(tuple(families.values()))}
+    assert named == set(METHODS) - of_family | families.keys()
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,8 @@ FLORA = replace(FEDEX, name="FLoRA", aggregate=stacked, on_receive=merge_and_red
 
 @checked
 def flexlora(ranks: Annotated[List[Size], AfterValidator(tuple)] | None = None) -> Algorithm:
-    """The mean of the products, cut by an SVD to the rank of each client (Bai et al., NeurIPS 2024, arXiv 2402.11505).
+    """The mean of the products, cut by an SVD to the rank of each client (Bai et al., NeurIPS 2024, arXiv 2402.11505):
+    ``B = U Σ``, ``A = Vᵀ``, as its authors' code sends it.
 
     ``ranks``: one for each client, in the order of their ids, at most the configuration's, whose scaling all keep. A
     smaller rank is a stack padded with zeros, which no gradient moves and which do not count as bytes. Where the rank
@@ -197,7 +198,7 @@ def flexlora(ranks: Annotated[List[Size], AfterValidator(tuple)] | None = None) 
         mean = mean_product(stack, sizes)
         for layer in lora_layers(stack):  # layers may differ in rank
             rank = factors(stack, layer)[0].shape[1]
-            mean |= compress({name: mean[name] for name in factor_names(layer)}, rank)[0]
+            mean |= compress({name: mean[name] for name in factor_names(layer)}, rank, balanced=False)[0]
         return cut(repeat_adapter(mean, len(sizes)))
 
     largest = ranks.index(max(ranks)) if ranks else 0

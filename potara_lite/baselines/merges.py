@@ -43,9 +43,11 @@ from ..adapters.state import (
     unflatten,
 )
 from ..checks import Finite, Fraction, List, Named, Numbers, Positive, Seed, Share, Size, checked, invalid
+from ..estimators.curve import client_logits
 from ..federation.inputs import take
 from ..federation.split import Split
 from ..merging.merge import combine_adapters
+from ..training.gradients import diagonal_fisher, per_sample_gradients
 from ..training.train import check_clients, check_losses
 
 Fishers = List[Annotated[Tensor, Numbers("C P", least=0)]]  # a diagonal for every client's adapter, by model
@@ -63,11 +65,33 @@ def task_arithmetic(models: List[CompleteAdapter], coefficient: Finite) -> Adapt
 
 
 @checked
+def model_fisher(adapted: AdaptedBackbone, adapters: Stack, split: Split, *, seed: Seed = 0) -> Tensor:
+    """The diagonal Fisher of each client's model on its examples, ``(C, P)``: ``E_x E_y [(∇ log p(y|x))²]``, where y is
+    drawn from the model and not from the data (Matena & Raffel, 2022, section 3).
+
+    The expectation over classes is exact, a gradient for each of them. Where an example has many targets (tokens), it
+    is estimated by one draw for each of them, by ``seed``.
+    """
+    p = client_logits(adapted, adapters, split).softmax(-1)  # (C, N, classes) or (C, N, T, classes)
+    ignored = split.y < 0
+    if ignored.dim() == 3:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(p.flatten(0, -2).cpu(), 1, generator=generator).view(split.y.shape).to(split.y)
+        labels = torch.where(ignored, split.y, drawn)
+        return diagonal_fisher(per_sample_gradients(adapted, adapters, split, labels=labels), split.sizes)
+    total = torch.zeros(())
+    for label in range(p.shape[-1]):
+        gradients = per_sample_gradients(adapted, adapters, split, labels=split.y.masked_fill(~ignored, label))
+        total = total.to(gradients) + diagonal_fisher(gradients * p[..., label, None].sqrt().to(gradients), split.sizes)
+    return total
+
+
+@checked
 def fisher_merge(models: CompleteStacks, fishers: Fishers) -> Adapter:
     """The mean of the models weighted, coordinate by coordinate, by their diagonal Fishers (Matena & Raffel, NeurIPS
     2022, arXiv 2111.09832).
 
-    ``fishers``: a matrix ``(C, P)`` per model, from ``diagonal_fisher``. Equal Fishers give the mean, and so do
+    ``fishers``: a matrix ``(C, P)`` per model, from ``model_fisher``. Equal Fishers give the mean, and so do
     coordinates on which all of them are zero. On the factors the result depends on their basis; for a merge of the
     deltas write the models and their Fishers in the form of ``adapter_from_delta``, where one factor is the identity.
 

@@ -39,7 +39,6 @@ from ..experiment import (
 from ..merging.merge import merge_factors
 from ..setting import Setting
 from ..training.fedavg import Ledger
-from ..training.gradients import diagonal_fisher, per_sample_gradients
 from ..training.train import train
 from . import algorithms, merges
 from .rounds import Algorithm, run_algorithm
@@ -115,7 +114,7 @@ def fisher_merge_of_pair(run: Run, pair: ModelPair) -> Adapter:
         models = [select_clients(model, row) for model in pair.models]
         dense = [adapter_from_delta(delta(one, adapted.scaling), adapted.scaling, one) for one in models]
         split = samples.rows(row)
-        fishers = [diagonal_fisher(per_sample_gradients(adapted, one, split), split.sizes) for one in dense]
+        fishers = [merges.model_fisher(adapted, one, split) for one in dense]
         merged.append(merges.fisher_merge(dense, fishers))
     return {name: torch.cat([one[name] for one in merged]) for name in merged[0]}
 

@@ -34,7 +34,7 @@ from ..adapters.state import (
     match_adapter,
     rank_dim,
 )
-from ..checks import List, Numbers, Size, all_finite, checked, invalid
+from ..checks import Flag, List, Numbers, Size, all_finite, checked, invalid
 
 AnyWeight = SkipValidation[Weight]  # check_weight checks it, with the adapter at hand
 
@@ -159,8 +159,11 @@ def change_basis(adapter: CompleteAdapter, matrix: Annotated[Tensor, Numbers("r 
 
 
 @checked
-def compress(adapter: CompleteAdapter, rank: Size) -> tuple[Adapter, dict[str, Tensor]]:
+def compress(adapter: CompleteAdapter, rank: Size, *, balanced: Flag = True) -> tuple[Adapter, dict[str, Tensor]]:
     """The best adapter of rank ``rank`` (Eckart–Young), and each layer's relative error ``|dW - dW_r| / |dW|``.
+
+    Of ``dW_r = U Σ Vᵀ``, ``balanced`` gives ``√Σ`` to both factors; else ``B = U Σ`` and ``A = Vᵀ``, with orthonormal
+    rows: the same delta, but another start for what trains on.
 
     The SVD is taken of the small core ``R_B R_Aᵀ`` of two QR factorisations; ``dW`` itself is never formed. Takes
     adapters or stacks; the errors have shape ``()`` or ``(C,)``. Raises ``ValueError`` for a rank above the adapter's.
@@ -173,9 +176,10 @@ def compress(adapter: CompleteAdapter, rank: Size) -> tuple[Adapter, dict[str, T
         qa, ra = torch.linalg.qr(a.mT)
         qb, rb = torch.linalg.qr(b)
         u, s, vh = torch.linalg.svd(rb @ ra.mT, full_matrices=False)  # core (..., k, k)
-        root = s[..., :rank].sqrt()
-        new_a = root.unsqueeze(-1) * (vh[..., :rank, :] @ qa.mT)  # (..., rank, in)
-        new_b = qb @ u[..., :rank] * root.unsqueeze(-2)  # (..., out, rank)
+        of_b = s[..., :rank].sqrt() if balanced else s[..., :rank]
+        of_a = of_b if balanced else torch.ones_like(of_b)
+        new_a = of_a.unsqueeze(-1) * (vh[..., :rank, :] @ qa.mT)  # (..., rank, in)
+        new_b = qb @ u[..., :rank] * of_b.unsqueeze(-2)  # (..., out, rank)
         missing = rank - new_a.shape[-2]  # above 0 where the layer is narrower than the rank
         factor_pair = pad(new_a, (0, 0, 0, missing)), pad(new_b, (0, missing))
         for name, matrix in zip(factor_names(layer), factor_pair):

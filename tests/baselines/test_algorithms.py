@@ -487,6 +487,19 @@ def test_flexlora_gives_each_client_the_best_approximation_of_its_rank(adapted64
     close(deltas(adapted64, result.federated), deltas(adapted64, client_adapter(given[-1], 1)))
 
 
+def test_flexlora_gives_b_all_of_the_singular_values(adapted64, clients):
+    method, sent, given = watched(flexlora())
+    run_algorithm(method, adapted64, clients, rounds=2, **OPTIONS)
+    for stack, message in zip(sent, given):
+        mean = mean_of_deltas(adapted64, stack)
+        for layer, scaling in adapted64.scaling.items():
+            a, b = (message[f"{layer}.lora_{factor}.weight"][0] for factor in "AB")
+            u, s, vh = torch.linalg.svd(mean[f"{layer}.weight"] / scaling, full_matrices=False)
+            sign = (u[:, :2] * b).sum(0).sign()  # an SVD leaves it open
+            torch.testing.assert_close(b, u[:, :2] * s[:2] * sign, rtol=1e-7, atol=1e-10)
+            torch.testing.assert_close(a, vh[:2] * sign.unsqueeze(1), rtol=1e-7, atol=1e-8)
+
+
 @pytest.mark.parametrize("method", [FEDEX, FLORA, flexlora(), apfl(), fedalt()], ids=lambda method: method.name)
 def test_layers_may_differ_in_rank_and_kind(backbone64, clients, method):
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["stem.2", "qkv", "fc1"], rank_pattern={"fc1": 3},

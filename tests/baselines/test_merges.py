@@ -1,6 +1,7 @@
 """Merging finished models: vectors computed by hand, least squares solved densely, limits that must be the mean."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,18 @@ from peft import LoraConfig
 
 from potara_lite.adapters.lora import attach
 from potara_lite.adapters.state import adapter_from_delta, client_adapter, delta, flatten, lora_layers, unflatten
-from potara_lite.baselines.merges import dare, fisher_merge, layer_grams, merge_deltas, regmean, task_arithmetic, ties
+from potara_lite.baselines.merges import (
+    dare,
+    fisher_merge,
+    layer_grams,
+    merge_deltas,
+    model_fisher,
+    regmean,
+    task_arithmetic,
+    ties,
+)
+from potara_lite.baselines.methods import fisher_merge_of_pair
+from potara_lite.federation.split import Split
 from potara_lite.merging.merge import compress
 from potara_lite.training.gradients import diagonal_fisher, per_sample_gradients
 
@@ -91,46 +103,66 @@ def test_equal_fishers_give_the_mean_and_a_fisher_of_its_own_that_model(adapted6
     close(fisher_merge(pair, [7 * fisher, 7 * fisher.flip(1)]), fisher_merge(pair, [fisher, fisher.flip(1)]))
 
 
+def oracle_fisher(adapted, adapter, x, parameters):
+    """The mean over ``x`` of ``Σ_y p(y|x) (∂ log p(y|x))²`` by ``parameters``: an example and a class at a time."""
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for i in range(len(x)):
+        log_p = adapted(adapter, x[i : i + 1]).flatten().log_softmax(0)
+        for one in log_p:
+            gradients = torch.autograd.grad(one, parameters, retain_graph=True)
+            total = [t + one.exp().detach() * g**2 / len(x) for t, g in zip(total, gradients)]
+    return total
+
+
+def test_the_fisher_expects_the_models_own_labels(adapted64, federation64, pair):
+    data = federation64.calibration
+    found = model_fisher(adapted64, pair[0], data)
+    for client in range(len(data)):
+        adapter = {name: t[client].clone().requires_grad_() for name, t in pair[0].items()}
+        expected = oracle_fisher(adapted64, adapter, data.client(client)[0], list(adapter.values()))
+        torch.testing.assert_close(found[client], torch.cat([t.flatten() for t in expected]), rtol=1e-9, atol=1e-15)
+    other_labels = Split(data.x, torch.where(data.y < 0, data.y, (data.y + 1) % 4), data.sizes, data.ids)
+    assert torch.equal(model_fisher(adapted64, pair[0], other_labels), found)  # the data's labels play no part
+    assert not torch.allclose(diagonal_fisher(per_sample_gradients(adapted64, pair[0], data), data.sizes), found)
+
+
+def test_the_fisher_of_token_targets_is_drawn_and_right_on_average():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    adapted = attach(network, targets=["0"], head="2", rank=1)
+    adapter = {name: torch.randn_like(tensor).requires_grad_() for name, tensor in adapted.initial.items()}
+    x = torch.randn(2, 2, 4, dtype=torch.float64)
+    split = Split.of([(x, torch.tensor([[0, -100], [-100, 2]]))])  # one target each: the expectation over classes
+    stack = {name: tensor.detach().unsqueeze(0) for name, tensor in adapter.items()}
+    draws = torch.stack([model_fisher(adapted, stack, split, seed=seed)[0] for seed in range(300)])
+    expected = torch.cat(
+        [t.flatten() for t in oracle_fisher(adapted, adapter, x[[0, 1], [0, 1]], list(adapter.values()))]
+    )
+    standard_error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - expected).abs() <= 4.5 * standard_error + 1e-12).all() and standard_error.max() > 0
+    assert torch.equal(draws[7], model_fisher(adapted, stack, split, seed=7)[0])
+
+
 def test_fisher_merging_of_deltas_sees_the_dense_weights(adapted64, federation64, pair):
     """In full-rank form the Fisher is that of the dense weights, up to a factor per layer, and the basis is gone."""
     data = federation64.calibration
     turn = torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
     turned = {n: turn.T @ t if "lora_A" in n else t @ turn if "lora_B" in n else t for n, t in pair[0].items()}
     close(delta(turned, adapted64.scaling), delta(pair[0], adapted64.scaling))
-    results = []
-    for model in (pair[0], turned):
-        full = [adapter_from_delta(delta(m, adapted64.scaling), adapted64.scaling, m) for m in (model, pair[1])]
-        fishers = [diagonal_fisher(per_sample_gradients(adapted64, m, data), data.sizes) for m in full]
-        results.append(fisher_merge(full, fishers))
+    run = SimpleNamespace(adapted=adapted64, federation=federation64)
+    results = [fisher_merge_of_pair(run, SimpleNamespace(models=(model, pair[1]))) for model in (pair[0], turned)]
     close(*(delta(merged, adapted64.scaling) for merged in results))
 
     layer = "base_model.model.blocks.0.fc1"
-    dense = dense_fisher(adapted64, pair, data, layer)
-    one, two = (delta(m, adapted64.scaling)[f"{layer}.weight"] for m in pair)
-    expected = (dense[0] * one + dense[1] * two) / (dense[0] + dense[1])
+    weight = adapted64.model.get_submodule(layer).get_base_layer().weight
     merged = delta(results[0], adapted64.scaling)[f"{layer}.weight"]
-    torch.testing.assert_close(merged, expected, rtol=1e-7, atol=1e-10)
-
-
-def dense_fisher(adapted, models, data, layer):
-    """The mean squared per-sample gradient of one dense weight, by a loop of autograd: a ``(C, out, in)`` per model."""
-    module = adapted.model.get_submodule(layer)
-    results = []
-    for model in models:
-        rows = []
-        for client in range(len(data)):
-            x, y = data.client(client)
-            total = 0
-            for i in range(len(y)):
-                weight = module.get_base_layer().weight.requires_grad_()
-                loss = torch.nn.functional.cross_entropy(
-                    adapted(client_adapter(model, client), x[i : i + 1]), y[i : i + 1]
-                )
-                total = total + torch.autograd.grad(loss, weight)[0] ** 2
-                weight.requires_grad_(False)
-            rows.append(total / len(y))
-        results.append(torch.stack(rows))
-    return results
+    for client in range(len(data)):
+        rows = [client_adapter(model, client) for model in pair]
+        weight.requires_grad_(True)
+        one, two = (oracle_fisher(adapted64, row, data.client(client)[0], [weight])[0] for row in rows)
+        weight.requires_grad_(False)
+        a, b = (delta(row, adapted64.scaling)[f"{layer}.weight"] for row in rows)
+        torch.testing.assert_close(merged[client], (one * a + two * b) / (one + two), rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("bad, said", [
