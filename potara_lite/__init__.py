@@ -54,6 +54,11 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time the same li
         estimate_pooled as estimate_pooled,
         estimate_uniform as estimate_uniform,
     )
+    from .estimators.folders import (
+        FolderMerge as FolderMerge,
+        combine_folders as combine_folders,
+        merge_folders as merge_folders,
+    )
     from .estimators.moments import Moments as Moments, combination_weights as combination_weights
     from .experiment import (
         ModelPair as ModelPair,

@@ -12,16 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..checks import Device, List, Positive, Seed, Size, checked, invalid, shown
+from ..checks import Device, List, PathLike, Positive, Seed, Size, checked, invalid, shown
 from ..compat import dropout_rate, has_hooks, make_attention_explicit, shared_parameters
 from ..federation.inputs import Inputs
 from ..models.frozen_trunk import LINEAR, call_network, check_names, frozen_blocks, run_frozen_blocks
@@ -171,6 +173,9 @@ PLAIN_OPTIONS = frozenset(  # of PEFT's LoraConfig: they say where LoRA is, how 
     "auto_mapping peft_version base_model_name_or_path revision runtime_config megatron_config megatron_core".split()
 )
 PLAIN_INITS = True, "gaussian"  # B = 0, and the backbone's weights stay as they are
+REWRITE_THE_BASE = "pissa", "olora", "corda", "loftq", "lora_ga"  # ways to start that change the frozen weights
+HEADS_OF_PEFT = "classifier", "score"  # which PEFT lists in every adapter of these tasks, whatever the backbone has
+CLASSIFICATION = "SEQ_CLS", "TOKEN_CLS"
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -182,6 +187,11 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name not in PLAIN_OPTIONS and value and value != usual.get(name):
             raise ValueError(f"{name}={shown(value)}: with this option a layer is not W + scaling * B A")
+    init = str(options.get("init_lora_weights", True)).lower()
+    if options.get("inference_mode") and init.startswith(REWRITE_THE_BASE):
+        raise ValueError(
+            f"init_lora_weights={init!r}: such an adapter belongs to other base weights than the backbone's"
+        )
 
 
 @checked
@@ -193,7 +203,7 @@ def attach(
     targets: str | List[str] = ("qkv", "proj", "fc1", "fc2"),
     head: str | None = "head",
     seed: Seed = 0,
-    config: LoraConfig | None = None,
+    config: LoraConfig | PathLike | None = None,
 ) -> AdaptedBackbone:
     """Put LoRA on the ``targets`` of a copy of ``backbone`` and train its new ``head`` directly.
 
@@ -204,12 +214,21 @@ def attach(
     ``targets`` and ``head``. Untrained, the adapted model is the backbone, but for a new head. PEFT compares the ends
     of names, so with DistilBERT's ``classifier`` its ``pre_classifier`` trains, too, from its pre-trained values.
 
+    ``config`` may be a folder that PEFT wrote, or ``LoraConfig.from_pretrained(folder)``: the slot is then the one that
+    this adapter needs, and ``load_adapter(adapted, folder)`` reads it. How a finished adapter began and its dropout say
+    nothing about its function, and are left out: nothing drops when it is trained on here.
+
     Raises ``ValueError`` for a scaling that is not a positive number; dropout (the random numbers of one client would
     depend on the others); options and layers that are not ``W + scaling * B A``; ``targets`` or a ``head`` that the
     backbone has not or that are ambiguous; a weight that is another layer's, too (a language model's output tied to
     its embedding); and a batch norm without running statistics (an example's logits would depend on the others).
     """
+    _check_bare(backbone)
     new_head = None
+    if isinstance(config, str | Path):
+        from .files import folder_config  # which builds on this file
+
+        config = folder_config(backbone, [config])
     if config is None:
         new_head = None if head is None else _module_named(backbone, head)
         config = LoraConfig(
@@ -218,7 +237,7 @@ def attach(
             target_modules=targets if isinstance(targets, str) else list(targets),
             modules_to_save=None if new_head is None else [new_head],
         )
-    _check_config(config)
+    config = _plain_config(config)
     model = _peft_model(backbone, config, seed)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     initial = {name: tensor.detach().clone() for name, tensor in state.items()}
@@ -237,7 +256,23 @@ def attach(
     return AdaptedBackbone(model, initial, {name: parameter_names[name] for name in initial}, scaling)
 
 
-def _check_config(config: LoraConfig) -> None:
+def _check_bare(backbone: nn.Module) -> None:
+    """Raise ``ValueError`` for a backbone that has adapters already."""
+    if isinstance(backbone, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in backbone.modules()):
+        raise ValueError(
+            "backbone must be a model without adapters, not one that PEFT has adapted: keep the adapter by "
+            "peft_model.save_pretrained(folder), then adapted = attach(peft_model.unload(), config=folder) and "
+            "load_adapter(adapted, folder)"
+        )
+
+
+def _plain_config(config: LoraConfig) -> LoraConfig:
+    """The configuration of an adapter that starts with B = 0 and has no dropout. A finished one (``inference_mode``, as
+    PEFT writes it) has its weights, so neither how it started nor what dropped in its training matters."""
+    check_options(config.to_dict())
+    if config.inference_mode:
+        config = copy.deepcopy(config)
+        config.init_lora_weights, config.lora_dropout, config.inference_mode = True, 0.0, False
     if config.lora_dropout:
         raise ValueError(f"lora_dropout={config.lora_dropout}: train without dropout, so that clients are independent")
     if config.init_lora_weights not in PLAIN_INITS:
@@ -245,7 +280,7 @@ def _check_config(config: LoraConfig) -> None:
         raise ValueError(
             f"init_lora_weights={init!r}: an untrained adapter must leave the backbone as it is, with B = 0"
         )
-    check_options(config.to_dict())
+    return config
 
 
 def _module_named(backbone: nn.Module, name: str) -> str:
@@ -274,9 +309,11 @@ def _peft_model(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel
     shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in plain}
     network = copy.deepcopy(backbone, shared).cpu()
     make_attention_explicit(network)
+    base_name = config.base_model_name_or_path
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT says so and sets it right (GPT-2's layers)
         warnings.filterwarnings("ignore", ".*tie_word_embeddings")  # tied weights are refused below
+        warnings.filterwarnings("ignore", ".*`base_model_name_or_path` was renamed")  # a copy of the base, say
         torch.manual_seed(seed)
         try:
             model = get_peft_model(network, copy.deepcopy(config))
@@ -285,6 +322,7 @@ def _peft_model(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel
             raise ValueError(
                 f"targets {shown(config.target_modules)} cannot be adapted: {reason}. {ADAPTABLE}"
             ) from error
+    model.peft_config["default"].base_model_name_or_path = getattr(network, "name_or_path", None) or base_name
     return model.eval().requires_grad_(False)
 
 
@@ -342,8 +380,9 @@ def _check_found(initial: Adapter, config: LoraConfig) -> None:
     if missing := sorted(name for name in targets if not any(layer.endswith(f".{name}") for layer in layers)):
         raise ValueError(f"targets {missing} match no layer of this backbone")
     trained = [f".{name}" for name in initial if not is_lora(name)]
+    of_peft = HEADS_OF_PEFT if config.task_type in CLASSIFICATION else ()
     for saved in config.modules_to_save or []:
-        if not any(f".{saved}." in name for name in trained):
+        if saved not in of_peft and not any(f".{saved}." in name for name in trained):
             raise ValueError(f"head {saved!r} is no module of this backbone")
 
 
