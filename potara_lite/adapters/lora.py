@@ -174,7 +174,7 @@ PLAIN_OPTIONS = frozenset(  # of PEFT's LoraConfig: they say where LoRA is, how 
 )
 PLAIN_INITS = True, "gaussian"  # B = 0, and the backbone's weights stay as they are
 REWRITE_THE_BASE = "pissa", "olora", "corda", "loftq", "lora_ga"  # ways to start that change the frozen weights
-HEADS_OF_PEFT = "classifier", "score"  # which PEFT lists in every adapter of these tasks, whatever the backbone has
+HEADS_OF_PEFT = "classifier", "score"  # which PEFT adds to every adapter of these tasks, whatever the backbone has
 CLASSIFICATION = "SEQ_CLS", "TOKEN_CLS"
 
 
@@ -268,10 +268,15 @@ def _check_bare(backbone: nn.Module) -> None:
 
 def _plain_config(config: LoraConfig) -> LoraConfig:
     """The configuration of an adapter that starts with B = 0 and has no dropout. A finished one (``inference_mode``, as
-    PEFT writes it) has its weights, so neither how it started nor what dropped in its training matters."""
+    PEFT writes it) has its weights, so neither how it started nor what dropped in its training matters.
+
+    Raises ``ValueError`` for dropout, a start that changes the model and options that are not plain LoRA.
+    """
     check_options(config.to_dict())
+    config = copy.deepcopy(config)
+    if config.task_type in CLASSIFICATION:
+        config.modules_to_save = [name for name in config.modules_to_save or () if name not in HEADS_OF_PEFT] or None
     if config.inference_mode:
-        config = copy.deepcopy(config)
         config.init_lora_weights, config.lora_dropout, config.inference_mode = True, 0.0, False
     if config.lora_dropout:
         raise ValueError(f"lora_dropout={config.lora_dropout}: train without dropout, so that clients are independent")
@@ -380,9 +385,8 @@ def _check_found(initial: Adapter, config: LoraConfig) -> None:
     if missing := sorted(name for name in targets if not any(layer.endswith(f".{name}") for layer in layers)):
         raise ValueError(f"targets {missing} match no layer of this backbone")
     trained = [f".{name}" for name in initial if not is_lora(name)]
-    of_peft = HEADS_OF_PEFT if config.task_type in CLASSIFICATION else ()
     for saved in config.modules_to_save or []:
-        if saved not in of_peft and not any(f".{saved}." in name for name in trained):
+        if not any(f".{saved}." in name for name in trained):
             raise ValueError(f"head {saved!r} is no module of this backbone")
 
 
