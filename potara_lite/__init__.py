@@ -105,6 +105,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time the same li
     )
     from .setting import Setting as Setting
     from .training.batching import Execution as Execution
+    from .training.checkpoint import load_state as load_state, save_state as save_state
     from .training.fedavg import Ledger as Ledger, fedit as fedit
     from .training.gradients import diagonal_fisher as diagonal_fisher, per_sample_gradients as per_sample_gradients
     from .training.scoring import (

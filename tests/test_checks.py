@@ -216,7 +216,12 @@ CALLS = {
     "training.fedavg.fedit": lambda t: dict(
         adapted=t.adapted, split=t.split, rounds=1, local_steps=1, participation=1.0, keep_optimizer=True,
         adapter=t.one, start=0, state=short_state(3, 452), seed=0, progress=False, lr=0.01, batch_size=2,
+        checkpoint=None,
     ),
+    "training.checkpoint.save_state":
+        lambda t: dict(path=t.task.with_name("state"), adapter=t.local, state=short_state(3, 452), start=1),
+    "training.checkpoint.load_state": lambda t: dict(path=potara_lite.save_state(
+        t.task.with_name("saved"), t.one, short_state(3, 452))),
     "training.train.train": lambda t: run(t) | dict(
         steps=1, batch_size=2, lr=0.01, weight_decay=0.0, clip=1.0, seed=0, start=0, state=None, loss=plain,
         execution=potara_lite.Execution(), progress=False,
@@ -531,6 +536,8 @@ BAD = {
     "targets": [5, (lambda v: "nope", "nope"), (lambda v: [], "list"), (lambda v: ["fc1", "nope"], "nope"),
                 (lambda v: [3], "3")],
     "folder root name_or_path checkpoint path out": PATH,
+    "saved_state": [5, "x", None, (lambda v: {}, "dictionary of tensors"), (entry(lambda t: t * NAN), "finite")],
+    "any_state": [5, None, (lambda v: vars(v), "dict")],
     "some_folder": [*PATH, (lambda v: things().folder if v == things().folder_2 else things().folder_2, "differ")],
     "folders": [5, "ab", (lambda v: v[:1], "2 or more, not 1"), (lambda v: [v[0]] * 2, "differ"),
                 (lambda v: [3, 4], "3")],
@@ -720,6 +727,8 @@ MEANT = {
     ("training.train.train", "clip"): "lr",
     ("adapters.state.adapter_bytes", "adapter"): "weighed",
     ("adapters.files.save_adapter", "adapter"): "saved",
+    ("training.checkpoint.save_state", "adapter"): "saved_state",
+    ("training.checkpoint.save_state", "state"): "any_state",
     ("adapters.state.client_adapter", "stack"): "taken_apart",
     ("models.vit.torchvision_vit", "weights"): "weights_name",
     ("federation.text.pad_tokens", "rows"): "token_rows",

@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, is_dataclass
-from functools import partial
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
-from types import CodeType, FunctionType
 
 import pandas as pd
 import torch
@@ -28,7 +26,7 @@ from ..checks import Count, Flag, List, Named, PathLike, Seeds, Size, checked, i
 from ..experiment import Method, Run, prepare
 from ..federation.inputs import map_inputs
 from ..federation.split import Federation, Split
-from ..files import FileError, digest, reading, write_atomically
+from ..files import FileError, digest, fingerprint, reading, write_atomically
 from ..results import result_rows
 from ..setting import Setting
 
@@ -123,35 +121,6 @@ def read_results(folder: PathLike) -> pd.DataFrame:
     """
     frames = [_read_rows(path)[1] for path in sorted(Path(folder).glob("*/seed-*/*.csv"))]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
-
-
-def fingerprint(thing: object) -> str:
-    """A digest of a function: of its code, defaults, closure and bound arguments, as far as these are numbers, strings,
-    tuples, dictionaries, functions and dataclasses. Lists and the functions that it calls do not count."""
-    return digest(repr(_contents(thing, ())))[:16]
-
-
-def _contents(thing: object, above: tuple[int, ...]) -> object:
-    """What ``fingerprint`` sees: plain values, whose text is the same everywhere. ``above``: what it is inside of."""
-    if id(thing) in above:
-        return "itself"
-    if isinstance(thing, FunctionType):
-        closure = tuple(cell.cell_contents for cell in thing.__closure__ or ())
-        parts: tuple = thing.__code__, thing.__defaults__, thing.__kwdefaults__, closure
-    elif isinstance(thing, CodeType):
-        parts = thing.co_code, thing.co_names, *thing.co_consts
-    elif isinstance(thing, partial):
-        parts = thing.func, thing.args, thing.keywords
-    elif is_dataclass(thing) and not isinstance(thing, type):
-        parts = tuple(getattr(thing, field.name) for field in fields(thing))
-    elif isinstance(thing, dict):
-        parts = tuple(thing.items())
-    elif isinstance(thing, tuple):
-        parts = thing
-    else:
-        plain = str | bytes | int | float | complex | None
-        return thing if isinstance(thing, plain) else getattr(thing, "__qualname__", type(thing).__qualname__)
-    return tuple(_contents(part, (*above, id(thing))) for part in parts)
 
 
 def _write_rows(path: Path, key: str, rows: pd.DataFrame) -> None:

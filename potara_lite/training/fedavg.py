@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Annotated
 
 import numpy as np
@@ -22,8 +24,10 @@ from ..adapters.state import (
     flatten,
     repeat_adapter,
 )
-from ..checks import Count, Flag, List, Numbers, Seed, Share, Size, checked
+from ..checks import Count, Flag, List, Numbers, PathLike, Seed, Share, Size, checked
 from ..federation.split import Split
+from ..files import FileError
+from .checkpoint import rounds_on_disk
 from .train import OptimizerState, train
 
 Costs = Annotated[Tensor, Numbers("C|rounds C", whole=True, least=0)]
@@ -73,6 +77,13 @@ class Ledger:
     def total(self) -> Ledger:
         """Of a ledger by round: what each client paid in all."""
         return Ledger(self.up.sum(0), self.down.sum(0), self.steps.sum(0))
+
+
+TRAINING_DEFAULTS = {  # of the options that ``fedit`` passes on to ``train``
+    name: one.default
+    for name, one in signature(train).parameters.items()
+    if one.default is not one.empty and name not in ("seed", "start", "state", "progress")
+}
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,7 @@ def fedit(
     state: OptimizerState | None = None,
     seed: Seed = 0,
     progress: Flag = False,
+    checkpoint: PathLike | None = None,
     **training,
 ) -> Federated:
     """FedIT (Zhang et al., 2024): FedAvg over the LoRA factors and the head, weighted by the clients' sizes.
@@ -136,6 +148,10 @@ def fedit(
     continue an earlier run. The model is the same to the last bit in whatever order the clients are. With one client
     and the optimiser kept, this is local training. ``run_algorithm(FEDIT, ...)`` of ``baselines`` is the same method as
     a declaration beside the others; this function can continue a run.
+
+    ``checkpoint``: a folder that always has the last whole round. The same call goes on from it after a kill or Ctrl-C,
+    to the same result bit by bit, as does one with more ``rounds``; one with other arguments is refused by a
+    ``FileError`` that says which.
     """
     check_models(adapted, split)
     adapter = check_adapter(adapted, adapted.initial if adapter is None else adapter)
@@ -145,7 +161,14 @@ def fedit(
     state.check(*flat.shape)
     message_bytes = adapter_bytes(adapter)
     by_round, losses = [], []
-    for number in tqdm(range(start, start + rounds), disable=not progress, unit="round", desc="federated"):
+    made_with = dict(local_steps=local_steps, participation=participation, keep_optimizer=keep_optimizer, start=start)
+    made_with |= dict(seed=seed) | TRAINING_DEFAULTS | training
+    kept = rounds_on_disk(checkpoint, adapted, split, adapter, state, **made_with)
+    if (found := kept.read()) is not None:
+        adapter, state, by_round, losses = _go_on(*found, adapted, rounds)
+    for number in tqdm(
+        range(start + len(losses), start + rounds), disable=not progress, unit="round", desc="federated"
+    ):
         rows = participants(split.ids, participation, seed, number).tolist()
         rows.sort(key=split.ids.__getitem__)  # sums of floats depend on the clients' order
         part = split.rows(rows)
@@ -165,7 +188,20 @@ def fedit(
             state = state.replace_rows(index, trained.state)
         by_round.append(Ledger.zeros(clients).add(index, up=message_bytes, down=message_bytes, steps=local_steps))
         losses.append(torch.full((clients,), torch.nan).index_copy(0, index, trained.losses.mean(1).float().cpu()))
+        kept.write(adapter, state, vars(Ledger.by_round(by_round)) | {"losses": torch.stack(losses)})
     last_download = Ledger.zeros(clients).add(torch.arange(clients), down=message_bytes)
     ledger = Ledger.by_round([*by_round, last_download])
     all_losses = torch.stack(losses) if losses else torch.zeros(0, clients)
     return Federated(adapter, ledger.total(), ledger, all_losses, state)
+
+
+def _go_on(
+    adapter: Adapter, state: OptimizerState, columns: Mapping[str, Tensor], adapted: AdaptedBackbone, rounds: int
+) -> tuple[Adapter, OptimizerState, list[Ledger], list[Tensor]]:
+    """A checkpoint's adapter and state where they compute, and its rounds one by one."""
+    losses = list(columns["losses"])
+    if len(losses) > rounds:
+        raise FileError(f"checkpoint holds {len(losses)} rounds, more than rounds={rounds}")
+    ledgers = [Ledger(*row) for row in zip(columns["up"], columns["down"], columns["steps"])]
+    on_device = {name: tensor.to(adapted.device) for name, tensor in adapter.items()}
+    return on_device, state.to(adapted.device), ledgers, losses
