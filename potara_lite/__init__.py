@@ -55,6 +55,11 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time the same li
         estimate_pooled as estimate_pooled,
         estimate_uniform as estimate_uniform,
     )
+    from .estimators.folders import (
+        FolderMerge as FolderMerge,
+        combine_folders as combine_folders,
+        merge_folders as merge_folders,
+    )
     from .estimators.moments import Moments as Moments, combination_weights as combination_weights
     from .experiment import (
         ModelPair as ModelPair,
@@ -105,6 +110,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time the same li
     )
     from .setting import Setting as Setting
     from .training.batching import Execution as Execution
+    from .training.checkpoint import load_state as load_state, save_state as save_state
     from .training.fedavg import Ledger as Ledger, fedit as fedit
     from .training.gradients import diagonal_fisher as diagonal_fisher, per_sample_gradients as per_sample_gradients
     from .training.scoring import (

@@ -1,4 +1,4 @@
-"""The quick benchmark from a shell: ``python -m potara_lite``.
+"""The quick benchmark from a shell: ``python -m potara_lite``; and adapter folders merged: ``… merge``.
 
 One folder is one run (``files.run_folder``): the same command continues with what is missing, another one is refused.
 Everything heavy is imported where it is used, so that ``--help`` and bad options are answered at once.
@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m potara_lite",
         description="Train a federated and a local LoRA model for every client of a federation, merge them, compare.",
+        epilog="To merge adapter folders of your own: python -m potara_lite merge --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--data", choices=DATA, default=default["data"], help="what the examples are; text needs a backbone")
@@ -71,6 +72,56 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--check", action="store_true", help="train nothing: say whether this machine has what it needs")
     p.add_argument("--version", action="version", version=__version__)
     return p
+
+
+def merge_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m potara_lite merge",
+        description="Merge LoRA adapters of one base, weighed by a few held-out examples, into a folder for PEFT.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("base", help="the base model: a folder of transformers, or a model of the Hugging Face Hub")
+    p.add_argument("adapters", nargs="+", help="PEFT folders: the federated one and the local one, or any number")
+    p.add_argument(
+        "--examples",
+        required=True,
+        help="JSON, JSON Lines or CSV: text and label for a sequence classifier, prompt and completion for a language "
+        "model, or another format of potara_lite.read_task",
+    )
+    p.add_argument("--out", required=True, help="the folder of the merge")
+    p.add_argument("--weight", help="of two: the weight of the first one, a number, or an estimator (calibrated)")
+    p.add_argument("--rank", type=size, help="compress the merge to this rank; without it, the merge is exact")
+    p.add_argument("--max-length", type=size, default=256, help="tokens of an example")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, …")
+    p.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+    return p
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Merge the folders and print what the merge is worth."""
+    if len(args.adapters) < 2 or (args.weight is not None and len(args.adapters) > 2):
+        raise ValueError(f"two adapter folders, or more without --weight, not {len(args.adapters)}")
+    if not re.fullmatch(DEVICES, args.device):
+        raise ValueError(f"device {args.device!r} cannot be used: it is none of cpu, cuda, cuda:1, mps, xpu")
+    check_device(args.device)
+
+    from .estimators.folders import combine_folders, load_base, merge_folders, read_examples, text_tokenizer
+
+    base = load_base(args.base, args.adapters).to(args.device)
+    examples = read_examples(args.examples, base, text_tokenizer(args.base), args.max_length)
+    options = dict(rank=args.rank, out=args.out)
+    if len(args.adapters) > 2:
+        result = combine_folders(base, args.adapters, examples, **options)
+    else:
+        weight = "calibrated" if args.weight is None else args.weight
+        number = re.fullmatch(r"[-+.\deE]+", weight)
+        result = merge_folders(base, *args.adapters, examples, weight=float(weight) if number else weight, **options)
+    if args.json:
+        facts = {"out": args.out, "weights": result.weights, "examples": result.examples, "error": result.error}
+        print(json.dumps(facts | {"losses": result.losses, "differences": result.differences}, indent=2))
+        return
+    print(result.to_frame().to_string(float_format="{:.3f}".format, na_rep="-"))
+    print(f"\nLoss: nats per example, of the merge on examples that did not choose it; from … to: 95 %. In {args.out}/")
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
@@ -106,19 +157,6 @@ def configuration(setting: Setting, seeds: list[int]) -> str:
     return json.dumps(facts, indent=2) + "\n"
 
 
-def save_models(out: Path, name: str, run, result) -> None:
-    """A seed's adapters as PEFT folders: ``federated``, and ``client-i/local`` and ``client-i/potara-calibrated``."""
-    from .adapters.files import save_adapter
-    from .adapters.state import client_adapter
-
-    folder = out / "adapters" / f"seed-{run.seed}"
-    if name == "federated":
-        save_adapter(run.adapted, client_adapter(result.adapters, 0), folder / name)
-    if name in ("local", "potara-calibrated"):
-        for client in range(len(run.federation)):
-            save_adapter(run.adapted, client_adapter(result.adapters, client), folder / f"client-{client}" / name)
-
-
 def draw_figure(out: Path, run, rows) -> None:
     """A seed's curves with the estimators' weights, and accuracy against bytes."""
     from .experiment import ORACLE
@@ -139,7 +177,7 @@ def run_missing(args: argparse.Namespace):
 
     import pandas as pd
 
-    from .experiment import ORACLE, run_methods
+    from .experiment import ORACLE, run_methods, save_models
     from .files import run_folder
     from .results import result_rows
 
@@ -191,9 +229,13 @@ def report_setup() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command: its exit status. Where it is not 0, one line on stderr says why."""
+    words = sys.argv[1:] if argv is None else argv
     try:
         try:
-            args = parser().parse_args(argv)
+            if words[:1] == ["merge"]:
+                merge(merge_parser().parse_args(words[1:]))
+                return 0
+            args = parser().parse_args(words)
             if args.check:
                 return report_setup()
             show(args, run_missing(args))

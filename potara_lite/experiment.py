@@ -10,13 +10,24 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from .adapters.files import save_adapter
 from .adapters.lora import AdaptedBackbone, attach
-from .adapters.state import Adapter, Stack, check_adapter, check_models, check_same_base, check_weight, repeat_adapter
+from .adapters.state import (
+    Adapter,
+    Stack,
+    check_adapter,
+    check_models,
+    check_same_base,
+    check_weight,
+    client_adapter,
+    repeat_adapter,
+)
 from .checks import AnyList, Flag, Named, NonNegative, Numbers, Positive, Seed, Seeds, Size, checked
 from .estimators import ESTIMATORS, Estimate
 from .estimators.estimate import ClientWeights, Two
@@ -374,3 +385,13 @@ def run_methods(
             run = Run(*prepare(setting, seed), setting, seed, progress)
         for name, method in missing.items():
             yield name, run, method(run)
+
+
+def save_models(out: Path, name: str, run: Run, result: Result) -> None:
+    """A seed's adapters as PEFT folders: ``federated``, and ``client-i/local`` and ``client-i/potara-calibrated``."""
+    folder = out / "adapters" / f"seed-{run.seed}"
+    if name == "federated":
+        save_adapter(run.adapted, client_adapter(result.adapters, 0), folder / name)
+    if name in ("local", "potara-calibrated"):
+        for client in range(len(run.federation)):
+            save_adapter(run.adapted, client_adapter(result.adapters, client), folder / f"client-{client}" / name)

@@ -6,6 +6,7 @@ become one, ``FileError``. No file is a pickle.
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
@@ -13,17 +14,19 @@ import os
 import platform
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from io import StringIO
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 
 class FileError(ValueError):
@@ -167,13 +170,7 @@ def _finished_rows(path: Path, config: str) -> str:
         return ""
     try:
         with reading(path / "config.json"):
-            found = (path / "config.json").read_bytes().decode()
-            import pandas as pd
-
-            then, now = (pd.json_normalize(json.loads(text)).iloc[0].to_dict() for text in (found, config))
-            names = [name for name in now | then if then.get(name) != now.get(name)]
-        if odd := [f"{name} {then.get(name)}, not {now.get(name)}" for name in names]:
-            raise FileError(f"{path} holds another run: {textwrap.shorten('; '.join(odd), 200, placeholder=' …')}")
+            check_same_run(path, (path / "config.json").read_bytes().decode(), config)
         if not (path / "results.csv").exists():
             return ""
         with reading(path / "results.csv"):
@@ -185,6 +182,56 @@ def _finished_rows(path: Path, config: str) -> str:
         raise FileError(f"{error}; name another --out, or replace it by --overwrite") from error
 
 
+def check_same_run(path: Path, found: str, config: str) -> None:
+    """Raise ``FileError`` unless a folder's run was made with the same ``config``, JSON both; it says what differs."""
+    import pandas as pd
+
+    then, now = (pd.json_normalize(json.loads(text)).iloc[0].to_dict() for text in (found, config))
+    names = [name for name in now | then if then.get(name) != now.get(name)]
+    if odd := [f"{name} {then.get(name)}, not {now.get(name)}" for name in names]:
+        raise FileError(f"{path} holds another run: {textwrap.shorten('; '.join(odd), 200, placeholder=' …')}")
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """A SHA-256 of tensors: of their names, shapes, types and numbers, to the last bit."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def digest(*texts: str) -> str:
     """A SHA-256 of the texts together: it tells whether a file holds what was written."""
     return hashlib.sha256("".join(texts).encode()).hexdigest()
+
+
+def fingerprint(thing: object) -> str:
+    """A digest of a function: of its code, defaults, closure and bound arguments, as far as these are numbers, strings,
+    tuples, dictionaries, functions and dataclasses. Lists and the functions that it calls do not count."""
+    return digest(repr(_contents(thing, ())))[:16]
+
+
+def _contents(thing: object, above: tuple[int, ...]) -> object:
+    """What ``fingerprint`` sees: plain values, whose text is the same everywhere. ``above``: what it is inside of."""
+    if id(thing) in above:
+        return "itself"
+    if isinstance(thing, FunctionType):
+        closure = tuple(cell.cell_contents for cell in thing.__closure__ or ())
+        parts: tuple = thing.__code__, thing.__defaults__, thing.__kwdefaults__, closure
+    elif isinstance(thing, CodeType):
+        parts = thing.co_code, thing.co_names, *thing.co_consts
+    elif isinstance(thing, functools.partial):
+        parts = thing.func, thing.args, thing.keywords
+    elif is_dataclass(thing) and not isinstance(thing, type):
+        parts = tuple(getattr(thing, field.name) for field in fields(thing))
+    elif isinstance(thing, dict):
+        parts = tuple(thing.items())
+    elif isinstance(thing, tuple):
+        parts = thing
+    else:
+        plain = str | bytes | int | float | complex | None
+        return thing if isinstance(thing, plain) else getattr(thing, "__qualname__", type(thing).__qualname__)
+    return tuple(_contents(part, (*above, id(thing))) for part in parts)

@@ -128,6 +128,7 @@ def things():
     t.voices = repeat_adapter(t.speaker.initial, 2)
     t.questions = [[Question("is it", "yes", ("yes", "no"))]] * 2
     t.folder = potara_lite.save_adapter(t.adapted, t.one, mkdtemp())
+    t.folder_2 = potara_lite.save_adapter(t.adapted, t.small, mkdtemp())
     t.task = Path(mkdtemp()) / "task.jsonl"
     t.task.write_text('{"question": "is it", "passage": "It is.", "answer": true}')
     t.table = pd.DataFrame({"age": range(8), "sick": ["no", "yes"] * 4, "ward": list("AABB") * 2})
@@ -212,6 +213,15 @@ CALLS = {
     "models.language.text_encoder": lambda t: dict(name_or_path="nowhere", classes=4),
     "models.language.causal_lm": lambda t: dict(name_or_path="nowhere"),
     "models.language.text_tokenizer": lambda t: dict(name_or_path="nowhere"),
+    "models.language.sequence_classifier": lambda t: dict(name_or_path="nowhere", classes=3, given=["head.weight"]),
+    "estimators.folders.merge_folders": lambda t: dict(
+        base=t.backbone, federated=t.folder, local=t.folder_2, examples=t.split.client(1), weight=0.5, rank=2, out=None,
+        folds=2,
+    ),
+    "estimators.folders.combine_folders": lambda t: dict(
+        base=t.backbone, folders=[t.folder, t.folder_2], examples=t.split.client(1), weights=[0.5, -1.0], rank=2,
+        out=mkdtemp(), folds=2,
+    ),
     "federation.text.pad_tokens": lambda t: dict(rows=[[1, 2], [3]]),
     "federation.text.encode_texts": lambda t: dict(tokenizer=Letters(), texts=["a b", "c"], max_length=8),
     "federation.text.encode_answers": lambda t: dict(
@@ -249,8 +259,12 @@ CALLS = {
     "training.fedavg.fedit": lambda t: dict(
         adapted=t.adapted, split=t.split, rounds=1, local_steps=1, participation=1.0, keep_optimizer=True,
         adapter=t.one, start=0, state=short_state(3, 452), seed=0, progress=False, lr=0.01, batch_size=2,
-        eval_split=t.federation.test, eval_every=1, callbacks=[], ranks=[1, 2, 2],
+        eval_split=t.federation.test, eval_every=1, callbacks=[], ranks=[1, 2, 2], checkpoint=None,
     ),
+    "training.checkpoint.save_state":
+        lambda t: dict(path=t.task.with_name("state"), adapter=t.local, state=short_state(3, 452), start=1),
+    "training.checkpoint.load_state": lambda t: dict(path=potara_lite.save_state(
+        t.task.with_name("saved"), t.one, short_state(3, 452))),
     "training.train.train": lambda t: run(t) | dict(
         steps=1, batch_size=2, lr=0.01, weight_decay=0.0, clip=1.0, seed=0, start=0, state=None, loss=plain,
         execution=potara_lite.Execution(), progress=False, eval_split=t.federation.test, eval_every=1, callbacks=[],
@@ -436,7 +450,7 @@ CALLS = {
 }  # fmt: skip
 NOT_RUN = {  # right, but slow, in need of a download or of more than a tiny stub
     "federation.sources.from_torchvision", "models.language.text_encoder", "models.language.causal_lm",
-    "models.language.text_tokenizer",
+    "models.language.text_tokenizer", "models.language.sequence_classifier",
     "experiment.prepare_text", "experiment.run_methods",
     "models.vit.torchvision_vit", "training.scoring.log_likelihoods", "baselines.privacy.epsilon",
     "baselines.privacy.noise_multiplier_for", "baselines.sweep.sweep",
@@ -570,7 +584,25 @@ BAD = {
     "head": [5, "haed"],
     "targets": [5, (lambda v: "nope", "nope"), (lambda v: [], "list"), (lambda v: ["fc1", "nope"], "nope"),
                 (lambda v: [3], "3")],
-    "folder root name_or_path checkpoint path": PATH,
+    "folder root name_or_path checkpoint path out": PATH,
+    "saved_state": [5, "x", None, (lambda v: {}, "dictionary of tensors"), (entry(lambda t: t * NAN), "finite")],
+    "any_state": [5, None, (lambda v: vars(v), "dict")],
+    "some_folder": [*PATH, (lambda v: things().folder if v == things().folder_2 else things().folder_2, "differ")],
+    "folders": [5, "ab", (lambda v: v[:1], "2 or more, not 1"), (lambda v: [v[0]] * 2, "differ"),
+                (lambda v: [3, 4], "3")],
+    "given": [5, "ab", (lambda v: [3], "3")],
+    "folds": [1, *SIZE],
+    "weight_or_name": [-0.5, 1.5, NAN, None, True, 1j, "best"],
+    "any_weights": [5, "ab", (lambda v: [1.0], "1 of them for 2 folders"), (lambda v: [NAN, 1.0], "finite")],
+    "held_examples": [
+        5, None,
+        (lambda v: v[:1], "a pair of inputs and labels"),
+        (lambda v: (v[0] * NAN, v[1]), "input 0 is not finite"),
+        (lambda v: (v[0], v[1].float()), "torch.float32"),
+        (lambda v: (v[0], v[1] - 9), "below 0"),
+        (lambda v: (v[0][:1], v[1][:1]), "2 or more, not 1"),
+        (lambda v: (v[0][:0], v[1][:0]), "no examples"),
+    ],
     "saved": [(lambda v: 5, "int"), (lambda v: "x", "str"),
               (ADAPTER[4][0], "dictionary of tensors"), (lambda v: {}, "tensors")],
     "merge prepare by tokenizer estimator model_pair loss_of noisy function": FUNCTION,
@@ -587,7 +619,7 @@ BAD = {
     "callbacks": [5, (lambda v: [3], "callbacks[0]"), None],
     "epochs": [0, -1, *NUMBER],
     "execution": [None, 4, (lambda v: {}, "dict")],
-    "backbone network": [None, "net", (lambda v: torch.nn.Linear, "type")],
+    "backbone network base": [None, "net", (lambda v: torch.nn.Linear, "type")],
     "config": [5, (lambda v: {"r": 4}, "dict")],
     "rng": [0, None],
     "run result algorithm privacy moments_of": [None, 3, (lambda v: {}, "dict")],
@@ -775,9 +807,16 @@ MEANT = {
     ("baselines.methods.from_algorithm", "algorithm"): "algorithm_of",
     ("baselines.sweep.sweep", "eval_split"): "prepare",
     ("training.train.train", "loss"): "loss_of",
+    ("estimators.folders.merge_folders", "federated"): "some_folder",
+    ("estimators.folders.merge_folders", "local"): "some_folder",
+    ("estimators.folders.merge_folders", "weight"): "weight_or_name",
+    ("estimators.folders.combine_folders", "weights"): "any_weights",
+    **{(f"estimators.folders.{name}", "examples"): "held_examples" for name in ("merge_folders", "combine_folders")},
     ("training.train.train", "clip"): "lr",
     ("adapters.state.adapter_bytes", "adapter"): "weighed",
     ("adapters.files.save_adapter", "adapter"): "saved",
+    ("training.checkpoint.save_state", "adapter"): "saved_state",
+    ("training.checkpoint.save_state", "state"): "any_state",
     ("adapters.state.client_adapter", "stack"): "taken_apart",
     ("models.vit.torchvision_vit", "weights"): "weights_name",
     ("federation.text.pad_tokens", "rows"): "token_rows",

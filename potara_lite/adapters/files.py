@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from math import inf
 from pathlib import Path
+
+from peft import LoraConfig
+from torch import nn
 
 from .. import __version__
 from ..checks import PathLike, all_finite, checked, invalid
@@ -17,7 +20,6 @@ from .lora import AdaptedBackbone, check_options
 from .state import Adapter, OneAdapter, check_adapter, factor_names, factors, is_lora, layer_of, lora_layers
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-REWRITE_THE_BASE = "pissa", "olora", "corda", "loftq", "lora_ga"  # ways to start that change the frozen weights
 MODEL_CARD = """---
 library_name: peft
 tags: [lora, federated-learning]
@@ -44,12 +46,7 @@ def save_adapter(adapted: AdaptedBackbone, adapter: OneAdapter, folder: PathLike
     adapter = check_adapter(adapted, adapter)
     folder = Path(folder)
     config = copy.deepcopy(adapted.config)
-    ranks = {layer: len(factors(adapter, layer)[0]) for layer in lora_layers(adapter)}
-    alphas = {layer: adapted.scaling[layer] * (r**0.5 if config.use_rslora else r) for layer, r in ranks.items()}
-    config.r = max(ranks.values())
-    config.lora_alpha = next(alphas[layer] for layer, rank in ranks.items() if rank == config.r)
-    config.rank_pattern = {_pattern(layer): rank for layer, rank in ranks.items() if rank != config.r}
-    config.alpha_pattern = {_pattern(layer): alpha for layer, alpha in alphas.items() if alpha != config.lora_alpha}
+    _set_ranks(config, {layer: len(factors(adapter, layer)[0]) for layer in lora_layers(adapter)}, adapted.scaling)
     config.inference_mode = True
     base = type(adapted.model.get_base_model())
     if config.task_type is None and hasattr(base, "from_pretrained"):  # so that AutoPeftModel finds the class
@@ -62,6 +59,15 @@ def save_adapter(adapted: AdaptedBackbone, adapter: OneAdapter, folder: PathLike
     card = MODEL_CARD.format(base=config.base_model_name_or_path or base.__name__, rank=config.r, version=__version__)
     write_atomically(folder / "README.md", card)
     return folder
+
+
+def _set_ranks(config: LoraConfig, ranks: Mapping[str, int], scaling: Mapping[str, float]) -> None:
+    """Give each adapted layer its rank and the alpha that its scaling needs, in PEFT's configuration."""
+    alphas = {layer: scaling[layer] * (rank**0.5 if config.use_rslora else rank) for layer, rank in ranks.items()}
+    config.r = max(ranks.values())
+    config.lora_alpha = next(alphas[layer] for layer, rank in ranks.items() if rank == config.r)
+    config.rank_pattern = {_pattern(layer): rank for layer, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {_pattern(layer): alpha for layer, alpha in alphas.items() if alpha != config.lora_alpha}
 
 
 def _pattern(layer: str) -> str:
@@ -82,9 +88,50 @@ def load_adapter(adapted: AdaptedBackbone, folder: PathLike) -> Adapter:
     """
     folder = Path(folder)
     with reading(folder):
-        with reading(folder / CONFIG_FILE):
-            options = _lora_options(folder / CONFIG_FILE)
+        options = read_options(folder)
         return _for_backbone(adapted, _read_tensors(folder, adapted.initial.keys()), options)
+
+
+def folder_config(backbone: nn.Module, folders: Sequence[str | Path]) -> LoraConfig:
+    """The configuration of an adapter slot of ``backbone`` that takes the adapter of each of these PEFT folders.
+
+    It has all their layers and directly trained modules. These, the ranks and the scalings are read from the tensors: a
+    folder's patterns are not given to PEFT. What several folders have is as in the first one.
+
+    Raises ``FileError`` as ``load_adapter`` does.
+    """
+    possible = {f"base_model.model.{name}" for name, _ in backbone.named_parameters()}
+    possible |= {key for name, _ in backbone.named_modules() for key in factor_names(f"base_model.model.{name}")}
+    ranks: dict[str, int] = {}
+    scaling: dict[str, float] = {}
+    saved: dict[str, None] = {}
+    for folder in map(Path, reversed(folders)):  # so that the first one has the last word
+        with reading(folder):
+            options = read_options(folder)
+            tensors = _read_tensors(folder, possible)
+            layers = lora_layers(tensors)
+            if not layers:
+                raise ValueError("it has no LoRA layer")
+            for layer in layers:
+                ranks[layer] = len(tensors[factor_names(layer)[0]])
+                scaling[layer] = _scaling(options, layer, ranks[layer])
+            trained = " ".join(name for name in tensors if not is_lora(name))
+            saved |= {name: None for name in options.get("modules_to_save") or [] if f".{name}." in trained}
+    config = LoraConfig(
+        task_type=options.get("task_type"),
+        base_model_name_or_path=options.get("base_model_name_or_path"),
+        target_modules=[layer.removeprefix("base_model.model.") for layer in ranks],
+        modules_to_save=list(saved) or None,
+    )
+    _set_ranks(config, ranks, scaling)
+    return config
+
+
+def trained_tensors(folder: str | Path) -> Adapter:
+    """The directly trained tensors of a PEFT folder, by their names in the base."""
+    with reading(folder):
+        found = _read_tensors(Path(folder), ())
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in found.items() if not is_lora(name)}
 
 
 def _read_tensors(folder: Path, known: Collection[str]) -> Adapter:
@@ -105,7 +152,10 @@ def _read_tensors(folder: Path, known: Collection[str]) -> Adapter:
 def _for_backbone(adapted: AdaptedBackbone, tensors: OneAdapter, options: dict) -> Adapter:
     """What a folder holds as an adapter of this backbone."""
     if unknown := sorted(tensors.keys() - adapted.initial.keys()):
-        raise ValueError(f"{len(unknown)} tensors are of no layer that is adapted here, such as {unknown[0]!r}")
+        raise ValueError(
+            f"{len(unknown)} tensors are of no layer that is adapted here, such as {unknown[0]!r}"
+            " (attach(backbone, config=folder) adapts those that a folder has)"
+        )
     if half := [name for name in tensors if is_lora(name) and not tensors.keys() >= {*factor_names(layer_of(name))}]:
         raise ValueError(f"{half[0]!r} has no other factor")
     whole = adapted.initial | {name: tensor for name, tensor in tensors.items() if not is_lora(name)}
@@ -132,15 +182,11 @@ def _scaling(options: dict, layer: str, rank: int) -> float:
     return scaling if 0 < scaling < inf else invalid(f"the scaling of {name}", "positive", scaling)
 
 
-def _lora_options(path: Path) -> dict:
-    """The options of a LoRA adapter. Raises ``ValueError`` for one that is not ``W + scaling * B A``."""
-    options = json.loads(path.read_text("utf-8"))
-    if options["peft_type"] != "LORA":
-        raise ValueError(f"peft_type must be 'LORA', not {options['peft_type']!r}")
-    init = str(options.get("init_lora_weights", True)).lower()
-    if init.startswith(REWRITE_THE_BASE):
-        raise ValueError(
-            f"init_lora_weights={init!r}: such an adapter belongs to other base weights than the backbone's"
-        )
-    check_options(options)
+def read_options(folder: Path) -> dict:
+    """The options of a folder's LoRA adapter. Raises ``FileError`` for one that is not ``W + scaling * B A``."""
+    with reading(folder / CONFIG_FILE):
+        options = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+        if options["peft_type"] != "LORA":
+            raise ValueError(f"peft_type must be 'LORA', not {options['peft_type']!r}")
+        check_options(options | {"inference_mode": True})
     return options

@@ -12,16 +12,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..checks import Device, List, Positive, Seed, Size, checked, invalid, shown
+from ..checks import Device, List, PathLike, Positive, Seed, Size, checked, invalid, shown
 from ..compat import dropout_rate, has_hooks, last_token_padding, make_attention_explicit, shared_parameters
 from ..federation.display import as_html
 from ..federation.inputs import MASK, Inputs
@@ -189,6 +191,9 @@ PLAIN_OPTIONS = frozenset(  # of PEFT's LoraConfig: they say where LoRA is, how 
     "auto_mapping peft_version base_model_name_or_path revision runtime_config megatron_config megatron_core".split()
 )
 PLAIN_INITS = True, "gaussian"  # B = 0, and the backbone's weights stay as they are
+REWRITE_THE_BASE = "pissa", "olora", "corda", "loftq", "lora_ga"  # ways to start that change the frozen weights
+HEADS_OF_PEFT = "classifier", "score"  # which PEFT adds to every adapter of these tasks, whatever the backbone has
+CLASSIFICATION = "SEQ_CLS", "TOKEN_CLS"
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -200,6 +205,11 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name not in PLAIN_OPTIONS and value and value != usual.get(name):
             raise ValueError(f"{name}={shown(value)}: with this option a layer is not W + scaling * B A")
+    init = str(options.get("init_lora_weights", True)).lower()
+    if options.get("inference_mode") and init.startswith(REWRITE_THE_BASE):
+        raise ValueError(
+            f"init_lora_weights={init!r}: such an adapter belongs to other base weights than the backbone's"
+        )
 
 
 @checked
@@ -211,7 +221,7 @@ def attach(
     targets: str | List[str] = ("qkv", "proj", "fc1", "fc2"),
     head: str | None = "head",
     seed: Seed = 0,
-    config: LoraConfig | None = None,
+    config: LoraConfig | PathLike | None = None,
     task: str | Task = "classification",
 ) -> AdaptedBackbone:
     """Put LoRA on the ``targets`` of a copy of ``backbone`` and train its new ``head`` directly.
@@ -222,6 +232,10 @@ def attach(
     convolutions, ``modules_to_save`` that go on from their pre-trained values); it then replaces ``rank``, ``alpha``,
     ``targets`` and ``head``. Untrained, the adapted model is the backbone, but for a new head. PEFT compares the ends
     of names, so with DistilBERT's ``classifier`` its ``pre_classifier`` trains, too, from its pre-trained values.
+
+    ``config`` may be a folder that PEFT wrote, or ``LoraConfig.from_pretrained(folder)``: the slot is then the one that
+    this adapter needs, and ``load_adapter(adapted, folder)`` reads it. How a finished adapter began and its dropout say
+    nothing about its function, and are left out: nothing drops when it is trained on here.
 
     ``task``: ``"classification"`` (also of tokens), ``"regression"`` (half the mean squared error), ``"multi-label"``
     (binary cross-entropy), or a ``Task`` with a loss and a metric of your own.
@@ -234,7 +248,12 @@ def attach(
     """
     if isinstance(task, str) and task not in TASKS:
         invalid("task", f"one of {', '.join(TASKS)}, or a Task", task)
+    _check_bare(backbone)
     new_head = None
+    if isinstance(config, str | Path):
+        from .files import folder_config  # which builds on this file
+
+        config = folder_config(backbone, [config])
     if config is None:
         new_head = None if head is None else _module_named(backbone, head)
         config = LoraConfig(
@@ -243,7 +262,7 @@ def attach(
             target_modules=targets if isinstance(targets, str) else list(targets),
             modules_to_save=None if new_head is None else [new_head],
         )
-    _check_config(config)
+    config = _plain_config(config)
     model = _peft_model(backbone, config, seed)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     initial = {name: tensor.detach().clone() for name, tensor in state.items()}
@@ -263,7 +282,28 @@ def attach(
     return AdaptedBackbone(model, initial, names, scaling, task=TASKS[task] if isinstance(task, str) else task)
 
 
-def _check_config(config: LoraConfig) -> None:
+def _check_bare(backbone: nn.Module) -> None:
+    """Raise ``ValueError`` for a backbone that has adapters already."""
+    if isinstance(backbone, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in backbone.modules()):
+        raise ValueError(
+            "backbone must be a model without adapters, not one that PEFT has adapted: keep the adapter by "
+            "peft_model.save_pretrained(folder), then adapted = attach(peft_model.unload(), config=folder) and "
+            "load_adapter(adapted, folder)"
+        )
+
+
+def _plain_config(config: LoraConfig) -> LoraConfig:
+    """The configuration of an adapter that starts with B = 0 and has no dropout. A finished one (``inference_mode``, as
+    PEFT writes it) has its weights, so neither how it started nor what dropped in its training matters.
+
+    Raises ``ValueError`` for dropout, a start that changes the model and options that are not plain LoRA.
+    """
+    check_options(config.to_dict())
+    config = copy.deepcopy(config)
+    if config.task_type in CLASSIFICATION:
+        config.modules_to_save = [name for name in config.modules_to_save or () if name not in HEADS_OF_PEFT] or None
+    if config.inference_mode:
+        config.init_lora_weights, config.lora_dropout, config.inference_mode = True, 0.0, False
     if config.lora_dropout:
         raise ValueError(f"lora_dropout={config.lora_dropout}: train without dropout, so that clients are independent")
     if config.init_lora_weights not in PLAIN_INITS:
@@ -271,7 +311,7 @@ def _check_config(config: LoraConfig) -> None:
         raise ValueError(
             f"init_lora_weights={init!r}: an untrained adapter must leave the backbone as it is, with B = 0"
         )
-    check_options(config.to_dict())
+    return config
 
 
 def _module_named(backbone: nn.Module, name: str) -> str:
@@ -300,9 +340,11 @@ def _peft_model(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel
     shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in plain}
     network = copy.deepcopy(backbone, shared).cpu()
     make_attention_explicit(network)
+    base_name = config.base_model_name_or_path
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT says so and sets it right (GPT-2's layers)
         warnings.filterwarnings("ignore", ".*tie_word_embeddings")  # tied weights are refused below
+        warnings.filterwarnings("ignore", ".*`base_model_name_or_path` was renamed")  # a copy of the base, say
         torch.manual_seed(seed)
         try:
             model = get_peft_model(network, copy.deepcopy(config))
@@ -311,6 +353,7 @@ def _peft_model(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel
             raise ValueError(
                 f"targets {shown(config.target_modules)} cannot be adapted: {reason}. {ADAPTABLE}"
             ) from error
+    model.peft_config["default"].base_model_name_or_path = getattr(network, "name_or_path", None) or base_name
     return model.eval().requires_grad_(False)
 
 

@@ -8,19 +8,14 @@ another method or version is computed again. ``results`` reads such tables.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, is_dataclass
-from functools import partial
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
-from types import CodeType, FunctionType
 
 import pandas as pd
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import __version__
@@ -28,7 +23,7 @@ from ..adapters.lora import AdaptedBackbone
 from ..checks import Count, Flag, List, Named, PathLike, Seeds, Size, checked, invalid
 from ..experiment import Method, Result, Run, prepare
 from ..federation.split import Federation, Split
-from ..files import FileError, digest, reading, write_atomically
+from ..files import FileError, digest, fingerprint, reading, tensor_digest, write_atomically
 from ..results import result_rows
 from ..setting import Setting
 
@@ -138,48 +133,13 @@ def read_results(folder: PathLike) -> pd.DataFrame:
 
 def prepared_digest(adapted: AdaptedBackbone, federation: Federation) -> str:
     """A digest of the backbone, its weights and initial adapter, and of all examples, to the last bit."""
-    found = hashlib.sha256(repr((adapted.model, federation.classes, federation.name)).encode())
+    parts = [repr((adapted.model, federation.classes, federation.name))]
+    parts.append(tensor_digest(adapted.model.state_dict() | adapted.initial))
     for split in (federation.train, federation.calibration, federation.test):
-        found.update(repr(split.ids).encode())
+        parts.append(repr(split.ids))
         for x, y in split.examples:
-            _hash_tensors(found, {**(x if isinstance(x, dict) else {"x": x}), "y": y})
-    _hash_tensors(found, adapted.model.state_dict() | adapted.initial)
-    return found.hexdigest()
-
-
-def _hash_tensors(found: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        found.update(repr((name, tensor.dtype, tensor.shape)).encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def fingerprint(thing: object) -> str:
-    """A digest of a function: of its code, defaults, closure and bound arguments, as far as these are numbers, strings,
-    tuples, dictionaries, functions and dataclasses. Lists and the functions that it calls do not count."""
-    return digest(repr(_contents(thing, ())))[:16]
-
-
-def _contents(thing: object, above: tuple[int, ...]) -> object:
-    """What ``fingerprint`` sees: plain values, whose text is the same everywhere. ``above``: what it is inside of."""
-    if id(thing) in above:
-        return "itself"
-    if isinstance(thing, FunctionType):
-        closure = tuple(cell.cell_contents for cell in thing.__closure__ or ())
-        parts: tuple = thing.__code__, thing.__defaults__, thing.__kwdefaults__, closure
-    elif isinstance(thing, CodeType):
-        parts = thing.co_code, thing.co_names, *thing.co_consts
-    elif isinstance(thing, partial):
-        parts = thing.func, thing.args, thing.keywords
-    elif is_dataclass(thing) and not isinstance(thing, type):
-        parts = tuple(getattr(thing, field.name) for field in fields(thing))
-    elif isinstance(thing, dict):
-        parts = tuple(thing.items())
-    elif isinstance(thing, tuple):
-        parts = thing
-    else:
-        plain = str | bytes | int | float | complex | None
-        return thing if isinstance(thing, plain) else getattr(thing, "__qualname__", type(thing).__qualname__)
-    return tuple(_contents(part, (*above, id(thing))) for part in parts)
+            parts.append(tensor_digest({**(x if isinstance(x, dict) else {"x": x}), "y": y}))
+    return digest(*parts)
 
 
 def _write_rows(path: Path, key: str, rows: pd.DataFrame) -> None:

@@ -7,11 +7,13 @@ commonsense suites.
 
 from __future__ import annotations
 
+import csv
 import json
 import lzma
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,7 +122,8 @@ class Question:
 
 @checked
 def read_task(path: PathLike, seed: Seed = 0) -> list[Question]:
-    """The examples in a JSON array or a JSON-lines file, shuffled by ``seed``, because many files are sorted by class.
+    """The examples in a JSON array, a JSON-lines file or a CSV file (``.csv``, the fields' names in its first line),
+    shuffled by ``seed``, because many files are sorted by class.
 
     A record has the fields of one of these formats:
 
@@ -128,6 +131,7 @@ def read_task(path: PathLike, seed: Seed = 0) -> list[Question]:
     - the commonsense suites in the form for fine-tuning: ``instruction`` (which ends ``Answer format: a/b/c``),
       ``input``, ``answer``;
     - Dolly: ``instruction``, ``context``, ``response``; chats: ``messages`` with ``role`` and ``content``;
+    - classification: ``text``, ``label`` (a whole number or a name); prompts: ``prompt``, ``completion``;
     - ARC and OpenBookQA, as published or as on the Hub: ``question``, ``choices``, ``answerKey``;
     - BoolQ, HellaSwag, PIQA, WinoGrande and SIQA, as on the Hub.
 
@@ -151,11 +155,23 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
         raise FileError(f"{path} is missing")
     with reading(path):
         text = path.read_text("utf-8-sig")
-    if text.lstrip().startswith("["):
+    if path.suffix.lower() == ".csv":
+        yield from _rows(path, text)
+    elif text.lstrip().startswith("["):
         yield from ((f"record {n}", record) for n, record in enumerate(_json(path, text, 1), 1))
     else:
         lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
         yield from ((f"line {n}", _json(path, line, n)) for n, line in lines)
+
+
+def _rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    """The rows of a CSV file, each with its last line."""
+    with reading(path):
+        reader = csv.DictReader(StringIO(text, newline=""), strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                raise FileError(f"{path}, line {reader.line_num}: it must have {len(reader.fieldnames or ())} fields")
+            yield f"line {reader.line_num}", row
 
 
 def _json(path: Path, text: str, first_line: int) -> Any:
@@ -215,6 +231,17 @@ def _chat(record: Mapping, task: str) -> Question:
     if len(messages) < 2 or record["messages"][-1]["role"] != "assistant":
         raise ValueError("its messages must end with one of the role 'assistant', after at least one other")
     return Question("\n".join(messages[:-1]), messages[-1], (), task)
+
+
+def _labelled(record: Mapping, task: str) -> Question:
+    label = record["label"]
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        raise ValueError(f"its label {label!r} must be a whole number or a name")
+    return Question(_text(record, "text"), str(label), (), task)
+
+
+def _completion(record: Mapping, task: str) -> Question:
+    return Question(_text(record, "prompt"), _text(record, "completion"), (), task)
 
 
 def _numbered(prompt: str, options: Sequence[str], label: object, first: int, task: str) -> Question:
@@ -277,6 +304,8 @@ FORMATS: list[tuple[set[str], set[str], Callable[[Mapping, str], Question]]] = [
     ({"ctx", "endings", "label"}, {"ctx_a", "ctx_b"}, _hellaswag),
     ({"goal", "sol1", "sol2", "label"}, set(), _piqa),
     ({"sentence", "option1", "option2", "answer"}, set(), _winogrande),
+    ({"text", "label"}, set(), _labelled),
+    ({"prompt", "completion"}, set(), _completion),
     ({"messages"}, set(), _chat),
     ({"instruction", "answer"}, {"input", "output"}, _commonsense),
     ({"instruction", "output"}, {"input"}, _flan),

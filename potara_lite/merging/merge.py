@@ -199,6 +199,18 @@ def concat_ranks(adapter: Adapter, other: Adapter) -> Adapter:
     return result
 
 
+def drop_empty_ranks(adapter: Adapter) -> Adapter:
+    """The same deltas without the ranks of one adapter whose column of B is zero; one of each layer stays."""
+    result = dict(adapter)
+    for layer in lora_layers(adapter):
+        _, b = factors(adapter, layer)
+        used = b.any(0).nonzero()[:, 0]
+        used = used if len(used) else used.new_zeros(1)
+        for name in factor_names(layer):
+            result[name] = adapter[name].index_select(rank_dim(name, adapter[name]), used)
+    return result
+
+
 def limit_rank(adapter: Adapter) -> Adapter:
     """The same deltas with no rank above the smaller side of the layer: there, one factor is the identity."""
     too_wide: Adapter = {}

@@ -8,7 +8,7 @@ texts is a mapping of ``input_ids`` and ``attention_mask`` ``(n, T)``, padded on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..checks import PathLike, Size, checked
+from ..checks import AnyList, PathLike, Size, checked
 from ..federation.inputs import Inputs
 from ..files import reading
 
@@ -77,6 +77,21 @@ def causal_lm(name_or_path: PathLike, **options) -> nn.Module:
     return _load("AutoModelForCausalLM", name_or_path, options).eval()
 
 
+@checked
+def sequence_classifier(
+    name_or_path: PathLike, classes: Size | None = None, given: AnyList[str] = (), **options
+) -> nn.Module:
+    """A sequence classifier as ``transformers`` has it, in eval mode, with this number of ``classes`` or its own.
+
+    ``given``: the names of the tensors, such as those of the head, that an adapter brings, so that the base may lack
+    them. ``options`` go to ``AutoModelForSequenceClassification.from_pretrained``.
+
+    Raises ``ValueError`` for a folder that is not there and for what cannot be loaded.
+    """
+    options = options if classes is None else {"num_labels": classes, **options}
+    return _load("AutoModelForSequenceClassification", name_or_path, options, given=given).eval()
+
+
 def check_source(name_or_path: str | Path) -> str:
     """A name of the Hub (``name`` or ``owner/name``), or a folder that exists.
 
@@ -114,8 +129,11 @@ def text_tokenizer(name_or_path: PathLike):
     return _load("AutoTokenizer", name_or_path, {})
 
 
-def _load(kind: str, name_or_path: str | Path, options: dict):
-    """What a class of ``transformers`` makes of a name or a folder; code that comes with a model does not run."""
+def _load(kind: str, name_or_path: str | Path, options: dict, given: Collection[str] = ()):
+    """What a class of ``transformers`` makes of a name or a folder; code that comes with a model does not run.
+
+    Raises ``ValueError`` where it lacks tensors, but for those ``given`` and a pooler, which only classifiers use.
+    """
     source = check_source(name_or_path)
     on_disk = Path(source).is_dir()  # then the network is not used
     options = {"local_files_only": on_disk, "trust_remote_code": False, **options}
@@ -126,7 +144,8 @@ def _load(kind: str, name_or_path: str | Path, options: dict):
             return transformers.AutoTokenizer.from_pretrained(source, **options)
         options = {"attn_implementation": "eager", "dtype": torch.float32, "output_loading_info": True, **options}
         model, found = getattr(transformers, kind).from_pretrained(source, **options)
-        if missing := sorted(name for name in found["missing_keys"] if "pooler" not in name):  # no pooler is used here
+        unused = "" if kind.endswith("Classification") else "pooler"
+        if missing := sorted(name for name in found["missing_keys"] - set(given) if not unused or unused not in name):
             raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]!r}, which would be random")
         model.config.use_cache = False
         return model

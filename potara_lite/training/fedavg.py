@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -25,9 +27,11 @@ from ..adapters.state import (
     flatten,
     repeat_adapter,
 )
-from ..checks import AnyList, Count, Flag, List, Numbers, Seed, Share, Size, checked
+from ..checks import AnyList, Count, Flag, List, Numbers, PathLike, Seed, Share, Size, checked
 from ..federation.display import displayed, megabytes, span
 from ..federation.split import Split
+from ..files import FileError
+from .checkpoint import rounds_on_disk
 from .history import Callback, History
 from .train import OptimizerState, evaluate, for_each_client, mean_course, train
 
@@ -107,6 +111,14 @@ class Ledger:
         return Ledger(self.up.sum(0), self.down.sum(0), self.steps.sum(0))
 
 
+TRAINING_DEFAULTS = {  # of the options that ``fedit`` passes on to ``train``
+    name: one.default
+    for name, one in signature(train).parameters.items()
+    if one.default is not one.empty
+    and name not in ("seed", "start", "state", "progress", "eval_split", "eval_every", "callbacks")
+}
+
+
 @displayed
 @dataclass(frozen=True, eq=False)
 class Federated:
@@ -171,6 +183,7 @@ def fedit(
     eval_every: Size = 1,
     callbacks: AnyList[Callback] = (),
     progress: Flag = False,
+    checkpoint: PathLike | None = None,
     **training,
 ) -> Federated:
     """FedIT (Zhang et al., 2024): FedAvg over the LoRA factors and the head, weighted by the clients' sizes.
@@ -187,6 +200,10 @@ def fedit(
     each of the ``callbacks`` gets the new rows after each round. The model is the same to the last bit in whatever
     order the clients are. With one client and the optimiser kept, this is local training. ``run_algorithm(FEDIT, ...)``
     of ``baselines`` is the same method as a declaration beside the others; this function can continue a run.
+
+    ``checkpoint``: a folder that always has the last whole round. The same call goes on from it after a kill or Ctrl-C,
+    to the same result bit by bit, as does one with more ``rounds``; one with other arguments is refused by a
+    ``FileError`` that says which. The history has no evaluations of the rounds from before.
     """
     check_models(adapted, split)
     adapter = check_adapter(adapted, adapted.initial if adapter is None else adapter)
@@ -204,8 +221,16 @@ def fedit(
     how = {"execution": training["execution"]} if "execution" in training else {}
     history = History(split.ids, eval_split, eval_every, callbacks)
     by_round, losses = [], []
+    made_with = dict(local_steps=local_steps, participation=participation, keep_optimizer=keep_optimizer, start=start)
+    made_with |= dict(seed=seed, ranks=ranks) | TRAINING_DEFAULTS | training
+    kept = rounds_on_disk(checkpoint, adapted, split, adapter, state, **made_with)
     paid = Ledger.zeros(clients)
-    bar = tqdm(range(start, start + rounds), disable=not progress, unit="round", desc="federated")
+    if (found := kept.read()) is not None:
+        adapter, state, by_round, losses = _go_on(*found, adapted, rounds)
+        for number, (now, loss) in enumerate(zip(by_round, losses), start):
+            paid = paid + now
+            history.add(round=number + 1, train_loss=loss, **_paid_so_far(paid))
+    bar = tqdm(range(start + len(losses), start + rounds), disable=not progress, unit="round", desc="federated")
     for number in bar:
         rows = participants(split.ids, participation, seed, number).tolist()
         rows.sort(key=split.ids.__getitem__)  # sums of floats depend on the clients' order
@@ -233,9 +258,25 @@ def fedit(
         everyone = repeat_adapter(adapter, clients)
         models = everyone if ranks is None else cut_ranks(everyone, ranks)
         measure = partial(evaluate, adapted, models, **how) if is_due else None
-        costs = dict(step=paid.steps, bytes_up=paid.up, bytes_down=paid.down)
-        bar.set_postfix(history.add(measure, round=number + 1, train_loss=losses[-1], **costs))
+        bar.set_postfix(history.add(measure, round=number + 1, train_loss=losses[-1], **_paid_so_far(paid)))
+        kept.write(adapter, state, vars(Ledger.by_round(by_round)) | {"losses": torch.stack(losses)})
     last_download = Ledger.zeros(clients).add(torch.arange(clients), down=message_bytes)
     ledger = Ledger.by_round([*by_round, last_download])
     all_losses = torch.stack(losses) if losses else torch.zeros(0, clients)
     return Federated(adapter, ledger.total(), ledger, all_losses, state, history.table())
+
+
+def _paid_so_far(paid: Ledger) -> dict[str, Tensor]:
+    return dict(step=paid.steps, bytes_up=paid.up, bytes_down=paid.down)
+
+
+def _go_on(
+    adapter: Adapter, state: OptimizerState, columns: Mapping[str, Tensor], adapted: AdaptedBackbone, rounds: int
+) -> tuple[Adapter, OptimizerState, list[Ledger], list[Tensor]]:
+    """A checkpoint's adapter and state where they compute, and its rounds one by one."""
+    losses = list(columns["losses"])
+    if len(losses) > rounds:
+        raise FileError(f"checkpoint holds {len(losses)} rounds, more than rounds={rounds}")
+    ledgers = [Ledger(*row) for row in zip(columns["up"], columns["down"], columns["steps"])]
+    on_device = {name: tensor.to(adapted.device) for name, tensor in adapter.items()}
+    return on_device, state.to(adapted.device), ledgers, losses

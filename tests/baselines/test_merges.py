@@ -121,7 +121,7 @@ def test_the_fisher_expects_the_models_own_labels(adapted64, federation64, pair)
         adapter = {name: t[client].clone().requires_grad_() for name, t in pair[0].items()}
         expected = oracle_fisher(adapted64, adapter, data.client(client)[0], list(adapter.values()))
         torch.testing.assert_close(found[client], torch.cat([t.flatten() for t in expected]), rtol=1e-9, atol=1e-15)
-    other_labels = Split(data.x, torch.where(data.y < 0, data.y, (data.y + 1) % 4), data.sizes, data.ids)
+    other_labels = data.with_labels(torch.where(data.y < 0, data.y, (data.y + 1) % 4))
     assert torch.equal(model_fisher(adapted64, pair[0], other_labels), found)  # the data's labels play no part
     assert not torch.allclose(diagonal_fisher(per_sample_gradients(adapted64, pair[0], data), data.sizes), found)
 

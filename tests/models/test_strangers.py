@@ -314,3 +314,99 @@ def test_what_a_tokenizer_appends_is_no_part_of_the_prompt():
             _, targets = encode_answers(tokenizer, ["the cat was"], [" good bad"], end=end)
             expected = tokenizer("good bad", add_special_tokens=False)["input_ids"] + [2] * (eos and end)
             assert targets[targets >= 0].tolist() == expected
+
+
+def classifier_adapted_by_peft(folder, **options):
+    """A BERT and what stock PEFT writes for an adapter of it that changes something."""
+    network = text_network("bert")
+    config = dict(task_type="SEQ_CLS", r=4, target_modules=["query", "value"], lora_dropout=0.1) | options
+    torch.manual_seed(1)
+    model = get_peft_model(copy.deepcopy(network), LoraConfig(**config))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return network, model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("as_config", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(use_rslora=True, init_lora_weights="orthogonal"),
+        dict(target_modules=r".*\.1\..*\.(query|dense)", rank_pattern={"query": 2}, alpha_pattern={"dense": 3}),
+        dict(target_modules="all-linear", init_lora_weights=False),
+        dict(layers_to_transform=[1], init_lora_weights="gaussian"),
+    ],
+)
+def test_a_slot_for_what_stock_peft_wrote(options, as_config, tmp_path):
+    network, stock = classifier_adapted_by_peft(tmp_path, **options)
+    adapted = attach(network, config=LoraConfig.from_pretrained(tmp_path) if as_config else tmp_path)
+    assert torch.equal(adapted(adapted.initial, texts()), output_of(network, texts()))
+    expected = output_of(stock.eval(), texts())
+    assert (expected - output_of(network, texts())).abs().max() > 0.01
+    adapter = load_adapter(adapted, tmp_path)
+    torch.testing.assert_close(adapted(adapter, texts()), expected, rtol=1e-4, atol=1e-5)
+    again = save_adapter(adapted, adapter, tmp_path / "again")
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(network), again).eval()
+    torch.testing.assert_close(output_of(reloaded, texts()), expected, rtol=1e-4, atol=1e-5)
+    slot = attach(network, config=again)
+    assert slot.config.modules_to_save == ["classifier", "score"]  # as stock PEFT has it, once
+    assert {name: t.shape for name, t in slot.initial.items()} == {name: t.shape for name, t in adapter.items()}
+
+
+def test_a_folders_slot_trains_without_dropout(tmp_path):
+    network, _ = classifier_adapted_by_peft(tmp_path)
+    adapted = attach(network, config=tmp_path)
+    assert adapted.config.lora_dropout == 0
+    split = Split.of([(texts(), torch.tensor([0, 1, 2]))])
+    start = repeat_adapter(load_adapter(adapted, tmp_path), 1)
+    assert train(adapted, start, split, steps=60, lr=0.01, batch_size=3).losses[0, -1] < 0.5
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(lora_dropout=0.1), "lora_dropout=0.1: train without dropout"),
+        (dict(modules_to_save=["scores"], lora_dropout=0.0), "head 'scores' is no module"),
+        (dict(modules_to_save=["score"], task_type=None, lora_dropout=0.0), "head 'score' is no module"),
+        (dict(inference_mode=True, init_lora_weights="pissa"), "belongs to other base weights"),
+        (dict(inference_mode=True, use_dora=True), "use_dora=True: with this option"),
+    ],
+)
+def test_what_a_configuration_may_still_not_say(options, reason):
+    config = LoraConfig(**dict(task_type="SEQ_CLS", r=2, target_modules=["query"]) | options)
+    with pytest.raises(ValueError, match=reason):
+        attach(text_network("bert"), config=config)
+
+
+def test_the_callers_configuration_stays_as_it_was(tmp_path):
+    network, _ = classifier_adapted_by_peft(tmp_path, init_lora_weights=False)
+    config = LoraConfig.from_pretrained(tmp_path)
+    before = copy.deepcopy(config.to_dict())
+    attach(network, config=config)
+    assert config.to_dict() == before
+
+
+def test_a_model_that_peft_adapted_is_refused_with_a_way_out_that_works(tmp_path):
+    network, stock = classifier_adapted_by_peft(tmp_path / "theirs")
+    for adapted_already in (stock, stock.base_model.model):
+        with pytest.raises(
+            ValueError, match=r"backbone must be .* without adapters.*peft_model.unload\(\), config=folder"
+        ):
+            attach(adapted_already)
+    expected = output_of(stock.eval(), texts())
+    stock.save_pretrained(tmp_path / "kept")
+    adapted = attach(stock.unload(), config=tmp_path / "kept")
+    found = adapted(load_adapter(adapted, tmp_path / "kept"), texts())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_of_another_base_has_no_slot(tmp_path):
+    classifier_adapted_by_peft(tmp_path)
+    with pytest.raises(ValueError, match="cannot be adapted"):
+        attach(text_network("llama"), config=tmp_path)
+    with pytest.raises(ValueError, match="cannot read .*nowhere"):
+        attach(text_network("llama"), config=tmp_path / "nowhere")
