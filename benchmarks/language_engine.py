@@ -34,7 +34,7 @@ from potara_lite.federation.inputs import take
 from potara_lite.federation.split import Split
 from potara_lite.federation.text import pad_tokens
 from potara_lite.models.frozen_trunk import call_network, linear_layers
-from potara_lite.models.language import TextClassifier
+from potara_lite.models.language import TextClassifier, text_classifier
 
 CLIENTS, BATCH, TOKENS, CLASSES = 8, 8, 32, 24
 TOLERANCE = 2e-4  # of adapters and losses
@@ -51,7 +51,7 @@ def random_network(attention: str) -> TextClassifier:
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
     config = transformers.BertConfig(**sizes, attn_implementation=attention)
-    return TextClassifier(transformers.BertModel(config), CLASSES).eval()
+    return text_classifier(transformers.BertModel(config), CLASSES).eval()
 
 
 def make(model: Path | None, last: int | None, attention: str) -> tuple[AdaptedBackbone, Split]:

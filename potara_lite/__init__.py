@@ -33,7 +33,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time the same lines say where a name is
-    from .adapters.files import load_adapter as load_adapter, save_adapter as save_adapter
+    from .adapters.files import (
+        export_merged as export_merged,
+        load_adapter as load_adapter,
+        save_adapter as save_adapter,
+        save_adapters as save_adapters,
+    )
     from .adapters.lora import AdaptedBackbone as AdaptedBackbone, attach as attach
     from .adapters.state import (
         adapter_bytes as adapter_bytes,

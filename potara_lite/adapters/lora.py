@@ -336,9 +336,7 @@ def _peft_model(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel
 
     Raises ``ValueError`` for targets that PEFT does not know or cannot adapt.
     """
-    plain = [parameter for parameter in backbone.parameters() if type(parameter) is nn.Parameter]
-    shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in plain}
-    network = copy.deepcopy(backbone, shared).cpu()
+    network = shared_copy(backbone).cpu()
     make_attention_explicit(network)
     base_name = config.base_model_name_or_path
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -355,6 +353,13 @@ def _peft_model(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel
             ) from error
     model.peft_config["default"].base_model_name_or_path = getattr(network, "name_or_path", None) or base_name
     return model.eval().requires_grad_(False)
+
+
+def shared_copy(network: nn.Module) -> nn.Module:
+    """A copy of a network with parameters of its own that share the memory of the network's, until they get another."""
+    plain = [parameter for parameter in network.parameters() if type(parameter) is nn.Parameter]
+    shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in plain}
+    return copy.deepcopy(network, shared)
 
 
 def _adapter_name(parameter: str) -> str:

@@ -25,29 +25,71 @@ HARMLESS_LAYERS, HARMLESS_WIDTH = 200, 4096  # which are built in seconds, whate
 
 
 class TextClassifier(nn.Module):
-    """A text encoder, the mean of its tokens and a new zero head: ids and mask ``(B, T)`` to ``(B, classes)``."""
+    """A text encoder, the mean of its tokens and a new zero head: ids and mask ``(B, T)`` to ``(B, classes)``.
+
+    ``text_classifier`` makes one of a network of ``transformers``, whose modules keep their names: an adapter of it is
+    one of the network, too.
+    """
 
     is_gradient_checkpointing = False  # else PEFT makes the embeddings require gradients, which vmap refuses
 
-    def __init__(self, encoder: nn.Module, classes: int):
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The encoder's embedding of tokens."""
-        return self.encoder.get_input_embeddings()
-
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The mean ``(B, dim)`` over the real tokens, which the head reads."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, dim)
+        hidden = super().forward(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, dim)
         real = attention_mask.unsqueeze(-1).to(hidden)
         return (hidden * real).sum(1) / real.sum(1).clamp_min(1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.head(self.features(input_ids, attention_mask).to(self.head.weight.dtype))
+
+
+class EncoderHalf(nn.Module):
+    """The encoder of a network with encoder and decoder, under the name that it has there."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.encoder = network.get_encoder()
+        self.config, self.name_or_path = network.config, network.name_or_path
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's embedding of tokens."""
+        return self.encoder.get_input_embeddings()
+
+    def forward(self, **inputs):
+        return self.encoder(**inputs)
+
+
+def text_classifier(network: nn.Module, classes: int) -> TextClassifier:
+    """The network itself, an encoder, as a ``TextClassifier``. ``loaded_as`` of it is the class that it had."""
+    loaded_as = type(network)
+    if network.config.is_encoder_decoder:
+        network = EncoderHalf(network)
+    head = nn.Linear(network.config.hidden_size, classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    network.head = head
+    kind = type(network)
+    network.__class__ = type("TextClassifier", (TextClassifier, kind), {"__module__": kind.__module__})
+    network.loaded_as = loaded_as
+    return network
+
+
+def plain_encoder(classifier: TextClassifier) -> nn.Module:
+    """The network as it was before ``text_classifier``, which this undoes; of one with a decoder, the encoder alone, as
+    ``AutoModelForTextEncoding`` has it."""
+    del classifier.head, classifier.loaded_as
+    classifier.__class__ = type(classifier).__mro__[2]
+    if not isinstance(classifier, EncoderHalf):
+        return classifier
+    network = transformers.AutoModelForTextEncoding.from_config(classifier.config)
+    network.encoder = classifier.encoder
+    network.set_input_embeddings(classifier.get_input_embeddings())
+    return network
+
+
+def encoder_loader(network: nn.Module) -> str:
+    """The class of ``transformers`` that loads the encoder of a ``TextClassifier`` by the names of its layers."""
+    return "AutoModelForTextEncoding" if network.config.is_encoder_decoder else "AutoModel"
 
 
 @checked
@@ -56,12 +98,13 @@ def text_encoder(name_or_path: PathLike, classes: Size, **options) -> TextClassi
 
     Of a model with encoder and decoder (T5) it is the encoder. ``options`` go to ``AutoModel.from_pretrained``
     (``revision``, …); ``dtype`` is float32 unless they say otherwise. LoRA on its last blocks:
-    ``attach(backbone, targets=linear_layers(backbone, last=2))``.
+    ``attach(backbone, targets=linear_layers(backbone, last=2))``. A saved adapter of it loads in stock PEFT on
+    ``AutoModel``; its README.md has the lines, also for the head.
 
     Raises ``ValueError`` for a folder that is not there and for what cannot be loaded.
     """
     network = _load("AutoModel", name_or_path, options)
-    return TextClassifier(network.get_encoder() if network.config.is_encoder_decoder else network, classes).eval()
+    return text_classifier(network, classes).eval()
 
 
 @checked
@@ -137,7 +180,7 @@ def _load(kind: str, name_or_path: str | Path, options: dict, given: Collection[
     source = check_source(name_or_path)
     on_disk = Path(source).is_dir()  # then the network is not used
     options = {"local_files_only": on_disk, "trust_remote_code": False, **options}
-    with reading(source), _no_progress_bars() if on_disk else nullcontext():
+    with reading(source), no_progress_bars() if on_disk else nullcontext():
         if on_disk:
             check_sizes(Path(source))
         if kind == "AutoTokenizer":
@@ -182,7 +225,7 @@ def _whole_numbers(config: object) -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Without the progress bars of ``transformers``, which reading a folder does not need."""
     logging = transformers.utils.logging
     was_enabled = logging.is_progress_bar_enabled()

@@ -1,5 +1,6 @@
 """The architectures that people use, as tiny random networks: what holds for BERT and Llama holds for them all."""
 
+import copy
 import warnings
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from potara_lite.federation.split import Split
 from potara_lite.federation.text import next_tokens, pad_tokens
 from potara_lite.merging.merge import merge_exact
 from potara_lite.models.frozen_trunk import HIDDEN, linear_layers, replaced_forwards
-from potara_lite.models.language import TextClassifier, causal_lm, text_encoder
+from potara_lite.models.language import causal_lm, plain_encoder, text_classifier, text_encoder
 from potara_lite.models.loss import example_losses, mean_loss
 from potara_lite.training.batching import Execution, plan_execution
 from potara_lite.training.gradients import directional_derivatives, per_sample_gradients
@@ -220,8 +221,8 @@ def test_a_classifier_of_transformers_handed_straight_to_attach_trains_all_at_on
 
 def test_a_text_decoder_as_an_encoder_sees_no_later_token():
     """Its mask is its own, so the first token's state is the same whatever follows."""
-    encoder = TextClassifier(random_network(AutoModel, "gpt2").eval(), 3)
+    encoder = text_classifier(random_network(AutoModel, "gpt2").eval(), 3)
     x = pad_tokens([[5, 6, 7], [5, 9, 3]])
-    states = encoder.encoder(**x).last_hidden_state
+    states = plain_encoder(copy.deepcopy(encoder))(**x).last_hidden_state
     torch.testing.assert_close(states[0, 0], states[1, 0])
     torch.testing.assert_close(encoder.features(**x), states.mean(1))

@@ -43,7 +43,7 @@ from potara_lite.federation.split import Federation, Split
 from potara_lite.federation.text import encode_texts, next_tokens, pad_tokens
 from potara_lite.merging.merge import merge_exact
 from potara_lite.models.frozen_trunk import HIDDEN, linear_layers
-from potara_lite.models.language import TextClassifier, causal_lm, text_encoder
+from potara_lite.models.language import causal_lm, plain_encoder, text_classifier, text_encoder
 from potara_lite.models.loss import Task, example_accuracies, example_losses, mean_loss
 from potara_lite.setting import Setting
 from potara_lite.training.batching import Execution, plan_execution
@@ -69,7 +69,7 @@ def tiny_encoder(dtype=torch.float32, classes=3):
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=24, attn_implementation="eager",
     )  # fmt: skip
-    return TextClassifier(BertModel(config), classes).eval().to(dtype)
+    return text_classifier(BertModel(config), classes).eval().to(dtype)
 
 
 def tiny_lm(dtype=torch.float32, tied=False):
@@ -329,7 +329,7 @@ def test_where_nothing_is_frozen_below_the_inputs_stay_as_they_are(kind):
 
 def test_a_trained_module_below_the_adapted_blocks_is_seen():
     network = tiny_encoder()
-    adapted = attach(network, targets=linear_layers(network, 1), head="encoder.embeddings.LayerNorm")
+    adapted = attach(network, targets=linear_layers(network, 1), head="embeddings.LayerNorm")
     x, _ = labelled(texts(4, seed=0), seed=0)
     assert adapted.frozen_blocks and adapted.embed(x) is x
 
@@ -371,7 +371,7 @@ def test_methods_of_the_comparison_take_text(kind, method):
 
 def test_a_merged_adapter_gives_the_same_logits_in_stock_peft(kind, random_stack, tmp_path):
     network = kind[0]()
-    stored = network.encoder if kind[2] else network
+    stored = plain_encoder(copy.deepcopy(network)) if kind[2] else network
     stored.save_pretrained(tmp_path / "network")
     ours = text_encoder(tmp_path / "network", kind[3]) if kind[2] else causal_lm(tmp_path / "network")
     adapted = attach(ours, rank=2, alpha=3, targets=linear_layers(ours, 2), head=kind[2])
@@ -391,7 +391,10 @@ def test_a_merged_adapter_gives_the_same_logits_in_stock_peft(kind, random_stack
 
 def test_a_backbone_in_bf16_trains_adapters_in_float32(kind):
     network = kind[0]()
-    (network.encoder if kind[2] else network).to(torch.bfloat16)
+    head = network.head if kind[2] else None
+    network.to(torch.bfloat16)
+    if head is not None:
+        head.float()
     adapted, split = attach(network, targets=linear_layers(network, 1), head=kind[2]), federation_of(kind).train
     stack = repeat_adapter(adapted.initial, 3)
     assert group_lora(adapted).matches_vmap(stack, split.x)
@@ -470,7 +473,7 @@ def roberta(longest=24):
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=longest + 2, pad_token_id=1, attn_implementation="eager",
     )  # fmt: skip
-    return TextClassifier(RobertaModel(config), 3).eval()
+    return text_classifier(RobertaModel(config), 3).eval()
 
 
 @pytest.mark.parametrize("network, targets, head", [
