@@ -164,7 +164,8 @@ def fedit(
         if keep_optimizer:
             state = state.replace_rows(index, trained.state)
         by_round.append(Ledger.zeros(clients).add(index, up=message_bytes, down=message_bytes, steps=local_steps))
-        losses.append(torch.full((clients,), torch.nan).index_copy(0, index, trained.losses.mean(1).float().cpu()))
+        of_round = torch.full((clients,), torch.nan, dtype=torch.float32)
+        losses.append(of_round.index_copy(0, index, trained.losses.mean(1).float().cpu()))
     last_download = Ledger.zeros(clients).add(torch.arange(clients), down=message_bytes)
     ledger = Ledger.by_round([*by_round, last_download])
     all_losses = torch.stack(losses) if losses else torch.zeros(0, clients)
