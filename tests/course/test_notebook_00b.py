@@ -37,7 +37,9 @@ def test_the_library_is_silent_until_the_comparison():
     imported = [node for node in ast.walk(own) if isinstance(node, ast.ImportFrom | ast.Import)]
     modules = {getattr(node, "module", None) or node.names[0].name for node in imported}
     assert {name.split(".")[0] for name in modules} == {"os", "copy", "matplotlib", "numpy", "torch", "potara_lite"}
-    from_library = {name.name for node in imported if "potara_lite" in (getattr(node, "module", "") or "") for name in node.names}
+    from_library = {
+        name.name for node in imported if "potara_lite" in (getattr(node, "module", "") or "") for name in node.names
+    }
     assert from_library == FROM_THE_LIBRARY
     everything = {name.name for node in ast.walk(whole) if isinstance(node, ast.ImportFrom) for name in node.names}
     assert {"fedit", "estimate_paper", "estimate_curve", "estimate_pooled", "estimate_calibrated"} <= everything
