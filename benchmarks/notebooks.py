@@ -48,7 +48,8 @@ def table(measured: dict[str, dict[str, float]]) -> str:
         before = re.search(r"\*\*Prerequisites:\*\* (.+?)\n\n", head, re.S).group(1)
         before = re.sub(r"\]\((\w+\.ipynb)\)", r"](../notebooks/\1)", " ".join(before.split()))
         before = re.sub(r" \[\d\]", "", before)
-        lines.append(f"| [{name[:2]}](../notebooks/{name}.ipynb) | {question} | {found['seconds']:.0f} s | {before} |")
+        number = name.split("_")[0]
+        lines.append(f"| [{number}](../notebooks/{name}.ipynb) | {question} | {found['seconds']:.0f} s | {before} |")
     return "\n".join(lines)
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     path = HERE / "notebooks.json"
     measured = json.loads(path.read_text())["notebooks"] if path.is_file() else {}
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
-        if len(sys.argv) == 1 or notebook.stem[:2] in sys.argv[1:]:
+        if len(sys.argv) == 1 or notebook.stem.split("_")[0] in sys.argv[1:]:
             measured[notebook.stem] = measure(notebook)
             print(notebook.stem, measured[notebook.stem], flush=True)
     path.write_text(json.dumps({"notebooks": measured} | facts(), indent=1) + "\n")

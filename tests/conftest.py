@@ -5,6 +5,7 @@ import signal
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import notebook_outputs
 import pytest
 import torch
 from torch.nn import functional as F
@@ -19,6 +20,11 @@ from potara_lite.federation.split import _split as unchecked_split
 from potara_lite.models.vit import LabViT
 
 collect_ignore = ["typed_api.py"]  # mypy reads it, nothing runs it
+
+
+def pytest_configure():
+    notebook_outputs.compare_with_tolerance()
+
 
 SIZES = (5, 13, 9)
 

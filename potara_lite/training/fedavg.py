@@ -252,7 +252,8 @@ def fedit(
             state = state.replace_rows(index, trained.state)
         paid_now = dict(up=message_bytes[index], down=message_bytes[index], steps=steps_of[index])
         by_round.append(Ledger.zeros(clients).add(index, **paid_now))
-        losses.append(torch.full((clients,), torch.nan).index_copy(0, index, trained.losses.nanmean(1).float().cpu()))
+        of_round = torch.full((clients,), torch.nan, dtype=torch.float32)
+        losses.append(of_round.index_copy(0, index, trained.losses.nanmean(1).float().cpu()))
         paid = paid + by_round[-1]
         is_due = history.is_due(number + 1, start + rounds)
         everyone = repeat_adapter(adapter, clients)

@@ -186,6 +186,19 @@ def test_an_impossible_share_of_participants_is_refused(share):
         participants(range(4), share, 0, 0)
 
 
+def test_the_default_dtype_of_the_program_does_not_matter(adapted64, federation64):
+    before = torch.get_default_dtype()
+    options = dict(rounds=1, local_steps=2, **OPTIONS)
+    expected = fedit(adapted64, federation64.train, **options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = fedit(adapted64, federation64.train, **options)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.losses.dtype == expected.losses.dtype == torch.float32
+    assert all(torch.equal(tensor, expected.adapter[name]) for name, tensor in found.adapter.items())
+
+
 def test_the_ledger_counts_every_byte_by_hand(adapted, federation):
     everyone = fedit(adapted, federation.train, rounds=3, local_steps=2, **OPTIONS).ledger
     assert everyone.up.tolist() == [3 * BYTES] * 3

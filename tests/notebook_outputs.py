@@ -1,0 +1,55 @@
+"""What pytest compares: every text and table that a notebook prints with the committed one, its numbers as numbers.
+
+nbval executes the notebooks (``--nbval``). Two outputs are the same if their words are the same, whatever the spaces;
+whole numbers, too; and every number with a decimal point within two units of its last committed digit or 2 %, whichever
+is more, because training rounds differently on other machines. The output of a cell with ``# NBVAL_CHECK_OUTPUT`` must
+be the same to the letter. Seconds are not compared: their cells have the tag ``nbval-ignore-output``.
+"""
+
+import re
+
+NUMBER = re.compile(r"(?<![\w.])[-−+]?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.]*\w)")
+
+
+def tolerance(number):
+    """How far from a committed number, such as ``0.69``, one may be: 0 for a whole number."""
+    mantissa, _, exponent = number.lower().partition("e")
+    if "." not in mantissa:
+        return 0.0
+    unit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+    return max(2 * unit, 0.02 * abs(value(number)))
+
+
+def value(number):
+    return float(number.replace("−", "-").replace(",", ""))
+
+
+def same(committed, found):
+    """Whether a text is the committed one, its numbers within their tolerance."""
+    if " ".join(NUMBER.sub("0", committed).split()) != " ".join(NUMBER.sub("0", found).split()):
+        return False
+    pairs = zip(NUMBER.findall(committed), NUMBER.findall(found))
+    return all(abs(value(one) - value(other)) <= 1.0001 * tolerance(one) for one, other in pairs)
+
+
+class Output(str):
+    """A printed text that equals another one if it is the ``same``."""
+
+    def __eq__(self, other):
+        return same(self, other)
+
+    def __ne__(self, other):
+        return not same(self, other)
+
+    __hash__ = str.__hash__
+
+
+def compare_with_tolerance():
+    """Make nbval compare so, in this run of pytest."""
+    from nbval.plugin import IPyNbCell
+
+    def compared(cell, text):
+        exact = not isinstance(text, str) or "# NBVAL_CHECK_OUTPUT" in cell.cell.source
+        return text if exact else Output(text)
+
+    IPyNbCell.sanitize = compared  # what nbval calls on both texts before it compares them
