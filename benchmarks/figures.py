@@ -18,6 +18,7 @@ import language
 import numpy as np
 import other_data
 import pandas as pd
+import peers
 import privacy
 import quick
 import small_lm
@@ -331,6 +332,31 @@ def teaching() -> dict[str, str]:
     return {"memory": f"{most / 1e9:.1f}"}
 
 
+# --- docs/peers.md --------------------------------------------------------------------------------------------------
+def peers_page() -> dict[str, str]:
+    rows, layers = rows_of("peers"), rows_of("layers").set_index("network")
+    found = rows[rows.comparisons > 0]
+    in_double = found[found.bound == peers.DOUBLE]
+    names = rows.peer + " " + rows.version
+    table = rows.assign(peer=names.mask(rows.peer.duplicated(), "")).drop(columns="version").set_index("peer")
+    for column in ("largest difference", "bound"):
+        table[column] = table[column].map(scientific)
+    for column in ("untrained", "adapter", "merged", "saved"):
+        layers[column] = layers[column].map(scientific)
+    return {
+        "peers": markdown(table),
+        "comparisons": f"{found.comparisons.sum():,}",
+        "peers-found": str(found.peer.nunique()),
+        "largest": scientific(in_double["largest difference"].max()),
+        "layers": markdown(layers.drop(columns="effect")),
+        "refusals": markdown(rows_of("refusals").set_index("what")),
+    }
+
+
+def scientific(value: float) -> str:
+    return "–" if value != value else "0" if value == 0 else f"{value:.0e}"
+
+
 # --- benchmarks/README.md -------------------------------------------------------------------------------------------
 def benchmarks_page() -> dict[str, str]:
     default = admitted(rows_of("choose_default")).iloc[0]
@@ -450,6 +476,7 @@ PAGES = {
     "docs/language.md": language_page,
     "docs/deployment.md": deployment_page,
     "docs/teaching.md": teaching,
+    "docs/peers.md": peers_page,
     "benchmarks/README.md": benchmarks_page,
     "benchmarks/quick.md": quick_page,
     "benchmarks/comparison-lab.md": partial(paired_page, "comparison-lab"),
