@@ -307,7 +307,7 @@ def fusion_bench() -> Found:
     from fusion_bench.method.ties_merging.ties_merging_utils import ties_merging
 
     adapted, stacks, changes, vectors = merged_models()
-    split = Split.of(examples(Dense, (19, 16)))
+    split = Split(examples(Dense, (19, 16)))
     numbers = vectors.shape[-1]
     for density, client in itertools.product((0.2, 0.5, 0.8), range(2)):
         asked = (round(density * numbers) - 1 + 1e-9) / numbers  # the published code keeps one entry more than it says
@@ -347,7 +347,7 @@ def two_clients(kind: type[nn.Module]) -> tuple:
     """Two clients of unequal size with random adapters: their examples, stack, and per-sample gradients."""
     adapted, parts = adapted_of(kind), examples(kind, (9, 6))
     adapters = [drawn(adapted.initial, seed) for seed in (5, 6)]
-    split, stack = Split.of(parts), stack_adapters(adapters)
+    split, stack = Split(parts), stack_adapters(adapters)
     return adapted, parts, adapters, split, stack, per_sample_gradients(adapted, stack, split)
 
 
@@ -460,7 +460,7 @@ def torch_itself() -> Found:
     from torch.func import functional_call, grad, vmap
 
     adapted, parts = adapted_of(Dense), examples(Dense, (23, 7, 40))
-    split, start = Split.of(parts), repeat_adapter(adapted.initial, 3)
+    split, start = Split(parts), repeat_adapter(adapted.initial, 3)
     for options in (dict(), dict(weight_decay=0.1), dict(lr=2e-2, weight_decay=0.01, clip=0.05)):
         ours = train(adapted, start, split, steps=100, batch_size=8, seed=(5, 1), **({"lr": 4e-3} | options)).adapters
         for client, (x, y) in enumerate(parts):
@@ -578,7 +578,7 @@ def lm_eval() -> Found:
                               device="cpu")  # fmt: skip
                 requests = [Instance("loglikelihood", {}, pair, 0) for pair in QUESTIONS]
                 expected = [score for score, _ in theirs.loglikelihood(requests, disable_tqdm=True)]
-                split = Split.of([encode_answers(tokenizer, *map(list, zip(*QUESTIONS)), length + 1, end=False)])
+                split = Split([encode_answers(tokenizer, *map(list, zip(*QUESTIONS)), length + 1, end=False)])
                 ours = log_likelihoods(adapted, stack_adapters([adapter]), split)[0]
                 yield f"{what} (float32 there)", SINGLE, gap(ours, torch.tensor(expected))
 
