@@ -147,6 +147,7 @@ def test_learning_rates_are_in_units_of_the_settings(run):
 
 def test_fisher_merging_of_one_client_is_fisher_merging(adapted64, federation64):
     """By hand: both deltas in full, the Fisher of every entry, their weighted mean; their mean where both are zero."""
+    from potara_lite.estimators.curve import client_logits
     from potara_lite.training.gradients import delta_gradients
 
     run = Run(adapted64, federation64, SETTING, 0)
@@ -154,10 +155,14 @@ def test_fisher_merging_of_one_client_is_fisher_merging(adapted64, federation64)
     merged = delta(M.METHODS["Fisher merging"](run).adapters, adapted.scaling)
     both = [delta(model, adapted.scaling) for model in (pair.federated, pair.local)]
     samples = run.federation.calibration
-    fishers = [
-        delta_gradients(adapted, model, samples).square().sum(1) / samples.sizes.unsqueeze(1)
-        for model in (pair.federated, pair.local)
-    ]
+    fishers = []
+    for model in (pair.federated, pair.local):
+        p, total = client_logits(adapted, model, samples).softmax(-1), 0
+        for label in range(4):  # the expectation over the model's own labels
+            labels = torch.where(samples.y < 0, samples.y, label)
+            gradients = delta_gradients(adapted, model, samples, labels=labels)
+            total = total + (p[..., label, None] * gradients.square()).sum(1) / samples.sizes.unsqueeze(1)
+        fishers.append(total)
     flat = [torch.cat([t.flatten(1) for t in change.values()], 1) for change in both]
     total = fishers[0] + fishers[1]
     weighted = (fishers[0] * flat[0] + fishers[1] * flat[1]) / total
