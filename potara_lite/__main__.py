@@ -78,7 +78,6 @@ def merge_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m potara_lite merge",
         description="Merge LoRA adapters of one base, weighed by a few held-out examples, into a folder for PEFT.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("base", help="the base model: a folder of transformers, or a model of the Hugging Face Hub")
     p.add_argument("adapters", nargs="+", help="PEFT folders: the federated one and the local one, or any number")
@@ -89,10 +88,10 @@ def merge_parser() -> argparse.ArgumentParser:
         "model, or another format of potara_lite.read_task",
     )
     p.add_argument("--out", required=True, help="the folder of the merge")
-    p.add_argument("--weight", help="of two: the weight of the first one, a number, or an estimator (calibrated)")
+    p.add_argument("--weight", help="of two: that of the first one, a number, or an estimator's name (calibrated)")
     p.add_argument("--rank", type=size, help="compress the merge to this rank; without it, the merge is exact")
-    p.add_argument("--max-length", type=size, default=256, help="tokens of an example")
-    p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, …")
+    p.add_argument("--max-length", type=size, default=256, help="tokens of an example (256)")
+    p.add_argument("--device", default="cpu", help="cpu (without it), cuda, cuda:1, mps, …")
     p.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
     return p
 

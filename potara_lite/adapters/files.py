@@ -17,7 +17,7 @@ from .. import __version__
 from ..checks import List, PathLike, all_finite, checked, invalid, shown
 from ..compat import pattern_value
 from ..files import reading, write_atomically
-from ..models.language import TextClassifier, encoder_loader, no_progress_bars, plain_encoder
+from ..models.language import TextClassifier, encoder_loader, plain_encoder, quietly
 from .lora import AdaptedBackbone, attach, check_options, shared_copy
 from .state import (
     Adapter,
@@ -180,7 +180,7 @@ def _write_network(network: nn.Module, folder: Path) -> None:
     if isinstance(network, PreTrainedModel):
         if hasattr(network.config, "use_cache"):
             network.config.use_cache = True  # the default of transformers, which training turns off
-        with no_progress_bars():
+        with quietly():
             network.save_pretrained(folder)
         text = text.format(network.name_or_path or name, f"{name}.from_pretrained(folder)")
     else:

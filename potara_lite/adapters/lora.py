@@ -342,6 +342,7 @@ def _peft_model(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT says so and sets it right (GPT-2's layers)
         warnings.filterwarnings("ignore", ".*tie_word_embeddings")  # tied weights are refused below
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing")  # which PEFT asks for by its older name
         warnings.filterwarnings("ignore", ".*`base_model_name_or_path` was renamed")  # a copy of the base, say
         torch.manual_seed(seed)
         try:

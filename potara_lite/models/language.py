@@ -180,7 +180,7 @@ def _load(kind: str, name_or_path: str | Path, options: dict, given: Collection[
     source = check_source(name_or_path)
     on_disk = Path(source).is_dir()  # then the network is not used
     options = {"local_files_only": on_disk, "trust_remote_code": False, **options}
-    with reading(source), no_progress_bars() if on_disk else nullcontext():
+    with reading(source), quietly() if on_disk else nullcontext():
         if on_disk:
             check_sizes(Path(source))
         if kind == "AutoTokenizer":
@@ -225,14 +225,17 @@ def _whole_numbers(config: object) -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Without the progress bars of ``transformers``, which reading a folder does not need."""
+def quietly() -> Iterator[None]:
+    """Without the progress bars and reports of ``transformers``, which a folder does not need: ``_load`` refuses what
+    lacks tensors."""
     logging = transformers.utils.logging
-    was_enabled = logging.is_progress_bar_enabled()
+    was_enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if was_enabled:
             logging.enable_progress_bar()
 

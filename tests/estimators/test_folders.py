@@ -14,12 +14,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from potara_lite import (
     Split,
+    attach,
     combine_folders,
     estimate_calibrated,
     evaluate,
+    linear_layers,
+    load_adapter,
+    merge_exact,
     merge_folders,
     next_tokens,
     repeat_adapter,
+    save_adapter,
+    text_encoder,
 )
 from potara_lite.__main__ import main
 from potara_lite.estimators import Estimate
@@ -39,7 +45,7 @@ def llama():
 def stock_folder(base, folder, **options):
     """A folder as stock PEFT writes it, of an adapter that changes something."""
     config = dict(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
-    torch.manual_seed(len(str(folder)))
+    torch.manual_seed(sum(map(ord, folder.name)))
     model = get_peft_model(copy.deepcopy(base), LoraConfig(**config | options, init_lora_weights=False))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -180,8 +186,15 @@ def test_the_weight_is_that_of_the_estimator_and_head_and_body_may_differ(small)
     estimate = estimate_calibrated(result.adapted, *stacks, Split([examples]))
     assert result.weight == pytest.approx(float(estimate.client_weight), abs=1e-5)
     assert len(estimate.weight) > 1 and estimate.details["offset"].abs() > 0.01
-    loss = float(evaluate(result.adapted, repeat_adapter(result.adapter, 1), Split([examples]))[0])
-    assert loss < min(result.losses["federated"], result.losses["local"])
+    losses = [
+        float(evaluate(result.adapted, stack, Split([examples]))[0])
+        for stack in (
+            repeat_adapter(result.adapter, 1),
+            merge_exact(*stacks, estimate.weight),
+            merge_exact(*stacks, result.weight),
+        )
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and abs(losses[0] - losses[2]) > 1e-4
 
 
 def test_no_example_is_judged_by_a_merge_that_it_chose(small):
@@ -342,3 +355,23 @@ def test_the_command_merges_classifiers_and_language_models(base, tmp_path, caps
     arguments = ["merge", str(decoder), one, two, "--examples", str(tmp_path / "examples.jsonl")]
     assert main([*arguments, "--out", str(tmp_path / "lm"), "--rank", "3"]) == 0
     assert json.loads((tmp_path / "lm" / "adapter_config.json").read_text())["r"] == 3
+
+
+def test_the_command_merges_what_this_library_wrote(tmp_path, capsys):
+    (tmp_path / "bert").mkdir()
+    network = text_encoder(tiny_text_encoder(tmp_path / "bert"), classes=3)
+    adapted = attach(network, rank=2, targets=linear_layers(network, last=1))
+    generator = torch.Generator().manual_seed(0)
+    for name in ("F", "L"):
+        tensors = {key: torch.randn(t.shape, generator=generator) for key, t in adapted.initial.items()}
+        save_adapter(adapted, tensors, tmp_path / name)
+    rows = [{"text": f"the {word}", "label": i % 3} for i, word in enumerate("a of the or in an to and".split())]
+    (tmp_path / "examples.json").write_text(json.dumps(rows))
+    folders = [str(tmp_path / name) for name in ("bert", "F", "L")]
+    options = ["--examples", str(tmp_path / "examples.json"), "--out", str(tmp_path / "out"), "--weight", "curve"]
+    assert main(["merge", *folders, *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    merged = load_adapter(adapted, tmp_path / "out")
+    expected = merge_exact(*(load_adapter(adapted, folder) for folder in folders[1:]), found["weights"]["federated"])
+    x = {"input_ids": torch.tensor([[2, 6, 7, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    torch.testing.assert_close(adapted(merged, x), adapted(expected, x), rtol=1e-5, atol=1e-5)

