@@ -3,7 +3,7 @@
 nbval executes the notebooks (``--nbval``). Two outputs are the same if their words are the same, whatever the spaces;
 whole numbers, too; and every number with a decimal point within two units of its last committed digit or 2 %, whichever
 is more, because training rounds differently on other machines. The output of a cell with ``# NBVAL_CHECK_OUTPUT`` must
-be the same to the letter. Seconds are not compared: their cells have the tag ``nbval-ignore-output``.
+be the same to the letter. What cannot be compared, such as seconds, is in cells with the tag ``nbval-ignore-output``.
 """
 
 import re
