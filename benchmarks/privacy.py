@@ -68,7 +68,9 @@ def noise_curvature(
 def measure(setting: Setting, seed: int, clip: float, epsilons: tuple[float, ...]) -> pd.DataFrame:
     """A row per ε: accuracy and loss of the three models, the weight, and the noise's moment, found and predicted."""
     adapted, federation = prepare(setting, seed)
-    local, _, _ = train_local(adapted, repeat_adapter(adapted.initial, len(federation)), federation, setting, seed)
+    start = repeat_adapter(adapted.initial, len(federation))
+    trained, _, _ = train_local(adapted, start, federation, setting, seed)
+    local = trained.adapters
     options = training_options(setting) | dict(rounds=setting.rounds, local_steps=setting.round_steps, seed=seed)
     rows, plain = [], None
     for epsilon in epsilons:

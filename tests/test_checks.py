@@ -609,7 +609,7 @@ BAD = {
         5, None,
         (lambda v: v[:1], "a pair of inputs and labels"),
         (lambda v: (v[0] * NAN, v[1]), "input 0 is not finite"),
-        (lambda v: (v[0], v[1].float()), "torch.float32"),
+        (lambda v: (v[0], v[1].float()), "float32"),
         (lambda v: (v[0], v[1] - 9), "below 0"),
         (lambda v: (v[0][:1], v[1][:1]), "2 or more, not 1"),
         (lambda v: (v[0][:0], v[1][:0]), "no examples"),

@@ -163,7 +163,8 @@ def curve(client: Client, message: RecordDict) -> RecordDict:
     federated = client.part("federated")
     initial = {name: tensor.unsqueeze(0) for name, tensor in adapted.initial.items()}
     start = federated if run_config.setting.local_from_federated else initial
-    local, _, _ = train_local(adapted, start, client.data, run_config.setting, run_config.seed)
+    trained, _, _ = train_local(adapted, start, client.data, run_config.setting, run_config.seed)
+    local = trained.adapters
     client.state.save(local=local)
     client.write_model("local", local)
     losses = segment_losses(adapted, federated, local, calibration, weight_grid(POINTS))

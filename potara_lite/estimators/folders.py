@@ -20,7 +20,7 @@ from ..adapters.files import folder_config, load_adapter, read_options, save_ada
 from ..adapters.lora import AdaptedBackbone, attach
 from ..adapters.state import Adapter, factor_names, factors, lora_layers, repeat_adapter
 from ..checks import Fraction, List, Numbers, PathLike, Size, checked, invalid, shown
-from ..federation.inputs import ExamplesPair, check_examples, take
+from ..federation.inputs import ExamplesPair, check_examples, is_float, take
 from ..federation.split import Split
 from ..federation.tasks import read_task
 from ..federation.text import encode_answers, encode_texts
@@ -191,6 +191,8 @@ def _prepared(
     if out is not None and Path(out).resolve() in [Path(folder).resolve() for folder in folders]:
         raise ValueError(f"out must be another folder than those that are merged, not {str(out)!r}")
     check_examples("examples", *examples)
+    if is_float(examples[1]):
+        invalid("examples", "inputs and labels that are numbers of classes or tokens", examples[1])
     split = Split([examples])
     if (count := int(split.sizes)) < 2:
         raise ValueError(f"examples must be 2 or more, not {count}: one tells no interval")
