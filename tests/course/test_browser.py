@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-
 @pytest.fixture
 def lab(tmp_path):
     """The address of a JupyterLab on copies of the notebooks without outputs, so that all we see was made here."""
-    (tmp_path / "work").mkdir()
+    shutil.copytree(NOTEBOOKS / "images", tmp_path / "work" / "images")
     for path in NOTEBOOKS.glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
         for cell in notebook.cells:
