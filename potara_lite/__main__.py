@@ -104,10 +104,10 @@ def merge(args: argparse.Namespace) -> None:
         raise ValueError(f"device {args.device!r} cannot be used: it is none of cpu, cuda, cuda:1, mps, xpu")
     check_device(args.device)
 
-    from .estimators.folders import combine_folders, load_base, merge_folders, read_examples, text_tokenizer
+    from .estimators.folders import combine_folders, load_base, merge_folders, read_examples
 
     base = load_base(args.base, args.adapters).to(args.device)
-    examples = read_examples(args.examples, base, text_tokenizer(args.base), args.max_length)
+    examples = read_examples(args.examples, base, args.base, args.max_length)
     options = dict(rank=args.rank, out=args.out)
     if len(args.adapters) > 2:
         result = combine_folders(base, args.adapters, examples, **options)

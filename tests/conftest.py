@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import notebook_outputs
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from potara_lite import potara
@@ -27,6 +28,16 @@ def pytest_configure():
 
 
 SIZES = (5, 13, 9)
+
+
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(8, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.fc1(x).tanh())
 
 
 def tiny_vit(dtype=torch.float32, seed=0):

@@ -25,13 +25,7 @@ from ..federation.split import Split
 from ..federation.tasks import read_task
 from ..federation.text import encode_answers, encode_texts
 from ..merging.merge import combine_adapters, compress, drop_empty_ranks, merge_exact
-from ..models.language import (
-    TextClassifier,
-    causal_lm,
-    sequence_classifier,
-    text_encoder,
-    text_tokenizer as text_tokenizer,
-)
+from ..models.language import TextClassifier, causal_lm, sequence_classifier, text_encoder, text_tokenizer
 from .calibrated import estimate_calibrated
 from .combination import estimate_combination
 from .curve import client_losses, estimate_curve
@@ -295,14 +289,15 @@ def load_base(name_or_path: str | Path, folders: Sequence[str | Path]) -> nn.Mod
 
 
 def read_examples(
-    path: str | Path, network: nn.Module, tokenizer: Callable, max_length: int = 256
+    path: str | Path, network: nn.Module, name_or_path: str | Path, max_length: int = 256
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The examples of a file of ``read_task`` as the network's inputs and labels.
 
-    Of a sequence classifier the answer is the number or the name of a class; of a language model it follows the prompt,
-    after a space. Raises ``ValueError`` for an answer that is no class.
+    The tokenizer is that of ``name_or_path``. Of a sequence classifier the answer is the number or the name of a class;
+    of a language model it follows the prompt, after a space. Raises ``ValueError`` for an answer that is no class.
     """
     questions = read_task(path)
+    tokenizer = text_tokenizer(name_or_path)
     prompts = [question.prompt for question in questions]
     is_encoder = isinstance(network, TextClassifier)
     if not is_encoder and not type(network).__name__.endswith("ForSequenceClassification"):
@@ -315,7 +310,4 @@ def read_examples(
         known = f"0 … {count - 1}, or a name in the base's label2id"
         raise ValueError(f"{path}: {shown(odd[0])} is no class of the base: {known}")
     x = encode_texts(tokenizer, prompts, max_length)
-    padding = getattr(network.config, "pad_token_id", None)
-    if padding is not None:  # which decoders look for behind a text's end
-        x["input_ids"] = x["input_ids"].masked_fill(x["attention_mask"] == 0, padding)
     return x, torch.tensor([classes[one.answer.strip()] for one in questions])

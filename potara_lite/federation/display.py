@@ -26,10 +26,10 @@ def displayed(cls: type[T]) -> type[T]:
     return cls
 
 
-def as_html(title: str, columns: Mapping[str, Sequence[Any] | Tensor], shown: int = SHOWN) -> str:
+def as_html(title: str, columns: Mapping[str, Sequence[Any] | Tensor]) -> str:
     """A title and a table, of which the first and the last rows are shown."""
     total = max(map(len, columns.values()), default=0)
-    rows = range(total) if total <= shown else [*range(shown // 2), None, *range(total - shown // 2, total)]
+    rows = range(total) if total <= SHOWN else [*range(SHOWN // 2), None, *range(total - SHOWN // 2, total)]
     head = "".join(f'<th style="{CELL}">{escape(name)}</th>' for name in columns)
     lines = ["".join(_cell("…" if row is None else column[row]) for column in columns.values()) for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)

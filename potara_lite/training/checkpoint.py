@@ -108,7 +108,7 @@ def rounds_on_disk(
 ) -> RoundsOnDisk:
     """The folder of a run with these ``facts``, which are numbers, flags, functions, dataclasses, or lists of them.
 
-    The frozen weights, the data and what the run starts from count by their digests: a second for each GB or so.
+    The frozen weights, the data and what the run starts from count by their digests.
     """
     if path is None:
         return RoundsOnDisk()

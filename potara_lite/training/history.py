@@ -24,8 +24,8 @@ Callback = Callable[[Any], object]  # it gets the new rows of the history, a dat
 class History:
     """Collects records, of which each is a row of the history for every client.
 
-    ``evaluated``: every so many records, and after the last one, the models are evaluated on ``split``. What that takes
-    and what the ``callbacks`` take is not in the seconds, and neither touches the training.
+    After ``every`` so many rounds or steps, and after the last one, the models are evaluated on ``split``. What that
+    takes and what the ``callbacks`` take is not in the seconds, and neither touches the training.
 
     Raises ``ValueError`` for a split of other clients than those of these ``ids``.
     """

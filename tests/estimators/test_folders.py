@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_text_encoder
+from conftest import Dense, tiny_text_encoder
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from scipy.stats import t
@@ -148,21 +148,11 @@ def test_every_estimator_of_one_client_has_an_answer(name, base, examples, tmp_p
     assert 0 <= result.weight <= 1 and result.weights["local"] == pytest.approx(1 - result.weight)
 
 
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1 = nn.Linear(8, 12)
-        self.head = nn.Linear(12, 3)
-
-    def forward(self, x):
-        return self.head(self.fc1(x).tanh())
-
-
 @pytest.fixture
 def small(tmp_path):
     """A base with a head that one adapter trained and the other did not, and examples that it is right about."""
     torch.manual_seed(0)
-    network, options = Small().eval(), dict(task_type=None, target_modules=["fc1"])
+    network, options = Dense().eval(), dict(task_type=None, target_modules=["fc1"])
     one = stock_folder(network, tmp_path / "A", modules_to_save=["head"], **options)
     two = stock_folder(network, tmp_path / "B2", r=2, **options)
     x = torch.randn(40, 8)

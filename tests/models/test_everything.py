@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_vit
+from conftest import Dense, tiny_vit
 from peft import PeftModel
 from test_architectures import CAUSAL, ENCODERS, VOCABULARY, random_network
-from test_strangers import Convolutional, Dense
+from test_strangers import Convolutional
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,

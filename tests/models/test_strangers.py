@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_vit
+from conftest import Dense, tiny_vit
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_architectures import CAUSAL, ENCODERS, VOCABULARY, random_network
@@ -27,16 +27,6 @@ from potara_lite import (
     train,
 )
 from potara_lite.federation.text import next_tokens, pad_tokens
-
-
-class Dense(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1 = nn.Linear(8, 12)
-        self.head = nn.Linear(12, 3)
-
-    def forward(self, x):
-        return self.head(self.fc1(x).tanh())
 
 
 class Convolutional(nn.Module):
