@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from .adapters.files import save_adapter
@@ -28,7 +30,7 @@ from .adapters.state import (
     client_adapter,
     repeat_adapter,
 )
-from .checks import AnyList, Flag, Named, NonNegative, Numbers, Positive, Seed, Seeds, Size, checked
+from .checks import AnyList, Flag, Named, NonNegative, Numbers, Positive, Seed, Seeds, Size, checked, invalid
 from .estimators import ESTIMATORS, Estimate
 from .estimators.estimate import ClientWeights, Two
 from .federation.display import displayed, megabytes, span
@@ -269,7 +271,32 @@ class Result:
         return evaluate(self.adapted, self.adapters, split, execution=Execution(chunk_size=chunk_size))
 
 
+def as_method(value: Any) -> Method:
+    """A function of a run as it is (an ``Algorithm`` is one), and an estimator ``(adapted, federated, local, split)``
+    as the method that merges with its weights.
+
+    Raises ``ValueError`` for what is neither, before anything is trained.
+    """
+    is_function = callable(value) and not isinstance(value, type)
+    if is_function and _takes(1, value):
+        return value
+    if is_function and _takes(4, value):
+        return with_estimator(value)
+    invalid("", "a function of a run, an Algorithm or an estimator (adapted, federated, local, split)", value)
+
+
+def _takes(arguments: int, function: Callable) -> bool:
+    """Whether a function can be called with so many arguments by position."""
+    try:
+        signature(function).bind(*[None] * arguments)
+    except TypeError:
+        return False
+    return True
+
+
 Method = Callable[[Run], Result]
+AnyMethod = Annotated[Method, BeforeValidator(as_method)]
+Prepare = Callable[[Setting, int], tuple[AdaptedBackbone, Federation]]  # what ``prepare`` is
 ChoosePair = Callable[[Run], ModelPair]
 
 
@@ -335,10 +362,18 @@ def with_estimator(
     merge: Callable[..., Adapter] = merge_exact,
     model_pair: ChoosePair = independent_models,
 ) -> Method:
-    """A model pair merged with the weight of an estimator like those of ``ESTIMATORS``."""
+    """A model pair merged with the weight of an estimator.
+
+    Its fourth argument is the federation if it is called so, as that of ``ESTIMATORS``; otherwise it is the calibration
+    split. It returns an ``Estimate``, or the weights alone ``(C,)``.
+    """
+    if not _takes(4, estimator):
+        invalid("estimator", "a function of (adapted, federated, local, split)", estimator)
+    on_split = list(signature(estimator).parameters)[3:4] != ["federation"]
 
     def merged(run: Run, pair: ModelPair) -> tuple[Adapter, Estimate]:
-        estimate = estimator(run.adapted, *pair.models, run.federation)
+        found = estimator(run.adapted, *pair.models, run.federation.calibration if on_split else run.federation)
+        estimate = found if isinstance(found, Estimate) else Estimate(found)
         return merge(*pair.models, estimate.weight), estimate
 
     return merging(merged, model_pair)
@@ -369,9 +404,9 @@ MODEL_PAIR_METHODS: dict[str, Method] = {  # what the command compares: the two 
 def run_methods(
     setting: Setting,
     seeds: Seeds = (0,),
-    methods: Named[Method] = MODEL_PAIR_METHODS,
+    methods: Named[AnyMethod] = MODEL_PAIR_METHODS,
     *,
-    prepare: Callable[[Setting, int], tuple[AdaptedBackbone, Federation]] = prepare,
+    prepare: Prepare = prepare,
     finished: Collection[tuple[str, int]] = (),
     progress: Flag = False,
 ) -> Iterator[tuple[str, Run, Result]]:

@@ -11,8 +11,8 @@ import torch
 from pydantic import AfterValidator
 from scipy import stats
 
-from .checks import Named, Seeds, checked, shown, table
-from .experiment import MODEL_PAIR_METHODS, ORACLE, Method, Result, Run, run_methods
+from .checks import Flag, Named, Seeds, checked, shown, table
+from .experiment import MODEL_PAIR_METHODS, ORACLE, AnyMethod, Prepare, Result, Run, prepare, run_methods
 from .federation.split import Split
 from .files import FileError, data_path, reading
 from .setting import Setting
@@ -64,15 +64,26 @@ def result_rows(method: str, run: Run, result: Result, split: Split | None = Non
 
 
 @checked
-def compare(setting: Setting, seeds: Seeds = (0,), methods: Named[Method] = MODEL_PAIR_METHODS) -> pd.DataFrame:
+def compare(
+    setting: Setting,
+    seeds: Seeds = (0,),
+    methods: Named[AnyMethod] = MODEL_PAIR_METHODS,
+    *,
+    prepare: Prepare = prepare,
+    progress: Flag = False,
+) -> pd.DataFrame:
     """The rows of every method on every seed of one setting.
+
+    ``methods``: functions of a ``Run``, algorithms, or estimators, by name (``as_method``). ``prepare``: the backbone
+    and the federation of a setting and seed; with your own, the setting says how they are trained.
 
     >>> tiny = Setting(clients=2, train_size=8, calibration_size=4, test_size=8, rounds=1, round_steps=1, local_steps=1)
     >>> rows = compare(tiny, methods={name: MODEL_PAIR_METHODS[name] for name in ("federated", "local")})
     >>> rows.weight.tolist(), rows.steps.tolist()
     ([1.0, 1.0, 0.0, 0.0], [1, 1, 1, 1])
     """
-    return pd.concat([result_rows(*found) for found in run_methods(setting, seeds, methods)], ignore_index=True)
+    found = run_methods(setting, seeds, methods, prepare=prepare, progress=progress)
+    return pd.concat([result_rows(*one) for one in found], ignore_index=True)
 
 
 def _keys(rows: pd.DataFrame) -> list[str]:

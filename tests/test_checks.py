@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import changed_split, tiny_federation, tiny_vit
 from hypothesis import given, settings, strategies as st
+from matplotlib.figure import Figure
 from test_project import FILES, module_name
 from test_results import ROOT, script
 from torch.utils.data import TensorDataset
@@ -29,10 +30,12 @@ from potara_lite.adapters.state import client_adapter, repeat_adapter
 from potara_lite.baselines.merges import layer_grams, merge_deltas
 from potara_lite.baselines.privacy import with_noise
 from potara_lite.checks import BOUNDS, Count, Positive, Seed, checked, shown
-from potara_lite.experiment import initial_adapter
+from potara_lite.estimators import Estimate
+from potara_lite.experiment import initial_adapter, prepare
 from potara_lite.federation.split import Split
 from potara_lite.federation.tasks import Question
 from potara_lite.setting import Setting
+from potara_lite.training.history import history_table
 from potara_lite.training.train import OptimizerState
 
 NAN, INF = float("nan"), float("inf")
@@ -143,11 +146,17 @@ def things():
     t.curves, t.chosen, t.numbered = t.losses[..., 0], {"uniform": t.losses[:, 0, 0]}, torch.arange(18).view(3, 6) % 2
     t.points, t.board = potara_lite.summary(t.rows.drop(columns="federation")), potara_lite.leaderboard(t.rows)
     t.front = potara_lite.results.pareto_front(t.board)
+    t.differences = potara_lite.paired_differences(t.rows, "local")
+    t.history = history_table([0, 1, 2], [dict(step=1, train_loss=1.0, loss=1.0, accuracy=0.5)])
     return t
 
 
 def curves(t):
     return dict(weights=t.grid, values=t.curves)
+
+
+def axes(panels):
+    return list(Figure().subplots(1, panels, squeeze=False).flat)
 
 
 @cache
@@ -367,7 +376,9 @@ CALLS = {
     "experiment.oracle_weight": lambda t: dict(weights=t.grid, loss=t.losses[..., 0]),
     "experiment.run_methods": lambda t: dict(setting=TINY, seeds=[0], methods={"x": len}, prepare=len, progress=False),
     "results.result_rows": lambda t: dict(method="x", run=t.run, result=t.result, split=t.split),
-    "results.compare": lambda t: dict(setting=TINY, seeds=[0], methods={"x": initial_adapter}),
+    "results.compare": lambda t: dict(
+        setting=TINY, seeds=[0], methods={"x": initial_adapter}, prepare=prepare, progress=False
+    ),
     "results.summary": lambda t: dict(rows=t.rows),
     "results.leaderboard": lambda t: dict(rows=t.rows, local="local"),
     "results.pareto_front": lambda t: dict(board=potara_lite.leaderboard(t.rows), references=()),
@@ -422,10 +433,17 @@ CALLS = {
     "baselines.sweep.read_results": lambda t: dict(folder="nowhere"),
     "baselines.sweep.read_histories": lambda t: dict(folder="nowhere"),
     "results.committed_rows": lambda t: dict(name="bound.csv"),
-    "plots.label_counts": lambda t: dict(split=t.split, names=list("abcd")),
-    "plots.along_weight": lambda t: curves(t) | dict(chosen=t.chosen, label="x", also={"x": t.curves}),
-    "plots.frontier": lambda t: dict(points=t.points),
-    "plots.frontiers": lambda t: dict(board=t.board, front=t.front, highlight="local", references=()),
+    "plots.label_counts": lambda t: dict(split=t.split, names=list("abcd"), client_names=list("xyz"), ax=axes(1)[0]),
+    "plots.along_weight": lambda t: curves(t) | dict(
+        chosen=t.chosen, label="x", also={"x": t.curves}, names=list("xyz"), ax=axes(3)
+    ),
+    "plots.learning_curves": lambda t: dict(history=t.history, measure="loss", ax=axes(1)[0]),
+    "plots.weights": lambda t: dict(
+        estimates={"x": Estimate(t.chosen["uniform"])}, oracle=t.chosen["uniform"], names=list("xyz"), ax=axes(1)[0]
+    ),
+    "plots.paired_differences": lambda t: dict(differences=t.differences, label="loss", ax=axes(1)[0]),
+    "plots.frontier": lambda t: dict(points=t.points, ax=axes(1)[0]),
+    "plots.frontiers": lambda t: dict(board=t.board, front=t.front, highlight="local", references=(), ax=axes(1)),
     "plots.overview": lambda t: dict(
         weights=t.grid, loss=t.curves, accuracy=t.curves, chosen={"oracle": (t.curves[0],) * 3}, points=t.points
     ),
@@ -715,6 +733,15 @@ BAD = {
                    (lambda v: [], "list")],
     "texts prompts answers": [5, "ab", (lambda v: np.array("ab"), "a list"),
                               (lambda v: [3], "3"), (lambda v: ["  ", *v][:len(v)], "empty")],
+    "client_names panel_names": [5, "ab", (lambda v: [3], "3"), (lambda v: v[:1], "1 of them for 3 clients")],
+    "ax": [3, "x", (lambda v: [3], "list")],
+    "one_panel_each": [3, "x", (lambda v: [3], "3"), (lambda v: v[1:], "panels, not")],
+    "measure": [None, 3, "weight"],
+    "history": [None, 3, (lambda v: v.drop(columns="loss"), "'loss'"), (lambda v: v.assign(loss=NAN), "no loss")],
+    "differences": [None, 3, (lambda v: v.drop(columns="±"), "'±'"), (lambda v: v.iloc[:0], "(0, ")],
+    "estimates": [5, None, (lambda v: {}, "dict"), (lambda v: {"x": 3}, "3"),
+                  (lambda v: {"x": Estimate(torch.ones(2))}, "'oracle'")],
+    "oracle": [5, "x", (lambda v: v[:2], "'oracle'"), (lambda v: v * NAN, "finite")],
     "names found": [5, "ab", (lambda v: [3], "3"), (lambda v: [["a"]], "[0]")],
     "voices": [*ADAPTER[:4], ADAPTER[5], *ADAPTER[7:],
                (lambda v: {n: t[:1] for n, t in v.items()}, "1 adapters for 2 clients"),
@@ -804,6 +831,8 @@ MEANT = {
     ("results.leaderboard", "local"): "local_name",
     ("plots.label_counts", "split"): "counted",
     ("plots.along_weight", "weights"): "g_f",
+    **{(f"plots.{name}", "names"): "panel_names" for name in ("along_weight", "weights")},
+    **{(f"plots.{name}", "ax"): "one_panel_each" for name in ("along_weight", "frontiers")},
     ("plots.along_weight", "values"): "curves",
     ("plots.overview", "weights"): "g_f",
     **{(f"{name}", "loss"): "curves"

@@ -41,7 +41,7 @@ from ..setting import Setting
 from ..training.fedavg import Ledger
 from ..training.train import train
 from . import algorithms, merges
-from .rounds import Algorithm, run_algorithm
+from .rounds import Algorithm
 
 
 @checked
@@ -52,19 +52,8 @@ def from_algorithm(algorithm: Algorithm | Callable[[Setting], Algorithm], lr_sca
     """
 
     def method(run: Run) -> Result:
-        setting = run.setting
-        one = algorithm if isinstance(algorithm, Algorithm) else algorithm(setting)
-        round_cost = one.local_cost(setting.round_steps)
-        rounds, rest = divmod(setting.total_steps - one.local_cost(one.finetune_steps), round_cost)
-        if rounds < 0 or rest:
-            raise ValueError(f"{one.name}: rounds of {round_cost} steps do not make {setting.total_steps}")
-        began = time.perf_counter()
-        options = training_options(setting, lr_scale)
-        options |= dict(rounds=rounds, local_steps=setting.round_steps, participation=setting.participation)
-        watch = dict(eval_split=run.eval_split, eval_every=run.eval_every)
-        result = run_algorithm(one, run.adapted, run.federation.train, seed=run.seed, **options, **watch)
-        seconds = time.perf_counter() - began
-        return Result(result.adapted, result.personal, result.ledger, seconds, history=result.history)
+        one = algorithm if isinstance(algorithm, Algorithm) else algorithm(run.setting)
+        return one(run, lr_scale)
 
     return method
 

@@ -15,6 +15,7 @@ Every optimiser is AdamW. The methods themselves are declared in ``algorithms.py
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,7 @@ from ..adapters.state import (
     select_clients,
 )
 from ..checks import AnyList, Count, Flag, Fraction, List, Seed, Share, Size, checked
+from ..experiment import Result, Run, training_options
 from ..federation.display import displayed
 from ..federation.split import Split
 from ..merging.merge import merge_exact
@@ -171,6 +173,22 @@ class Algorithm:
     def local_cost(self, steps: int) -> int:
         """The optimiser steps that ``steps`` local steps of a round are, all phases and models counted."""
         return sum(phase.steps(steps) * phase.models for phase in self.phases)
+
+    def __call__(self, run: Run, lr_scale: float = 1.0) -> Result:
+        """The algorithm as a method of the comparison: it has as many rounds as the run's steps allow, and
+        ``lr_scale`` times its learning rate. Raises ``ValueError`` where whole rounds do not add up to the budget."""
+        setting = run.setting
+        round_cost = self.local_cost(setting.round_steps)
+        rounds, rest = divmod(setting.total_steps - self.local_cost(self.finetune_steps), round_cost)
+        if rounds < 0 or rest:
+            raise ValueError(f"{self.name}: rounds of {round_cost} steps do not make {setting.total_steps}")
+        began = time.perf_counter()
+        options = training_options(setting, lr_scale) | dict(seed=run.seed, rounds=rounds)
+        options |= dict(local_steps=setting.round_steps, participation=setting.participation)
+        options |= dict(eval_split=run.eval_split, eval_every=run.eval_every)
+        result = run_algorithm(self, run.adapted, run.federation.train, **options)
+        seconds = time.perf_counter() - began
+        return Result(result.adapted, result.personal, result.ledger, seconds, history=result.history)
 
 
 @displayed

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..adapters.lora import AdaptedBackbone
 from ..checks import Count, Flag, List, Named, PathLike, Seeds, Size, checked, invalid
-from ..experiment import Method, Result, Run, prepare
+from ..experiment import AnyMethod, Prepare, Result, Run, prepare
 from ..federation.split import Federation, Split
 from ..files import FileError, digest, fingerprint, reading, tensor_digest, write_atomically
 from ..results import result_rows
@@ -43,7 +43,7 @@ def union(split: Split, per_client: Size) -> Split:
 
 @checked
 def sweep(
-    methods: Named[Method],
+    methods: Named[AnyMethod],
     settings: Named[Setting],
     seeds: Seeds,
     folder: PathLike,
@@ -51,7 +51,7 @@ def sweep(
     eval_split: Callable[[Federation], Split] = lambda federation: federation.test,
     union_size: Size = 25,
     eval_every: Size | None = None,
-    prepare: Callable[[Setting, int], tuple[AdaptedBackbone, Federation]] = prepare,
+    prepare: Prepare = prepare,
     shard: List[Count] = (0, 1),
     progress: Flag = False,
 ) -> pd.DataFrame:
@@ -69,14 +69,14 @@ def sweep(
     Raises ``ValueError`` when the folder holds a federation of the same name and another setting or a damaged file (a
     ``FileError``), for names that would share a file or make none, for a seed given twice, and for no such shard.
 
-    A method of your own beside one of the comparison (LG-FedAvg shares the head and keeps the rest; arXiv 2001.01523):
+    ``methods``: functions of a ``Run``, algorithms, or estimators, by name (``as_method``). An algorithm of your own
+    beside one of the comparison (LG-FedAvg shares the head and keeps the rest; arXiv 2001.01523):
 
     >>> import tempfile
     >>> from potara_lite import leaderboard
-    >>> from potara_lite.baselines.methods import METHODS, from_algorithm
+    >>> from potara_lite.baselines.methods import METHODS
     >>> from potara_lite.baselines.rounds import Algorithm, is_head
-    >>> lg_fedavg = from_algorithm(Algorithm("LG-FedAvg", is_uploaded=is_head))
-    >>> mine = {"LG-FedAvg": lg_fedavg, "local": METHODS["local"]}
+    >>> mine = {"LG-FedAvg": Algorithm("LG-FedAvg", is_uploaded=is_head), "local": METHODS["local"]}
     >>> tiny = Setting(clients=2, train_size=8, calibration_size=4, test_size=8, rounds=1, round_steps=1, local_steps=1)
     >>> rows = sweep(mine, {"tiny": tiny}, seeds=[0, 1], folder=tempfile.mkdtemp())
     >>> leaderboard(rows).loc["tiny", "bytes"].sort_index().tolist()

@@ -23,12 +23,12 @@ from torch.nn import functional as F
 from potara_lite.adapters.state import adapter_bytes, client_adapter, delta, flatten
 from potara_lite.baselines import algorithms, methods as M
 from potara_lite.baselines.sweep import COLUMNS, fingerprint, read_histories, read_results, sweep, union
-from potara_lite.estimators import ESTIMATORS, Estimate
+from potara_lite.estimators import ESTIMATORS, Estimate, on_calibration
 from potara_lite.experiment import ORACLE, Run, local_from_federated, local_model, train_pair, with_estimator
 from potara_lite.federation.split import Federation, Split
 from potara_lite.merging.merge import merge_exact
 from potara_lite.plots import frontiers
-from potara_lite.results import leaderboard, paired_differences, pareto_front
+from potara_lite.results import compare, leaderboard, paired_differences, pareto_front
 from potara_lite.setting import Setting
 from potara_lite.training.fedavg import fedit
 from potara_lite.training.train import evaluate, train
@@ -718,3 +718,46 @@ def test_the_script_runs_at_its_quick_scale(tmp_path, monkeypatch, capsys):
     comparison.main()
     pd.testing.assert_frame_equal(rows, pd.read_csv(tmp_path / "comparison-quick.csv.gz"))
     assert "potara-calibrated" in capsys.readouterr().out
+
+
+def estimate_at_one_fifth(adapted, federated, local, split):
+    assert isinstance(split, Split)
+    return Estimate(torch.full((len(split),), 0.2, dtype=torch.float64))
+
+
+def one_fifth(adapted, federated, local, split):
+    return torch.full((len(split),), 0.2, dtype=torch.float64)
+
+
+def test_a_method_of_your_own_is_taken_as_it_is(adapted, federation, tmp_path):
+    """An estimator, with its wrappers or without, weights alone, and an algorithm; in a sweep and in ``compare``."""
+    at_one_fifth = {
+        "estimator": estimate_at_one_fifth,
+        "weights": one_fifth,
+        "method": with_estimator(estimate_at_one_fifth),
+        "wrapped twice": with_estimator(on_calibration(estimate_at_one_fifth)),
+    }
+    own = at_one_fifth | {"algorithm": algorithms.FEDIT, "from_algorithm": M.from_algorithm(algorithms.FEDIT)}
+    options = dict(seeds=[0, 1], prepare=lambda setting, seed: (adapted, federation))
+    rows = sweep(own, {"one": SETTING}, folder=tmp_path, **options)
+    compared = compare(SETTING, methods=own, **options)
+    for found in (rows, compared):
+        loss = {name: part.sort_values(["seed", "client"]).loss.tolist() for name, part in found.groupby("method")}
+        assert loss["weights"] == loss["method"] == loss["wrapped twice"] == loss["estimator"]
+        assert loss["algorithm"] == loss["from_algorithm"] != loss["estimator"]
+        assert found.weight[found.method.isin(at_one_fifth)].eq(0.2).all() and len(found) == 2 * 3 * len(own)
+
+
+@pytest.mark.parametrize("wrong", [3, Estimate, lambda a, b: 0, lambda: 0, "uniform", None])
+def test_a_wrong_method_is_refused_before_anything_is_trained(wrong, tmp_path):
+    def prepare(setting, seed):
+        raise AssertionError("prepared")
+
+    for function in (
+        lambda: sweep({"mine": wrong}, {"one": SETTING}, [0], tmp_path, prepare=prepare),
+        lambda: compare(SETTING, methods={"mine": wrong}, prepare=prepare),
+    ):
+        with pytest.raises(ValueError, match=r"methods\['mine'\] must be a function of a run, an Algorithm or an est"):
+            function()
+    with pytest.raises(ValueError, match="estimator must be a function of"):
+        with_estimator(lambda run: 0)
