@@ -127,7 +127,7 @@ def label_counts(
     check_names(names, [split])
     counts = np.stack([np.bincount(split.client(i)[1].cpu(), minlength=len(names)) for i in range(len(split))])
     ax = _axes(ax, 8, 1.2 + 0.32 * len(counts))
-    ax.imshow(counts, cmap="Blues", aspect="auto")
+    ax.imshow(counts, cmap="Blues", aspect="auto", vmin=0)
     for (client, k), count in np.ndenumerate(counts):
         if count:
             shade = "white" if count > counts.max() / 2 else "black"

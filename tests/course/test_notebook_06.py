@@ -7,7 +7,7 @@ from torch import nn
 from potara_lite.adapters.state import repeat_adapter
 from potara_lite.baselines.algorithms import FEDPER
 from potara_lite.baselines.rounds import fedavg
-from potara_lite.course.exercises.your_own import check_sends, check_trimmed_mean, check_wrap
+from potara_lite.course.exercises.your_own import check_gain, check_sends, check_trimmed_mean, check_wrap
 
 
 class Wrapped(nn.Module):
@@ -42,6 +42,8 @@ RIGHT = [
     (check_sends, FEDPER.is_uploaded),
     (check_sends, lambda name: "lora_A" in name or "lora_B" in name),
     (check_trimmed_mean, to_all(trimmed)),
+    (check_gain, lambda strength: 0.01 + 0.01 * strength),
+    (check_gain, lambda strength: torch.tensor(0.01 - 0.01 * strength)),
 ]
 WRONG = [
     (check_wrap, wrapping(lambda encoder, head, x: encoder(x)), "returns a Output"),
@@ -75,6 +77,11 @@ WRONG = [
     (check_trimmed_mean, to_all(lambda t: t[1:-1].mean(0)), "sort over the clients first"),
     (check_trimmed_mean, to_all(lambda t: t.median(0).values), "the median"),
     (check_trimmed_mean, to_all(lambda t: 2 * trimmed(t)), "entry 'layer.lora_A.weight': off by"),
+    (check_gain, lambda strength: 0.02, "does the strength reach the data"),
+    (check_gain, lambda strength: 12 + strength, "take means and not sums"),
+    (check_gain, lambda strength: float("nan"), "take means and not sums"),
+    (check_gain, lambda strength: [strength, 1], "yours is a list"),
+    (check_gain, lambda strength: 1 / 0, "stopped with ZeroDivisionError"),
 ]
 
 

@@ -157,3 +157,27 @@ def check_trimmed_mean(function: Callable[[Adapter, Tensor], Adapter]) -> str:
         "that is the median, which trims all but the middle": each(lambda tensor, sizes: tensor.quantile(0.5, 0)),
     }
     return check(function, each(trimmed), inputs, mistakes)
+
+
+def check_gain(function: Callable[[float], float]) -> str:
+    """The open task: how much lower, in nats, the mean test loss of your λ is than that of ½, for a strength of what
+    is each client's own. Only properties are checked: two numbers that differ and are differences of losses.
+
+    >>> check_gain(lambda strength: 0.01)
+    'hint: strength 0 and strength 3 give the same number: does the strength reach the data?'
+    """
+    answers = [run(function, (strength,)) for strength in (0.0, 3.0)]
+    if all(answer is None or answer is ... for answer in answers):
+        return "not attempted"
+    for answer in answers:
+        if isinstance(answer, Exception):
+            return f"hint: your function stopped with {type(answer).__name__}: {answer}"
+        try:
+            number = float(answer)
+        except (TypeError, ValueError):
+            return f"hint: the answer is a number for each strength; yours is a {type(answer).__name__}"
+        if not abs(number) < 1:
+            return f"hint: {number:.3g} nats are too many for a difference of mean losses: take means and not sums"
+    if answers[0] == answers[1]:
+        return "hint: strength 0 and strength 3 give the same number: does the strength reach the data?"
+    return "correct"
