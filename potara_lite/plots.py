@@ -21,6 +21,8 @@ from .checks import AnyList, List, Named, Numbers, checked, table
 from .estimators.estimate import Estimate
 from .federation.split import Federation, Split
 
+__all__ = ["label_counts", "learning_curves", "along_weight", "weights", "paired_differences", "frontier", "frontiers"]
+
 COLOURS = {  # Okabe & Ito's palette, safe for colour-blind readers
     "federated": "#0072B2",
     "local": "#D55E00",
@@ -267,7 +269,7 @@ def paired_differences(differences: Differences, *, label: str = "accuracy", ax:
     ax.axvline(0, color="#888888", linewidth=1, zorder=0)
     ax.set_yticks(rows, [", ".join(name) if isinstance(name, tuple) else name for name in differences.index])
     ax.set_ylim(len(differences) - 0.5, -0.5)
-    ax.set_xlabel(f"difference in {label} (mean over seeds, standard error)")
+    ax.set_xlabel(f"difference in {label}, ± standard error")
     return ax.figure
 
 

@@ -6,6 +6,7 @@ import re
 import pytest
 from test_results import ROOT, script
 
+from potara_lite import plots
 from potara_lite.baselines.methods import METHODS
 
 figures, pages = script("figures"), script("pages")
@@ -54,7 +55,7 @@ def test_a_figure_that_would_not_be_shown_is_an_error(page, texts, said):
     assert said in str(error.value)
 
 
-RUN = ("docs/data.md", "docs/how_do_i.md")  # the pages whose code is run
+RUN = ("docs/data.md", "docs/gallery.md", "docs/how_do_i.md")  # the pages whose code is run
 BLOCK = re.compile(r"^(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)^```$", re.M | re.S)
 
 
@@ -91,6 +92,13 @@ def test_the_commonest_jobs_are_short():
     page = (ROOT / "docs" / "how_do_i.md").read_text()
     assert len(re.findall(r"^### … .*\?$", page, re.M)) >= 20
     assert all(source.count("\n") <= 12 for _, source in BLOCK.findall(page))
+
+
+def test_the_gallery_shows_every_figure():
+    page = (ROOT / "docs" / "gallery.md").read_text()
+    for name in plots.__all__:
+        assert f"plots.{name}" in page, name
+    assert all((ROOT / "docs" / picture).is_file() for picture in re.findall(r"\]\((gallery/\S+)\)", page))
 
 
 def test_the_code_of_a_page_is_held_to_what_it_shows():
