@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import regex
+import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten as tree_flatten, tree_unflatten as tree_unflatten
 
 ATTENTION = "potara_lite"  # the name of our attention and mask functions in the registries of transformers
@@ -49,6 +52,20 @@ def last_token_padding(network: nn.Module) -> int | None:
             f"token of the vocabulary, 0 … {vocabulary - 1}, such as the tokenizer's pad_token_id, before attach"
         )
     return padding
+
+
+@contextmanager
+def attention_under_vmap() -> Iterator[None]:
+    """Within it, torch's own attention (``scaled_dot_product_attention``, ``nn.MultiheadAttention``) is made of
+    operations that ``vmap`` and forward-mode derivatives take; its fused kernels warn there at every call and run one
+    client after another."""
+    is_fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fused)
 
 
 def make_attention_explicit(network: nn.Module) -> None:

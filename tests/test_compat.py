@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
-from potara_lite import Execution, evaluate
+from potara_lite import Execution, attach, estimate_paper, evaluate, from_tensors, repeat_adapter, train
 from potara_lite.compat import (
     ATTENTION,
     dropout_rate,
@@ -70,6 +71,42 @@ def test_explicit_attention_computes_the_same_and_vmap_takes_it(kind, start):
     after = torch.stack([hidden(one, its_mask) for one, its_mask in zip(ids, mask)])
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
     torch.testing.assert_close(vmap(hidden)(ids, mask), before, rtol=0, atol=1e-6)
+
+
+class FusedAttention(nn.Module):
+    """A network of one's own around one of torch's fused attentions."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.inner, self.head = kind, nn.Linear(16, 48 if kind == "sdpa" else 16), nn.Linear(16, 3)
+        self.layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        if self.kind == "layer":
+            return self.head(self.layer(self.inner(x)).mean(1))
+        q, k, v = self.inner(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        return self.head(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "layer"])
+def test_fused_attention_runs_for_all_clients_at_once_without_a_warning(kind):
+    """And gives the losses and gradients that one client after another gives; torch's own switch stays as it was."""
+    adapted = attach(FusedAttention(kind), targets=["inner"], head="head", rank=2)
+    data = torch.randn(40, 5, 16, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 3
+    federation = from_tensors([data, data], test_size=0.2, calibration_size=10)
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for vectorize in (True, False):
+            how = dict(execution=Execution(vectorize=vectorize))
+            start = repeat_adapter(adapted.initial, 2)
+            stack = train(adapted, start, federation.train, steps=3, batch_size=4, **how).adapters
+            moments = estimate_paper(adapted, stack, stack, federation.train).moments
+            found.append([*evaluate(adapted, stack, federation.test, **how), moments.a])
+    for together, alone in zip(*found):
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled() and torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_other_models_of_the_process_keep_their_attention():

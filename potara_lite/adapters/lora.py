@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..checks import Device, List, PathLike, Positive, Seed, Size, checked, invalid, shown
-from ..compat import dropout_rate, has_hooks, last_token_padding, make_attention_explicit, shared_parameters
+from ..compat import (
+    attention_under_vmap,
+    dropout_rate,
+    has_hooks,
+    is_traced,
+    last_token_padding,
+    make_attention_explicit,
+    shared_parameters,
+    tree_flatten,
+)
 from ..federation.display import as_html
 from ..federation.inputs import MASK, Inputs
 from ..models.frozen_trunk import LINEAR, call_network, check_names, frozen_blocks, run_frozen_blocks
@@ -96,7 +105,10 @@ class AdaptedBackbone:
             weights |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
         def run(*args, **kwargs):
-            return functional_call(self.model, weights, args, kwargs)
+            leaves = [*weights.values(), *tree_flatten((args, kwargs))[0]]
+            is_mapped = any(is_traced(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+            with attention_under_vmap() if is_mapped else nullcontext():
+                return functional_call(self.model, weights, args, kwargs)
 
         with nullcontext() if torch.compiler.is_compiling() else self.state.lock:  # a compiler cannot take a lock
             return call_network(run, self.with_padding(x), self.frozen_blocks)
