@@ -6,6 +6,7 @@
     python benchmarks/comparison.py --scale paper --device cuda --data datasets   # CIFAR-100 and ViT-B/16, downloaded
     python benchmarks/comparison.py --tune             # the methods' options, by calibration examples of seed 100
     python benchmarks/comparison.py --report           # rows and figure from what is finished
+    python benchmarks/comparison.py --only FlexLoRA "Fisher merging"   # these again, the other rows as they are
 
 If interrupted, it continues where it stopped (``comparison/``). Processes share the federations, seeds and cores.
 Grey CIFAR-10 is dealt from its test split, which the backbone has not seen: by torchvision from the folder SOURCE, or
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -205,6 +207,13 @@ def keep(rows: pd.DataFrame, path: Path) -> None:
     rows.to_csv(path, index=False, compression={"method": "gzip", "mtime": 0})
 
 
+def with_the_others(rows: pd.DataFrame, path: Path, only: Sequence[str]) -> pd.DataFrame:
+    """The rows of these methods, and of all other methods those that the file has."""
+    kept = pd.read_csv(path)
+    is_again = kept.method.str.split(r" \(").str[0].isin(only)
+    return pd.concat([kept[~is_again], rows[kept.columns]], ignore_index=True)
+
+
 def report(rows: pd.DataFrame, name: str, folder: Path) -> None:
     """Write the rows and the figure."""
     keep(rows, folder / f"comparison-{name}.csv.gz")
@@ -224,6 +233,8 @@ def work(number: int, args: argparse.Namespace) -> None:
     if args.tune:  # calibration examples train nobody, and more of them cost next to nothing
         methods, seeds, options = candidates(), [100], {"eval_split": lambda federation: federation.calibration}
         settings = {name: replace(setting, calibration_size=150) for name, setting in settings.items()}
+    if args.only:
+        methods = {name: method for name, method in methods.items() if name.split(" (")[0] in args.only}
     elsewhere = {"paper": prepare_paper, "grey-cifar10": prepare_grey}
     load = partial(elsewhere[args.scale], args.data) if args.scale in elsewhere else prepare
     shard = number, args.processes
@@ -235,6 +246,7 @@ def main() -> None:
     parser.add_argument("--scale", default="lab", choices=SCALES)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--only", nargs="+", default=(), help="methods that are run again; an --out of their own")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", default="datasets", help="where torchvision keeps what it downloads, or CIFAR-10 is")
@@ -248,6 +260,8 @@ def main() -> None:
         run = {"processes": args.processes, "rows before": before, "minutes": (time.perf_counter() - began) / 60}
         (folder / f"comparison-{args.name}.json").write_text(json.dumps(run | facts(), indent=1) + "\n")
     rows = read_results(args.out / args.name)
+    if args.only:
+        rows = with_the_others(rows, HERE / f"comparison-{args.name}.csv.gz", args.only)
     if args.tune:
         keep(rows, folder / f"comparison-{args.name}.csv.gz")
         print(*(f"{method}: {options}" for method, options in best(rows).items()), sep="\n")
