@@ -258,7 +258,10 @@ def main() -> None:
         before = len(read_results(args.out / args.name))
         torch.multiprocessing.spawn(work, (args,), nprocs=args.processes) if args.processes > 1 else work(0, args)
         run = {"processes": args.processes, "rows before": before, "minutes": (time.perf_counter() - began) / 60}
-        (folder / f"comparison-{args.name}.json").write_text(json.dumps(run | facts(), indent=1) + "\n")
+        run, kept = run | facts(), HERE / f"comparison-{args.name}.json"
+        if args.only and kept.is_file():
+            run = json.loads(kept.read_text()) | {"again": {"methods": list(args.only)} | run}
+        (folder / kept.name).write_text(json.dumps(run, indent=1) + "\n")
     rows = read_results(args.out / args.name)
     if args.only:
         rows = with_the_others(rows, HERE / f"comparison-{args.name}.csv.gz", args.only)
