@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import pandas as pd
 import pytest
 import torch
+from offline import PHONE, WIDE, opened_offline, sticking_out, use_every_control
 
 from potara_lite.course import explorer_page
 from potara_lite.course.bound_explorer import bound_explorer
@@ -97,3 +98,61 @@ def test_a_page_is_small(box):
     page = page_of(box())
     assert len(page.encode()) <= 250_000
     assert "http" not in re.sub(r"http://www\.w3\.org/[\w/]+", "", page)  # nothing but the names of SVG
+
+
+def written(folder, *boxes):
+    path = folder / "explorers.html"
+    head = '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    path.write_text(f"{head}<article>{''.join(map(page_of, boxes))}</article>", encoding="utf-8")
+    return path
+
+
+def small_weight_slider():
+    return weight_slider(WEIGHTS[::5], LOSS[:2, ::5], 1 / LOSS[:2, ::5])
+
+
+def test_every_control_works_without_a_kernel_and_a_network(tmp_path):
+    scores = pd.DataFrame({0: [0.8, 0.7], 1: [0.6, 0.7], 2: [0.7, 0.9]}, index=["FedIT", "local"])
+    with opened_offline(
+        written(tmp_path, small_weight_slider(), bound_explorer(), seeds_explorer(scores)), WIDE
+    ) as page:
+        assert use_every_control(page) == 3
+
+
+def test_the_page_agrees_with_the_widgets_and_the_curve_appears(tmp_path):
+    box = small_weight_slider()
+    client, weight, text, picture = box.children
+    with opened_offline(written(tmp_path, box), WIDE) as page:
+
+        def agrees():
+            svg = unquote(page.locator("img").first.get_attribute("src"))
+            covers, rings = (
+                [re.findall(shape, shown) for shown in (svg, bytes(picture.value).decode())]
+                for shape in (r"<rect data-at[^>]*>", "<circle[^>]*>")
+            )
+            assert covers[0] == covers[1] and rings[0] == rings[1] != []
+            assert page.locator("p").inner_text() == text.value
+            assert page.locator("output").inner_text() == weight.label
+            return len(covers[0])
+
+        hidden = [agrees()]
+        for key, step in (("ArrowLeft", -1), ("End", 3), ("ArrowLeft", -1)):
+            page.locator("input").press(key)
+            weight.index += step
+            hidden.append(agrees())
+        assert hidden == [8, 6, 2, 2]
+        page.locator("select").select_option(index=1)
+        client.value = 1
+        assert agrees() == 8
+
+
+def test_on_a_phone_a_finger_moves_the_slider_and_the_panels_stand_below_each_other(tmp_path):
+    with opened_offline(written(tmp_path, small_weight_slider()), PHONE, has_touch=True) as page:
+        slider, said = page.locator("input"), page.locator("p").inner_text()
+        box = slider.bounding_box()
+        assert box["height"] >= 40
+        page.touchscreen.tap(box["x"] + 0.9 * box["width"], box["y"] + box["height"] / 2)
+        assert page.locator("p").inner_text() != said
+        left, right = (image.bounding_box() for image in page.locator("img").all())
+        assert right["y"] >= left["y"] + left["height"] and right["width"] == left["width"] > 0.9 * (PHONE - 16)
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE and not sticking_out(page)
