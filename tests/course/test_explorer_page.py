@@ -6,6 +6,7 @@ from html import unescape
 from itertools import product
 from urllib.parse import unquote
 
+import notebook_outputs
 import pandas as pd
 import pytest
 import torch
@@ -73,6 +74,11 @@ def test_a_reader_without_javascript_sees_the_whole_picture_of_the_start():
     assert unescape(alternative) == text and f">{text}</p>" in page
     assert "data-at" not in unquote(picture) and unquote(picture).count("<circle") == 2
     assert 'data-at="20"' in pictures(data_in(page))[0]
+
+
+def test_of_a_page_in_a_notebook_the_text_is_compared():
+    assert notebook_outputs.readable(page_of(small())) == "0 &amp; 1"
+    assert notebook_outputs.readable("<p>λ 0.50</p>") == "<p>λ 0.50</p>"
 
 
 def test_both_ways_to_show_it_are_displayed():
