@@ -29,12 +29,14 @@ nb_execution_mode = "off"  # what is committed was executed; CI executes it agai
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "attrs_inline"]
 myst_heading_anchors = 3
-nb_ipywidgets_js = {}  # the sliders need a kernel; their cells are tagged remove-output
+nb_ipywidgets_js = {}  # the sliders carry a page that needs no kernel
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 html_theme = "furo"  # search, dark mode, previous and next
 html_title = "potara_lite"
-html_static_path = [str(Path(jupyter_server_mathjax.__file__).parent / "static")]  # formulas without a network
+html_static_path = ["static", str(Path(jupyter_server_mathjax.__file__).parent / "static")]  # formulas offline
+html_css_files = ["book.css"]
 mathjax_path = "MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe"
 mathjax2_config = {
     "HTML-CSS": {"availableFonts": [], "imageFont": None, "preferredFont": None, "webFont": "STIX-Web"},

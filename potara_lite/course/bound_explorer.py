@@ -41,8 +41,7 @@ def bound_explorer(a: Finite = 1.0, b: Finite = 0.6, rho: Finite = 0.2) -> ipywi
     figure = _axes()
     svg = as_svg(figure)
 
-    def show() -> tuple[str, str]:
-        a, b, rho = (one.value for one in sliders)
+    def show(a: float, b: float, rho: float) -> tuple[str, str]:
         c = rho * (a * b) ** 0.5
         free, moments = (b - c) / (a + b - 2 * c), Moments(a, b, c)
         weight, bound = float(moments.weight), float(moments.optimum)
@@ -52,7 +51,7 @@ def bound_explorer(a: Finite = 1.0, b: Finite = 0.6, rho: Finite = 0.2) -> ipywi
             text = f"bound {bound:.2f}; the better model alone has {min(a, b):.2f}"
         return f"c = {c:.2f}: λ* = {free:.2f}, {text}", add_to_svg(svg, _shapes(a, b, c, free, weight, *figure.axes))
 
-    return explorer(sliders, show)
+    return explorer(sliders, show, panels=2)
 
 
 def _slider(description: str, values: list[float], start: float) -> ipywidgets.SelectionSlider:
@@ -70,11 +69,13 @@ def _shapes(a: float, b: float, c: float, free: float, weight: float, left: Axes
         return w**2 * a + (1 - w) ** 2 * b + 2 * w * (1 - w) * c
 
     x = np.linspace(-0.5, 1.5, 201)
-    x = x[bound(x) <= TOP]  # a parabola that opens upwards stays below a height on one interval
-    points = " ".join(f"{across:.1f},{down:.1f}" for across, down in positions_in(left, x, bound(x)))
+    start, end = x[bound(x) <= TOP][[0, -1]]  # a parabola that opens upwards stays below a height on one interval
+    tangents_meet = start * end * a + (1 - start) * (1 - end) * b + (start + end - 2 * start * end) * c
+    points = positions_in(left, [start, (start + end) / 2, end], [bound(start), tangents_meet, bound(end)])
+    curve = "M{:.1f} {:.1f}Q{:.1f} {:.1f} {:.1f} {:.1f}".format(*(number for point in points for number in point))
     is_outside = c > min(a, b) + 1e-9
     stroke = RED if is_outside else COLOURS["predicted"]
-    shapes = [f'<polyline points="{points}" fill="none" stroke="#444444" stroke-width="2"/>']
+    shapes = [f'<path d="{curve}" fill="none" stroke="#444444" stroke-width="2"/>']
     for (across, down), model in zip(positions_in(left, [1, 0], [a, b]), ("federated", "local")):
         shapes.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="5" fill="{COLOURS[model]}"/>')
     if -0.5 <= free <= 1.5:
@@ -89,7 +90,7 @@ def _shapes(a: float, b: float, c: float, free: float, weight: float, left: Axes
 
 def _axes() -> Figure:
     """The empty picture: the bound along λ, and the map of all moments."""
-    figure = Figure(figsize=(8, 3.1), layout="constrained", dpi=72)
+    figure = Figure(figsize=(8, 3), layout="constrained", dpi=72)
     left, right = figure.subplots(1, 2)
     for strip in ((-0.5, 0), (1, 1.5)):
         left.axvspan(*strip, color=RED, alpha=0.1, linewidth=0)
@@ -99,7 +100,7 @@ def _axes() -> Figure:
         xlabel="mixing weight λ (0 = local, 1 = federated)",
         ylabel="E‖error‖² (bound × 2 / β)",
     )
-    x = np.linspace(-4.5, 4.5, 301)
+    x = np.linspace(-4.5, 4.5, 61)
     right.fill_between(x, 2 ** (-np.abs(x) / 2), 1, color=RED, alpha=0.15, linewidth=0)
     right.set(xlim=(-4.5, 4.5), ylim=(-0.6, 1), ylabel="correlation ρ of the errors", xlabel="b / a")
     right.set_xticks([-4, -2, 0, 2, 4], ["1/16", "1/4", "1", "4", "16"])

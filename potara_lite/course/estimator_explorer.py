@@ -80,19 +80,18 @@ def estimator_explorer(rows: Rows) -> ipywidgets.VBox:
     def drawn(i: int, length: int) -> str:
         return _draw(lines.loc[[(i, length)]], _spline(lines.loc[[i]])(FINE))
 
-    def show() -> tuple[str, str]:
-        i, length = client.value, steps.value
+    def show(i: int, length: int) -> tuple[str, str]:
         line = lines.loc[i, length]
         regrets = (f"{METHODS[m][0]} {line[f'loss_{m}'] - line.loss_oracle:.3f}" for m in METHODS if m != "oracle")
         best = f"client {i}, {length} local steps: best λ = {line.weight_oracle:.2f}"
         return f"{best}; regret in nats: {', '.join(regrets)}", drawn(i, length)
 
-    return explorer([client, steps], show, text=ipywidgets.HTML(), width=720)
+    return explorer([client, steps], show, text=ipywidgets.HTML(), width=600)
 
 
 def _draw(line: pd.DataFrame, all_lengths: np.ndarray) -> str:
     """One state as SVG; the vertical scale is that of the client's curves at all lengths."""
-    figure = Figure(figsize=(8, 3.4), layout="constrained", dpi=72)
+    figure = Figure(figsize=(6, 4.2), layout="constrained", dpi=72)
     panel = figure.subplots()
     curve = _spline(line)
     panel.plot(FINE, curve(FINE)[0], color="#444444", linewidth=1.5)
@@ -104,5 +103,5 @@ def _draw(line: pd.DataFrame, all_lengths: np.ndarray) -> str:
     margin = 0.06 * np.ptp(all_lengths)
     panel.set_ylim(all_lengths.min() - margin, all_lengths.max() + margin)
     panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False, fontsize=10)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=10, ncols=2)
     return as_svg(figure)

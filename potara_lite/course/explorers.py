@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import List, Numbers, PositiveOrInf, checked
 from ..federation.split import Split
 from ..plots import check_names, colour, label_counts
-from .widgets import Curve, add_to_svg, as_svg, dropdown, explorer, positions_in, ring, slider
+from .widgets import Curve, add_to_svg, as_svg, covers, dropdown, explorer, positions_in, ring, slider
 
 Degrees = Annotated[Tensor, Numbers("T")]
 Turned = Annotated[Tensor, Numbers("C T")]  # of each client at each angle
@@ -34,26 +34,28 @@ def heterogeneity_explorer(alphas: List[PositiveOrInf], splits: List[Split], nam
     if len(alphas) != len(splits):
         raise ValueError(f"alphas: {len(alphas)} concentrations, but {len(splits)} splits")
     check_names(names, splits)
-    labels = [("∞" if np.isinf(alpha) else f"{alpha:g}", i) for i, alpha in enumerate(alphas)]
-    alpha = slider("few kinds each ← α → all kinds alike", labels, index=len(alphas) // 2)
+    shown = [("∞" if np.isinf(alpha) else f"{alpha:g}", i) for i, alpha in enumerate(alphas)]
+    alpha = slider("few kinds each ← α → all kinds alike", shown, index=len(alphas) // 2)
 
     @cache
     def drawn(i: int) -> str:
-        return as_svg(label_counts(splits[i], names))
+        figure = label_counts(splits[i], names)
+        figure.set(figwidth=6, dpi=72)
+        return as_svg(figure)
 
-    def show() -> tuple[str, str]:
-        split = splits[alpha.value]
+    def show(i: int) -> tuple[str, str]:
+        split = splits[i]
         labels = [split.client(i)[1].cpu().numpy() for i in range(len(split))]
         counts = np.stack([np.bincount(y, minlength=len(names)) for y in labels])
         commonest = (counts.max(1) / counts.sum(1)).mean()
         together = counts.sum(0).max() / counts.sum()
         text = (
-            f"α = {alpha.label}: a client has {(counts > 0).sum(1).mean():.1f} of {len(names)} kinds, its "
+            f"α = {shown[i][0]}: a client has {(counts > 0).sum(1).mean():.1f} of {len(names)} kinds, its "
             f"commonest is {commonest:.0%} of its images (of all clients' images together: {together:.0%})"
         )
-        return text, drawn(alpha.value)
+        return text, drawn(i)
 
-    return explorer([alpha], show)
+    return explorer([alpha], show, width=600)
 
 
 @checked
@@ -64,8 +66,8 @@ def basis_explorer(
 
     ``degrees`` ``(T,)``; ``loss`` (nats) and ``accuracy`` (fractions) ``(C, T)`` of the merge by factors; the levels
     ``(C,)`` of the merge by deltas, which is the same at every angle. The clients' mean is shown first. A picture is
-    drawn once; dragging only moves the ring. The children of the box are the client, the slider, the text and the
-    picture.
+    drawn once; dragging only moves the ring, and the curves appear where it has been. The children of the box are the
+    client, the slider, the text and the picture.
 
     Raises ``ValueError`` when the shapes do not fit.
 
@@ -86,16 +88,15 @@ def basis_explorer(
     def drawn(i: int) -> tuple[str, list[Curve]]:
         return _turning(x, (losses[i], accuracies[i]), (loss_levels[i], accuracy_levels[i]))
 
-    def show() -> tuple[str, str]:
-        i, at = client.value, angle.value
+    def show(i: int, at: int) -> tuple[str, str]:
         svg, curves = drawn(i)
         text = (
-            f"{client.label}, turned by {x[at]:.0f}°: by factors loss {losses[i, at]:.3f} nats, accuracy "
+            f"{client.options[i][0]}, turned by {x[at]:.0f}°: by factors loss {losses[i, at]:.3f} nats, accuracy "
             f"{accuracies[i, at]:.3f}; by deltas {loss_levels[i]:.3f} and {accuracy_levels[i]:.3f}"
         )
         return text, add_to_svg(svg, [ring(curve[at]) for curve in curves])
 
-    return explorer([client, angle], show)
+    return explorer([client, angle], show, panels=2)
 
 
 def _mean_first(values: Tensor) -> np.ndarray:
@@ -114,5 +115,7 @@ def _turning(x: np.ndarray, curves: Sequence[np.ndarray], levels: Sequence[float
         panel.set(xlabel="angle by which the basis is turned (degrees)", ylabel=label, xticks=range(0, 181, 45))
         panel.margins(0.07)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    return as_svg(figure), [positions_in(panel, x, y) for panel, y in zip(panels, curves)]
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", fontsize=9, ncols=2)
+    svg = as_svg(figure)
+    hidden = [cover for panel in panels for cover in covers(panel, x)]
+    return add_to_svg(svg, hidden), [positions_in(panel, x, y) for panel, y in zip(panels, curves)]

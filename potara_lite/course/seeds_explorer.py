@@ -14,8 +14,8 @@ from ..checks import Count, Numbers, checked, table
 from ..plots import colour
 from .widgets import explorer
 
-WIDTH, LINE, TOP = 760, 26, 44  # of the picture: its width, and the height of a line and of the headings
-LEFT, RIGHT = 250, 510  # where the lines between the two rankings begin and end
+WIDTH, LINE, TOP = 580, 26, 44  # of the picture: its width, and the height of a line and of the headings
+LEFT, RIGHT = 200, 360  # where the lines between the two rankings begin and end
 
 
 def _check_numbers(scores: pd.DataFrame) -> pd.DataFrame:
@@ -47,8 +47,8 @@ def seeds_explorer(
         for i, seed in enumerate(scores)
     ]
 
-    def show() -> tuple[str, str | None]:
-        on = np.array([switch.value for switch in switches])
+    def show(*chosen: bool) -> tuple[str, str | None]:
+        on = np.array(chosen)
         if on.all() or not on.any():
             return "leave at least one seed on and one off", None
         left, right = (_ranking(scores.loc[:, side]) for side in (on, ~on))
@@ -60,7 +60,7 @@ def seeds_explorer(
         )
         return text, _draw(left, right, names)
 
-    return explorer(switches, show, row=True)
+    return explorer(switches, show, width=WIDTH, row=True)
 
 
 def _ranking(scores: pd.DataFrame) -> pd.Series:

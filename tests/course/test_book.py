@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from offline import WIDE, opened_offline, sticking_out, use_every_control
 
 pytest.importorskip("myst_nb", reason="the book needs the extra `docs`")
 
@@ -69,6 +70,21 @@ def test_pages_load_nothing_from_elsewhere(book):
             r"<(?:script|img)[^>]* src=\"([^\"]+)\"|<link[^>]* rel=\"stylesheet\"[^>]* href=\"([^\"]+)\"", text
         )
         assert not [one for pair in loaded for one in pair if one.startswith(("http", "//"))], path
+
+
+def test_explorers_work_without_a_kernel_and_a_network(book):
+    pages = [path for path in book.rglob("*.html") if 'class="potara-explorer"' in path.read_text()]
+    assert pages
+    for path in pages:
+        with opened_offline(path, WIDE) as page:
+            assert use_every_control(page) >= 1
+
+
+def test_on_a_phone_everything_fits_or_scrolls_in_its_block(book):
+    for path in [book / "docs" / "index.html", *(book / "notebooks" / f"{name}.html" for name in LESSONS)]:
+        with opened_offline(path, 360) as page:
+            assert not sticking_out(page), path
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
 
 
 def test_the_front_page_leads_to_every_notebook_and_each_takes_two_minutes_at_most(book):

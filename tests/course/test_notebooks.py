@@ -190,7 +190,26 @@ def test_slider_shows_the_precomputed_values():
         seen.add(picture.value)
     client.value = 1
     assert text.value.startswith("client 1, λ = 1.00: loss 0.500 nats (0.000 above its lowest)")
-    assert len(seen | {picture.value}) == len(WEIGHTS) + 1
+    assert len(seen | {picture.value}) == 1 + len(WEIGHTS) + 1  # the start, every position, the other client
+
+
+def test_the_curve_appears_where_the_slider_has_been():
+    client, slider, _, picture = weight_slider(WEIGHTS, LOSS, 1 - LOSS).children
+
+    def hidden():
+        found = re.findall(r'<rect data-at="(\d)"', bytes(picture.value).decode())
+        assert len(found) == 2 * len(set(found))  # in both panels
+        return "".join(sorted(set(found)))
+
+    assert hidden() == "0134"
+    slider.index = 4  # a jump visits what lies between
+    assert hidden() == "01"
+    slider.index = 3
+    assert hidden() == "01"
+    client.value = 1
+    assert hidden() == "0124"
+    client.value = 0
+    assert hidden() == "01"
 
 
 def test_the_ring_sits_on_the_curve():
