@@ -6,6 +6,7 @@ import re
 import pytest
 from test_results import ROOT, script
 
+import potara_lite
 from potara_lite import plots
 from potara_lite.baselines.methods import METHODS
 
@@ -55,7 +56,7 @@ def test_a_figure_that_would_not_be_shown_is_an_error(page, texts, said):
     assert said in str(error.value)
 
 
-RUN = ("docs/data.md", "docs/gallery.md", "docs/how_do_i.md")  # the pages whose code is run
+RUN = ("docs/data.md", "docs/gallery.md", "docs/how_do_i.md", "docs/names.md")  # the pages whose code is run
 BLOCK = re.compile(r"^(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)^```$", re.M | re.S)
 
 
@@ -92,6 +93,11 @@ def test_the_commonest_jobs_are_short():
     page = (ROOT / "docs" / "how_do_i.md").read_text()
     assert len(re.findall(r"^### … .*\?$", page, re.M)) >= 20
     assert all(source.count("\n") <= 12 for _, source in BLOCK.findall(page))
+
+
+def test_every_public_name_is_at_work_on_a_page():
+    page = (ROOT / "docs" / "names.md").read_text()
+    assert [name for name in potara_lite.__all__ if not re.search(rf"\bpl\.{name}\b", page)] == []
 
 
 def test_the_gallery_shows_every_figure():
