@@ -17,12 +17,11 @@ from ..plots import COLOURS
 from .widgets import as_svg, dropdown, explorer, slider
 
 METHODS = {  # column of the rows: name, colour, line, marker
-    "paper_undamped": ("paper, damping 1e-8", COLOURS["potara-paper"], "-", "s"),
-    "paper": ("paper, damping relative", COLOURS["potara-paper"], "--", "D"),
-    "paper_held": ("paper, held-out", "#E69F00", "-", "^"),
-    "gradient": ("gradient, training", "#56B4E9", "-", "v"),
+    "paper": ("paper", COLOURS["potara-paper"], "-", "D"),
     "uniform": ("½", COLOURS["uniform"], ":", "P"),
-    "pooled": ("pooled curve, held-out", COLOURS["potara-calibrated"], "-", "o"),
+    "own": ("own curve", "#56B4E9", "-", "v"),
+    "pooled": ("pool", "#E69F00", "-", "^"),
+    "calibrated": ("pool, head apart", COLOURS["potara-calibrated"], "--", "o"),
     "oracle": ("oracle (test data)", COLOURS["oracle"], "-", "*"),
 }
 FINE = np.linspace(0, 1, 101)
@@ -57,9 +56,10 @@ def _spline(rows: pd.DataFrame) -> CubicSpline:
 def estimator_explorer(rows: Rows) -> ipywidgets.VBox:
     """Choose a client and the local steps; every estimator's λ is marked on the client's test loss along λ.
 
-    ``rows``: those of ``course.csv`` of one α and seed. The vertical scale is the client's and stays while the steps
-    change. The text says what the λ of each estimator costs over the client's best one. The children of the box are
-    the client, the steps, the text and the picture.
+    ``rows``: those of ``course.csv`` of one α and seed. With the head apart a merge leaves the line between the two
+    models, so its mark may lie beside the curve. The vertical scale is the client's and stays while the steps change.
+    The text says what the λ of each estimator costs over the client's best one. The children of the box are the client,
+    the steps, the text and the picture.
 
     Raises ``ValueError`` for rows of more than one federation.
 
@@ -78,7 +78,8 @@ def estimator_explorer(rows: Rows) -> ipywidgets.VBox:
 
     @cache
     def drawn(i: int, length: int) -> str:
-        return _draw(lines.loc[[(i, length)]], _spline(lines.loc[[i]])(FINE))
+        of_client = lines.loc[[i]]  # at all lengths
+        return _draw(lines.loc[[(i, length)]], np.append(_spline(of_client)(FINE), of_client.loss_calibrated))
 
     def show(i: int, length: int) -> tuple[str, str]:
         line = lines.loc[i, length]
@@ -89,19 +90,19 @@ def estimator_explorer(rows: Rows) -> ipywidgets.VBox:
     return explorer([client, steps], show, text=ipywidgets.HTML(), width=600)
 
 
-def _draw(line: pd.DataFrame, all_lengths: np.ndarray) -> str:
-    """One state as SVG; the vertical scale is that of the client's curves at all lengths."""
+def _draw(line: pd.DataFrame, losses: np.ndarray) -> str:
+    """One state as SVG; the vertical scale is that of all the client's ``losses``."""
     figure = Figure(figsize=(6, 4.2), layout="constrained", dpi=72)
     panel = figure.subplots()
     curve = _spline(line)
     panel.plot(FINE, curve(FINE)[0], color="#444444", linewidth=1.5)
     for method, (name, colour, _, marker) in METHODS.items():
-        weight = line[f"weight_{method}"].iloc[0]
+        weight, loss = line[f"weight_{method}"].iloc[0], line[f"loss_{method}"].iloc[0]
         size = 13 if method == "oracle" else 8
-        panel.plot(weight, curve(weight)[0], marker, color=colour, markersize=size, label=name, clip_on=False)
+        panel.plot(weight, loss, marker, color=colour, markersize=size, label=name, clip_on=False)
     panel.set(xlabel="mixing weight λ (0 = local, 1 = federated)", ylabel="test loss (nats)", xlim=(-0.02, 1.02))
-    margin = 0.06 * np.ptp(all_lengths)
-    panel.set_ylim(all_lengths.min() - margin, all_lengths.max() + margin)
+    margin = 0.06 * np.ptp(losses)
+    panel.set_ylim(losses.min() - margin, losses.max() + margin)
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", frameon=False, fontsize=10, ncols=2)
     return as_svg(figure)

@@ -9,13 +9,16 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from potara_lite.baselines.methods import METHODS
 from potara_lite.course.exercises.benchmark import (
     check_fair_rounds,
     check_frontier,
     check_paired_difference,
+    check_seeds_needed,
     check_share_better,
+    power,
 )
 from potara_lite.course.seeds_explorer import seeds_explorer
 
@@ -89,6 +92,35 @@ def mean_and(error):
 def test_a_wrong_answer_gets_a_hint(check, wrong, hint):
     line = check(wrong)
     assert line.startswith("hint: ") and hint in line
+
+
+def found_in_simulation(n, deviation, size, draws=20_000):
+    """How often a t-test of n differences finds ``size``: the open task without a noncentral t distribution."""
+    draw = torch.Generator().manual_seed(0)
+    differences = size + deviation * torch.randn(draws, n, generator=draw, dtype=torch.float64)
+    t = differences.mean(1) / (differences.std(1) / n**0.5)
+    return float((t > stats.t.ppf(0.975, n - 1)).double().mean())
+
+
+@pytest.mark.parametrize("n, deviation, size", [(2, 0.01, 0.02), (10, 0.01, 0.01), (48, 0.012, 0.005)])
+def test_the_power_of_the_open_task_is_that_of_a_simulation(n, deviation, size):
+    error = (power(n, deviation, size) * (1 - power(n, deviation, size)) / 20_000) ** 0.5
+    assert found_in_simulation(n, deviation, size) == pytest.approx(power(n, deviation, size), abs=4 * error)
+
+
+@pytest.mark.parametrize(
+    "answer, line",
+    [
+        (lambda deviation, size: ..., "not attempted"),
+        (lambda deviation, size: next(n for n in itertools.count(2) if power(n, deviation, size) >= 0.8), "correct"),
+        (lambda deviation, size: round((2.8 * deviation / size) ** 2), "not in 80 %"),
+        (lambda deviation, size: 200, "experiments already"),
+        (lambda deviation, size: 7.85 * (deviation / size) ** 2, "a whole number of 2 seeds or more"),
+        (lambda deviation, size: "many", "the answer is a whole number"),
+    ],
+)
+def test_the_open_task_takes_a_number_of_seeds_that_does_what_it_should(answer, line):
+    assert line in check_seeds_needed(answer)
 
 
 SCORES = pd.DataFrame(

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from potara_lite import estimate_curve, evaluate, merge_exact
 from potara_lite.course.exercises.language import (
     check_best_option,
     check_mean_pool,
     check_next_tokens,
     check_overconfidence,
+    check_report,
 )
 
 
@@ -107,3 +109,48 @@ def test_a_solution_is_correct(check, right):
 def test_a_wrong_answer_gets_a_hint(check, wrong, hint):
     line = check(wrong)
     assert line.startswith("hint: ") and hint in line
+
+
+def report_with(choose, gain):
+    """A report as a reader would write it: ``choose`` λ from a split, ``gain`` from the losses of the three models."""
+
+    def report(adapted, first, second, federation):
+        weight = choose(adapted, first, second, federation)
+        models = first, second, merge_exact(first, second, weight)
+        return weight, gain(*(evaluate(adapted, model, federation.test)[0] for model in models))
+
+    return report
+
+
+def from_calibration(adapted, first, second, federation):
+    return estimate_curve(adapted, first, second, federation.calibration).weight
+
+
+def from_test(adapted, first, second, federation):
+    return estimate_curve(adapted, first, second, federation.test).weight
+
+
+def fixed(adapted, first, second, federation):
+    return torch.full((len(federation),), 0.7)
+
+
+def over_the_better(first, second, merged):
+    return torch.minimum(first, second) - merged
+
+
+@pytest.mark.parametrize(
+    "report, line",
+    [
+        (lambda *given: ..., "not attempted"),
+        (report_with(from_calibration, over_the_better), "correct"),
+        (report_with(from_test, over_the_better), "changes with the labels of the test examples"),
+        (report_with(fixed, over_the_better), "λ must become 1 - λ"),
+        (report_with(from_calibration, lambda first, second, merged: first - merged), "the gain must stay"),
+        (report_with(from_calibration, lambda first, second, merged: -merged), "its gain is 0"),
+        (report_with(from_calibration, lambda first, second, merged: merged.mean()), "one number for each of the 3"),
+        (lambda *given: (torch.full((3,), 1.5), torch.zeros(3)), "λ must be in [0, 1]"),
+    ],
+)  # fmt: skip
+def test_the_open_task_is_checked_by_properties(report, line, adapted, federation, random_stack):
+    first, second = (random_stack(adapted, 3, seed) for seed in (0, 1))
+    assert line in check_report(report, adapted, first, second, federation)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from scipy import stats
 from torch import Tensor
 
-from .checking import check
+from .checking import check, run
 
 # Two methods on three seeds (rows) and four clients, with wins, losses and ties.
 FIRST = torch.tensor([[0.80, 0.90, 0.70, 0.75], [0.60, 0.85, 0.65, 0.70], [0.95, 0.90, 0.75, 0.80]]).double()
@@ -147,3 +148,37 @@ def check_share_better(function: Callable[[Tensor, Tensor], float]) -> str:
     """
     inputs = [(FIRST, SECOND), (SECOND, FIRST), (FIRST, SECOND[[1, 2, 0]])]
     return check(function, share_better, inputs, SHARE_BETTER_MISTAKES)
+
+
+def power(n: int, deviation: float, size: float) -> float:
+    """How often a paired t-test at the 5 % level on n seeds finds a true difference ``size``; differences of single
+    seeds are normal with the standard deviation ``deviation``."""
+    limit, shift = stats.t.ppf(0.975, n - 1), size / deviation * n**0.5
+    return float(stats.nct.sf(limit, n - 1, shift))
+
+
+def check_seeds_needed(function: Callable[[float, float], int]) -> str:
+    """The open task: the smallest number of seeds with a power of 80 %. Two per cent more or less are accepted, as the
+    number may come from a simulation.
+
+    >>> check_seeds_needed(lambda deviation, size: 5)
+    'hint: deviation 0.01, size 0.01: 5 seeds find the difference in 40 % of the experiments, not in 80 %'
+    """
+    for deviation, size in ((0.01, 0.01), (0.012, 0.005), (0.03, 0.01)):
+        found = run(function, (deviation, size))
+        if found is None or found is ... or isinstance(found, NotImplementedError):
+            return "not attempted"
+        given = f"deviation {deviation}, size {size}"
+        try:
+            n = int(found)
+        except (TypeError, ValueError):
+            return f"hint: {given}: the answer is a whole number, yours is {found!r}"
+        if n != found or n < 2:
+            return f"hint: {given}: a whole number of 2 seeds or more, not {found}"
+        if power(n, deviation, size) < 0.78:
+            often = f"{n} seeds find the difference in {power(n, deviation, size):.0%}".replace("%", " %")
+            return f"hint: {given}: {often} of the experiments, not in 80 %"
+        if n > 2 and power(n - 1, deviation, size) > 0.82:
+            often = f"{n - 1} seeds find the difference in {power(n - 1, deviation, size):.0%}".replace("%", " %")
+            return f"hint: {given}: {often} of the experiments already"
+    return "correct"

@@ -1,8 +1,10 @@
-"""Checkers of notebook 04: the Fisher information, the weight it gives, shrinkage, and regret."""
+"""Checkers of notebook 04: the Fisher information, how many images, shrinkage, regret, and a weight that beats ½."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,51 +48,23 @@ def check_diagonal_fisher(function: Callable[[Tensor, Tensor], Tensor]) -> str:
     return check(function, lambda g, n: mean(g.square(), n), inputs, mistakes)
 
 
-def check_damped_weight(function: Callable[[Tensor, Tensor, Tensor, float], float]) -> str:
-    """Exercise 2: λ in [0, 1] from the Fishers of F and L and the correlation, ``(P,)`` each, and a relative damping.
+def check_images_needed(function: Callable[[float, float, float], int]) -> str:
+    """Exercise 2: how many held-out images a client's own curve needs for an expected ``regret`` (nats) at most, from
+    the variance ``v`` of an image's slope and the curvature ``h``.
 
-    >>> check_damped_weight(lambda fisher_F, fisher_L, rho, damping: ...)
-    'not attempted'
+    >>> check_images_needed(lambda v, h, regret: math.ceil(1 / (2 * regret)))
+    'hint: that is right for a calibrated model only, where v = h'
     """
-    random = torch.Generator().manual_seed(6)
-    inputs = []
-    for size_f, size_l, rho, damping in ((1, 1, 0.4, 0.1), (4, 0.2, 0.3, 0.5), (0.1, 3, 0.2, 0.1), (6, 0.5, 1.2, 0.2)):
-        fishers = torch.rand(2, 5, generator=random, dtype=torch.float64)
-        correlation = (rho * (0.5 + torch.rand(5, generator=random, dtype=torch.float64))).clamp(0, 1)
-        inputs.append((size_f * fishers[0], size_l * fishers[1], correlation, damping))
-
-    def weight(var_f: Tensor, var_l: Tensor, rho: Tensor) -> Tensor:
-        a, b, c = var_f.sum(), var_l.sum(), (rho * (var_f * var_l).sqrt()).sum()
-        return (b - c) / (a + b - 2 * c)
-
-    def ridge(f: Tensor, p: Tensor, damping: float) -> Tensor:
-        return damping * (f.mean() + p.mean()) / 2
-
-    def free(f: Tensor, p: Tensor, rho: Tensor, damping: float) -> Tensor:
-        return weight(1 / (f + ridge(f, p, damping)), 1 / (p + ridge(f, p, damping)), rho)
-
-    def within(formula: Callable) -> Callable:
-        return lambda *given: formula(*given).clamp(0, 1)
-
+    inputs = [(1.0, 1.0, 0.01), (2.1, 1.4, 0.02), (4.0, 0.5, 0.03)]
     mistakes = {
-        "you damp L only; both models get the same δ": lambda f, p, r, d: weight(1 / f, 1 / (p + ridge(f, p, d)), r),
-        "you damp F only; both models get the same δ": lambda f, p, r, d: weight(1 / (f + ridge(f, p, d)), 1 / p, r),
-        "each model gets a δ of its own there; δ is one number, from the mean of both Fishers": (
-            lambda f, p, r, d: weight(1 / (f + d * f.mean()), 1 / (p + d * p.mean()), r)
-        ),
-        "damping is relative: δ = damping × the mean of both": lambda f, p, r, d: weight(1 / (f + d), 1 / (p + d), r),
-        "δ is damping × the mean of both Fishers; yours is with their sum": (
-            lambda f, p, r, d: weight(1 / (f + 2 * ridge(f, p, d)), 1 / (p + 2 * ridge(f, p, d)), r)
-        ),
-        "you take the Fisher for the variance; the variance is one over it": (
-            lambda f, p, r, d: weight(f + ridge(f, p, d), p + ridge(f, p, d), r)
-        ),
-        "the covariance c is missing: the sum of ρ times the root of both": lambda f, p, r, d: free(f, p, 0 * r, d),
-        "that is the weight on the local model; λ is on the federated one": lambda *given: 1 - free(*given),
+        "that is right for a calibrated model only, where v = h": lambda v, h, r: math.ceil(1 / (2 * r)),
+        "half an image is none: round up to a whole number": lambda v, h, r: v / (2 * h * r),
+        "rounded down, the regret is above the wanted one": lambda v, h, r: math.floor(v / (2 * h * r)),
+        "the factor ½ of the parabola is missing": lambda v, h, r: math.ceil(v / (h * r)),
+        "v and h are swapped: noisy slopes need more images": lambda v, h, r: math.ceil(h / (2 * v * r)),
+        "v / (n h²) is the squared error of λ; its regret is ½ h times that": lambda v, h, r: math.ceil(v / (h**2 * r)),
     }
-    known = {"the formula is right, but λ must stay in [0, 1]: here c can exceed min(a, b)": free} | mistakes
-    known |= {f"{hint} (the clipping is right)": within(mistake) for hint, mistake in mistakes.items()}
-    return check(function, within(free), inputs, known)
+    return check(function, lambda v, h, r: math.ceil(v / (2 * h * r)), inputs, mistakes)
 
 
 def check_shrink(function: Callable[[float, float, float, float], float]) -> str:
@@ -161,3 +135,27 @@ def check_regret(function: Callable[[Tensor, Tensor, float], float]) -> str:
         ),
     }
     return check(function, lambda w, loss, x: between(w, loss, x) - loss.min(), inputs, mistakes)
+
+
+def check_beats_half(
+    setting: Any, trial: Callable[[int], tuple[Tensor, Tensor, Tensor]], seeds: Sequence[int] = (0, 1, 2)
+) -> str:
+    """The open task: a federation, and a λ from held-out data that has a lower test loss than ½ on every seed.
+
+    ``trial(seed)`` returns each client's λ, test loss (nats) at that λ and test loss at ½, ``(C,)`` each.
+
+    >>> check_beats_half("any setting", lambda seed: (torch.tensor([0.2, 1.2]), torch.ones(2), torch.ones(2)))
+    'hint: λ must be in [0, 1]; on seed 0 it goes from 0.20 to 1.20'
+    """
+    if setting is None or setting is ...:
+        return "not attempted"
+    for seed in seeds:
+        weight, loss, half = (part.double() for part in trial(seed))
+        if weight.shape != half.shape:
+            return f"hint: a λ for every client: {tuple(half.shape)}, not {tuple(weight.shape)}"
+        if not (0 <= weight.min() and weight.max() <= 1):
+            return f"hint: λ must be in [0, 1]; on seed {seed} it goes from {weight.min():.2f} to {weight.max():.2f}"
+        if loss.mean() >= half.mean():
+            lead = f"½ is better on seed {seed}: {half.mean():.3f} nats, yours has {loss.mean():.3f}"
+            return f"hint: {lead}; where is the best λ far from ½?"
+    return "correct"

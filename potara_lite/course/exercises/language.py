@@ -1,8 +1,10 @@
-"""Checkers of notebook 07: the mean of a text, confidence, the next token, and options by likelihood."""
+"""Checkers of notebook 07: the mean of a text, confidence, the next token, options by likelihood, and another pair."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,3 +133,37 @@ def check_best_option(function: Callable[[Tensor, Tensor], int]) -> str:
         "you divide the probability of the answer; divide its logarithm": lambda s, n: (s.exp() / n).argmax(),
     }
     return check(function, lambda total, tokens: (total / tokens).argmax(), inputs, mistakes)
+
+
+def check_report(
+    function: Callable[..., tuple[Tensor, Tensor]], adapted: Any, first: Any, second: Any, federation: Any
+) -> str:
+    """The open task: λ on the ``first`` of two stacks, and the gain (nats of test loss) of the merge over the better of
+    the two, ``(C,)`` each, by properties that hold for every pair.
+
+    >>> check_report(lambda adapted, first, second, federation: ..., None, None, None, None)
+    'not attempted'
+    """
+    found = function(adapted, first, second, federation)
+    if found is None or found is ... or first is ...:
+        return "not attempted"
+    weight, gain = (torch.as_tensor(part).double() for part in found)
+    if not weight.shape == gain.shape == (len(federation),):
+        return f"hint: λ and gain have one number for each of the {len(federation)} clients"
+    if not (0 <= weight.min() and weight.max() <= 1):
+        return "hint: λ must be in [0, 1]"
+    y = federation.test.y
+    others = replace(federation, test=federation.test.with_labels(torch.where(y < 0, y, (y + 1) % federation.classes)))
+    if not torch.allclose(torch.as_tensor(function(adapted, first, second, others)[0]).double(), weight, atol=1e-6):
+        return "hint: λ changes with the labels of the test examples; choose it from the calibration examples alone"
+    turned, same = (
+        [torch.as_tensor(part).double() for part in function(adapted, *pair, federation)]
+        for pair in ((second, first), (first, first))
+    )
+    if not torch.allclose(turned[0], 1 - weight, atol=0.02):
+        return "hint: with the two models exchanged, λ must become 1 - λ"
+    if not torch.allclose(turned[1], gain, atol=0.01):
+        return "hint: with the two models exchanged, the gain must stay: it is over the better of the two"
+    if not torch.allclose(same[1], torch.zeros_like(gain), atol=0.001):
+        return "hint: a model merged with itself is the same model: its gain is 0"
+    return "correct"
