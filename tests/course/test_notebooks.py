@@ -138,7 +138,7 @@ def test_a_letter_and_a_length_do_not_give_the_answer_away():
 
 @pytest.mark.parametrize("path", SECOND_EDITION, ids=lambda path: path.name)
 def test_nothing_above_a_prediction_answers_it(path):
-    """As far as a test can see: the result is folded, its check comes later, and the right option is not said before."""
+    """As far as a test can see: the result is folded, its check comes later, the right option is not said before."""
     cells = read(path).cells
     for number, vote in enumerate(cells):
         if "**Predict" not in vote.source:
