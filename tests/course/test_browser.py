@@ -141,6 +141,16 @@ def picture(page):
     return image.evaluate("async e => await (await fetch(e.src)).text()")
 
 
+def unfold(page):
+    """The checks, and the results below the predictions, are folded; open them all through the menu."""
+    folded = page.locator(".jp-OutputPlaceholder")
+    assert folded.count() >= page.locator(".jp-Notebook details summary", has_text="(a)").count() >= 3
+    for what in ("Code", "Outputs"):
+        page.get_by_role("menuitem", name="View", exact=True).click()
+        page.get_by_role("menuitem", name=f"Expand All {what}", exact=True).click()
+    folded.first.wait_for(state="detached")
+
+
 def opened(page, lab, name):
     """The notebook with all cells run; the messages that the browser's console calls errors."""
     errors = []
@@ -149,6 +159,7 @@ def opened(page, lab, name):
     page.locator(".jp-Notebook h1").first.wait_for(timeout=120_000)
     page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for(timeout=120_000)
     prompts = run_all(page)
+    unfold(page)
     assert prompts.all_inner_texts() == [f"[{number + 1}]:" for number in range(prompts.count())]
     assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
     return errors
@@ -185,7 +196,7 @@ def test_every_slider_moves_its_picture(lab, page, tmp_path, name):
 
 def test_run_all_cells_and_drag_the_slider(lab, page, tmp_path):
     errors = opened(page, lab, "00_quickstart")
-    assert page.locator(".jp-OutputArea-output img[src^='data:image/png']").count() == 4
+    assert page.locator(".jp-OutputArea-output img[src^='data:image/png']").count() == 3
 
     handle = page.locator(".jupyter-widgets .noUi-handle")
     text = page.locator(".jupyter-widgets.widget-label", has_text="λ =")
