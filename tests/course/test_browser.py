@@ -141,16 +141,6 @@ def picture(page):
     return image.evaluate("async e => await (await fetch(e.src)).text()")
 
 
-def unfold(page):
-    """The checks, and the results below the predictions, are folded; open them all through the menu."""
-    folded = page.locator(".jp-OutputPlaceholder")
-    assert folded.count() >= page.locator(".jp-Notebook details summary", has_text="(a)").count() >= 3
-    for what in ("Code", "Outputs"):
-        page.get_by_role("menuitem", name="View", exact=True).click()
-        page.get_by_role("menuitem", name=f"Expand All {what}", exact=True).click()
-    folded.first.wait_for(state="detached")
-
-
 def opened(page, lab, name):
     """The notebook with all cells run; the messages that the browser's console calls errors."""
     errors = []
@@ -158,8 +148,11 @@ def opened(page, lab, name):
     page.goto(f"{lab}/lab/tree/{name}.ipynb")
     page.locator(".jp-Notebook h1").first.wait_for(timeout=120_000)
     page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for(timeout=120_000)
+    results, questions = page.locator(".jp-OutputPlaceholder"), page.locator("details summary", has_text="(a)")
+    assert results.count() >= questions.count() >= 3, "the results are folded until their cells are run"
     prompts = run_all(page)
-    unfold(page)
+    page.get_by_role("menuitem", name="View", exact=True).click()
+    page.get_by_role("menuitem", name="Expand All Code", exact=True).click()
     assert prompts.all_inner_texts() == [f"[{number + 1}]:" for number in range(prompts.count())]
     assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
     return errors
