@@ -85,8 +85,8 @@ def test_a_lesson_has_all_its_parts(path):
     assert cited <= set(re.findall(r"^(\d)\. ", references, re.M))
 
 
-NOT_YET_REWRITTEN = {"06_your_own"}
-SECOND_EDITION = [path for path in LESSONS if path.stem not in NOT_YET_REWRITTEN]
+NOT_YET = {"06_your_own"}  # its one line, its open task and its checks are still to be brought to this form
+SECOND_EDITION = [path for path in LESSONS if path.stem not in NOT_YET]
 OPTION = re.compile(r"<details><summary>\(([abc])\) (.+)</summary>\n\n(Right\.|Not quite\.) (.+?)\n\n</details>", re.S)
 
 
@@ -114,7 +114,7 @@ def test_a_question_is_asked_first_and_answered_in_the_summary(path):
     assert "*In one line:*" in section(text, "Summary") and "open task" in text.lower()
 
 
-@pytest.mark.parametrize("path", SECOND_EDITION, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
 def test_a_prediction_has_three_options_and_each_has_its_reasoning(path):
     found = votes(read(path))
     assert 3 <= len(found) <= 6
@@ -128,7 +128,7 @@ def test_a_prediction_has_three_options_and_each_has_its_reasoning(path):
 
 
 def test_a_letter_and_a_length_do_not_give_the_answer_away():
-    every = [options(vote) for path in SECOND_EDITION for vote in votes(read(path))]
+    every = [options(vote) for path in LESSONS for vote in votes(read(path))]
     right = [verdicts.index("Right.") for _, _, verdicts in every]
     for place in range(3):
         assert len(right) / 4 <= right.count(place) <= len(right) / 2, [right.count(n) for n in range(3)]
@@ -136,7 +136,7 @@ def test_a_letter_and_a_length_do_not_give_the_answer_away():
     assert sum(one == other for one, other in zip(right, longest)) <= 0.4 * len(right)
 
 
-@pytest.mark.parametrize("path", SECOND_EDITION, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
 def test_nothing_above_a_prediction_answers_it(path):
     """As far as a test can see: the result is folded, its check comes later, the right option is not said before."""
     cells = read(path).cells
