@@ -34,8 +34,8 @@ text { font: 12.5px system-ui, sans-serif; fill: var(--ink); }
 .wall { fill: var(--card); stroke: var(--grey); stroke-width: 1.3; } .cross { stroke: var(--grey); stroke-width: 2; }
 .photo { fill: var(--box); stroke: var(--grey); }
 .line { fill: none; stroke: var(--grey); stroke-width: 1.5; } .thin { stroke: var(--F); stroke-width: 1; opacity: .55; }
-.sF { stroke: var(--F); stroke-width: 2; } .sL { stroke: var(--L); stroke-width: 2; } .dashed { stroke-dasharray: 4 4; }
-.sW { fill: none; stroke: var(--W); stroke-width: 2; } .zoom { stroke: var(--line); stroke-dasharray: 3 3; }
+.sF { stroke: var(--F); stroke-width: 2; } .sL { stroke: var(--L); stroke-width: 2; }
+.zoom { stroke: var(--line); stroke-dasharray: 3 3; }
 .halo { paint-order: stroke; stroke: var(--card); stroke-width: 6px; stroke-linejoin: round; }
 .dim { opacity: .32; }
 .frame { fill: none; stroke: var(--W); stroke-width: 2.5; }
@@ -116,17 +116,14 @@ def draw_local() -> list[str]:
 
 
 def draw_merge() -> list[str]:
-    valley = "M48 406Q190 472 292 412"  # lowest at (188, 440)
     return [
         text(26, 376, "3 · Merge: λ · F + (1 − λ) · L", "name"),
-        f'<path class="line" d="{valley}"/>',
-        line(48, 452, 292, 452),
-        '<circle class="L" cx="48" cy="406" r="5"/><circle class="F" cx="292" cy="412" r="5"/>',
-        line(188, 440, 188, 452, "sW dashed"),
-        '<circle class="W" cx="188" cy="440" r="6"/>',
-        text(30, 396, "L, λ = 0", "L"),
-        text(314, 402, "F, λ = 1", "F end"),
-        text(170, 404, "loss along λ", "small middle"),
+        line(48, 424, 292, 424),
+        '<circle class="L" cx="48" cy="424" r="5"/><circle class="F" cx="292" cy="424" r="5"/>',
+        '<circle class="W" cx="188" cy="424" r="6"/>',
+        text(30, 410, "L, λ = 0", "L"),
+        text(314, 410, "F, λ = 1", "F end"),
+        text(170, 450, "the line from L to F", "small middle"),
     ]
 
 

@@ -148,7 +148,11 @@ def opened(page, lab, name):
     page.goto(f"{lab}/lab/tree/{name}.ipynb")
     page.locator(".jp-Notebook h1").first.wait_for(timeout=120_000)
     page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for(timeout=120_000)
+    results, questions = page.locator(".jp-OutputPlaceholder"), page.locator("details summary", has_text="(a)")
+    assert results.count() >= questions.count() >= 3, "the results are folded until their cells are run"
     prompts = run_all(page)
+    page.get_by_role("menuitem", name="View", exact=True).click()
+    page.get_by_role("menuitem", name="Expand All Code", exact=True).click()
     assert prompts.all_inner_texts() == [f"[{number + 1}]:" for number in range(prompts.count())]
     assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
     return errors
@@ -185,7 +189,7 @@ def test_every_slider_moves_its_picture(lab, page, tmp_path, name):
 
 def test_run_all_cells_and_drag_the_slider(lab, page, tmp_path):
     errors = opened(page, lab, "00_quickstart")
-    assert page.locator(".jp-OutputArea-output img[src^='data:image/png']").count() == 4
+    assert page.locator(".jp-OutputArea-output img[src^='data:image/png']").count() == 3
 
     handle = page.locator(".jupyter-widgets .noUi-handle")
     text = page.locator(".jupyter-widgets.widget-label", has_text="λ =")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_results import ROOT
 
-from potara_lite.course.exercises.from_scratch import check_combined, check_merge_many
+from potara_lite.course.exercises.from_scratch import check_combined, check_merge_many, check_more_skew
 
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "00b_from_scratch.ipynb", as_version=4)
 FROM_THE_LIBRARY = {"fashion_mnist", "lab_vit"}  # the data and the pre-trained network
@@ -61,11 +61,32 @@ def test_every_section_until_the_comparison_has_a_picture():
     assert len(pictures) == 15 and all(pictures.values()), pictures  # None: the one at the top
 
 
-def test_the_letters_are_right_equally_often():
-    text = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
-    answers = re.findall(r"^It is \(([abc])\)", text, re.M)
-    assert len(answers) == len(re.findall(r"\*\*Predict:\*\*", text)) == 9
-    assert all(answers.count(letter) == 3 for letter in "abc")
+BOARD = {
+    "L": 0.3,
+    "F": 1.1,
+    "paper": 0.5,
+    "own curve": 0.27,
+    "½": 0.31,
+    "pool": 0.26,
+    "head apart": 0.25,
+    "oracle": 0.24,
+}
+
+
+@pytest.mark.parametrize(
+    "board, line",
+    [
+        (..., "not attempted"),
+        (BOARD, "correct"),
+        (BOARD | {"head apart": 0.2}, "correct"),
+        ({"L": 0.3}, "hint: the losses are a dictionary"),
+        (BOARD | {"oracle": 0.4}, "hint: the oracle is never above"),
+        (BOARD | {"F": 0.29}, "hint: that looks like hospitals that differ little"),
+        (BOARD | {"pool": 0.32}, "hint: that looks like hospitals that differ little"),
+    ],
+)
+def test_the_open_task_wants_the_board_of_hospitals_that_differ_more(board, line):
+    assert check_more_skew(board).startswith(line)
 
 
 def value(one, variance, other, other_variance):

@@ -10,6 +10,7 @@ from potara_lite.course.exercises.federated_lora import (
     check_aggregate_gap,
     check_fedavg,
     check_ffa_trains,
+    check_partition,
     check_total_bytes,
 )
 from potara_lite.course.explorers import heterogeneity_explorer
@@ -71,3 +72,20 @@ def test_the_explorer_counts_kinds_and_swaps_pictures():
 def test_the_explorer_wants_a_split_for_each_concentration(federation):
     with pytest.raises(ValueError, match="2 concentrations, but 1 splits"):
         heterogeneity_explorer([0.1, 1], [federation.train], list("abcd"))
+
+
+OTHER = torch.arange(800).view(100, 8).T.contiguous()
+
+
+@pytest.mark.parametrize(
+    "rows, line",
+    [
+        (..., "not attempted"),
+        (OTHER, "correct"),
+        (torch.arange(800).view(8, 100).flip(1), "hint: that is the partition of section 4"),
+        (OTHER.clamp_min(1), "hint: eight rows of 100 indices"),
+        (OTHER.T, "hint: eight rows of 100 indices"),
+    ],
+)
+def test_the_open_task_wants_each_image_once_and_another_partition(rows, line):
+    assert check_partition(lambda labels: rows, torch.zeros(800).long()).startswith(line)

@@ -7,7 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from potara_lite.adapters.state import client_adapter, delta, lora_layers
-from potara_lite.course.exercises.connectivity import check_barrier, check_change_basis, check_plane_point, check_shrink
+from potara_lite.course.exercises.connectivity import (
+    check_barrier,
+    check_broken,
+    check_change_basis,
+    check_plane_point,
+    check_shrink,
+)
 from potara_lite.course.explorers import basis_explorer
 from potara_lite.merging.connectivity import along_plane, along_segment, barrier
 from potara_lite.merging.merge import change_basis, merge_factors
@@ -159,3 +165,16 @@ def test_the_explorer_refuses_what_does_not_fit():
             basis_explorer(DEGREES, LOSS, LOSS, levels, levels)
     with pytest.raises(ValueError, match=r"loss must be numbers of shape \(C, T\) with T = 2"):
         basis_explorer(DEGREES[:2], LOSS, LOSS, LOSS[:, 0], LOSS[:, 0])
+
+
+@pytest.mark.parametrize(
+    "results, line",
+    [
+        (..., "not attempted"),
+        ((torch.tensor([0.3, 0.0]), torch.tensor([0.8, 0.7])), "correct"),
+        ((torch.tensor([0.3, 0.0]), torch.tensor([0.8, 0.3])), "hint: your local models have a mean accuracy of 0.55"),
+        ((torch.tensor([0.05, 0.0]), torch.tensor([0.8, 0.8])), "hint: 0 of 2 clients have a barrier"),
+    ],
+)
+def test_the_open_task_wants_a_hill_and_a_good_model(results, line):
+    assert check_broken(results).startswith(line)

@@ -10,6 +10,7 @@ from potara_lite import files
 from potara_lite.course.bound_explorer import bound_explorer
 from potara_lite.course.convex_head import draw_sample, fit_heads, head_inputs, head_loss, head_product, head_smoothness
 from potara_lite.course.exercises.bound import (
+    check_metric,
     check_metric_moments,
     check_second_moment,
     check_three_models,
@@ -261,3 +262,25 @@ def test_the_committed_rows_come_from_the_package_first_and_from_the_checkout_el
     assert committed_rows("bound.csv")["from"].tolist() == ["package"]
     with pytest.raises(ValueError, match="absent.csv is missing"):
         committed_rows("absent.csv")
+
+
+def inner(u, v):
+    return (u * v).sum((-1, -2))
+
+
+@pytest.mark.parametrize(
+    "metric, line",
+    [
+        (lambda u, v: ..., "not attempted"),
+        (inner, "correct"),
+        (lambda u, v: 3 * inner(u, v), "hint: at n = 300 the regret is 0.0300"),
+        (lambda u, v: (u * v).sum(), "hint: one number for each repetition"),
+        (lambda u, v: inner(u, v.cumsum(-1)), "hint: a metric is symmetric"),
+        (lambda u, v: -inner(u, v), "hint: a metric is positive"),
+        (lambda u, v: u @ v, "hint: your function stopped with RuntimeError"),
+    ],
+)
+def test_the_open_task_wants_a_metric_that_beats_one_half(metric, line):
+    one = torch.ones(1, 1, 2, 2, dtype=torch.float64)
+    found = check_metric(metric, lambda product: {300: product(one, one).item() / 400}, {300: 0.02}, (2, 3, 5, 4))
+    assert found.startswith(line)

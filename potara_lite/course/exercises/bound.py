@@ -6,12 +6,12 @@ weight is on the federated model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from .checking import check
+from .checking import check, run
 
 
 def check_weight_from_distance(function: Callable[[float, float, float], float]) -> str:
@@ -133,3 +133,34 @@ def check_three_models(function: Callable[[Tensor], Tensor]) -> str:
         "a negative weight was set to 0: here weights may be negative": lambda M: scaled(solved(M).clamp_min(0)),
     }
     return check(function, lambda moments: scaled(solved(moments)), inputs, mistakes)
+
+
+def check_metric(
+    product: Callable[[Tensor, Tensor], Tensor],
+    regrets_with: Callable[[Callable], Mapping[int, float]],
+    half: Mapping[int, float],
+    shape: tuple[int, ...] = (2, 8, 129, 10),
+) -> str:
+    """A metric for the moments: one number for each repetition and client, symmetric and positive; with it the
+    ``regrets_with`` a ``product``, for each sample size, must be below those of λ = ½, ``half``.
+
+    >>> check_metric(lambda u, v: (u * v).sum((-1, -2)), lambda product: {50: 0.05, 300: 0.0}, {50: 0.02, 300: 0.01})
+    'hint: at n = 50 the regret is 0.0500 nats, with λ = ½ it is 0.0200'
+    """
+    draw = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(2))
+    answer = run(product, (u, v))
+    if answer is None or answer is ...:
+        return "not attempted"
+    if isinstance(answer, Exception):
+        return f"hint: your function stopped with {type(answer).__name__}: {answer}"
+    if getattr(answer, "shape", None) != shape[:2]:
+        return "hint: one number for each repetition and client: sum over the two last dimensions of u and v"
+    if not torch.allclose(answer, product(v, u)):
+        return "hint: a metric is symmetric, and yours changes when u and v change places"
+    if not (product(u, u) > 0).all():
+        return "hint: a metric is positive for u = v: an error costs something"
+    for n, found in regrets_with(product).items():
+        if found >= half[n]:
+            return f"hint: at n = {n} the regret is {found:.4f} nats, with λ = ½ it is {half[n]:.4f}"
+    return "correct"

@@ -173,3 +173,19 @@ def check_change_basis(function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor
 
 def _change_basis(B: Tensor, A: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
     return B @ M, torch.linalg.inv(M) @ A
+
+
+def check_broken(results: tuple[Tensor, Tensor]) -> str:
+    """Barriers ``(C,)`` above 0.1 nats for half of the clients, between F and local models of accuracy ``(C,)`` 0.65.
+
+    >>> check_broken((torch.tensor([0.3, 0.0]), torch.tensor([0.5, 0.6])))
+    'hint: your local models have a mean accuracy of 0.55; 0.65 is wanted'
+    """
+    if results is None or results is ...:
+        return "not attempted"
+    barriers, accuracy = results
+    if (mean := float(accuracy.mean())) < 0.65:
+        return f"hint: your local models have a mean accuracy of {mean:.2f}; 0.65 is wanted"
+    if (broken := int((barriers > 0.1).sum())) < len(barriers) / 2:
+        return f"hint: {broken} of {len(barriers)} clients have a barrier above 0.1 nats"
+    return "correct"

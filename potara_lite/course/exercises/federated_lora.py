@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.state import Adapter, adapter_bytes
-from .checking import check
+from .checking import check, run
 
 
 def _each(rule: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Adapter, Tensor], Adapter]:
@@ -142,3 +142,19 @@ def check_ffa_trains(function: Callable[[str], bool]) -> str:
     names = [f"{layer}.lora_{factor}.weight" for layer in layers for factor in "AB"]
     names += ["base_model.model.head.weight", "base_model.model.head.bias"]
     return check(function, lambda name: "lora_A" not in name, [(name,) for name in names], FFA_TRAINS_MISTAKES)
+
+
+def check_partition(function: Callable[[Tensor], Tensor], labels: Tensor) -> str:
+    """Rows of indices ``(8, 100)``, each of the 800 images once, dealt out in another way than they are.
+
+    >>> check_partition(lambda labels: torch.arange(800).view(8, 100), torch.zeros(800).long())
+    'hint: that is the partition of section 4; deal the images out in another way'
+    """
+    rows, before = run(function, (labels,)), torch.arange(800).view(8, 100)
+    if rows is None or rows is ...:
+        return "not attempted"
+    if getattr(rows, "shape", None) != before.shape or not torch.equal(rows.flatten().sort().values, before.flatten()):
+        return "hint: eight rows of 100 indices, a tensor (8, 100); each of 0 to 799 is in it once"
+    if torch.equal(rows.sort(1).values, before):
+        return "hint: that is the partition of section 4; deal the images out in another way"
+    return "correct"

@@ -1,8 +1,8 @@
-"""Checkers of notebook 00b: the merge of several models, and estimates combined by their precisions."""
+"""Checkers of notebook 00b: the merge of several models, combined estimates, and hospitals that differ more."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -95,3 +95,24 @@ def check_combined(function: Callable[[float, float, float, float], tuple[float,
         "the standard deviation is missing: return two numbers": value,
     }
     return check(function, lambda o, s2, m, t2: (value(o, s2, m, t2), variance(s2, t2) ** 0.5), inputs, mistakes)
+
+
+def check_more_skew(board: Mapping[str, float]) -> str:
+    """The mean test losses of section 14, ``{name: nats}``, once the hospitals differ more than in the notebook.
+
+    >>> check_more_skew(...)
+    'not attempted'
+    """
+    if board is None or board is ...:
+        return "not attempted"
+    names = {"L", "F", "paper", "own curve", "½", "pool", "head apart", "oracle"}
+    if not isinstance(board, Mapping) or board.keys() != names:
+        return f"hint: the losses are a dictionary with the keys {', '.join(sorted(names))}"
+    one_weight = [board[name] for name in names - {"oracle", "head apart"}]
+    if board["oracle"] > min(one_weight):
+        return "hint: the oracle is never above another λ for the whole model; is every line of the same run?"
+    if board["L"] >= board["F"] or board["pool"] >= board["½"]:
+        return (
+            "hint: that looks like hospitals that differ little: there L is not far below F, and the pool level with ½"
+        )
+    return "correct"

@@ -1,13 +1,15 @@
-"""Checker of notebook 00: see ``checking.py`` for what it says."""
+"""Checkers of notebook 00: see ``checking.py`` for what it says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from .checking import check
+
+LEARNT = 1.6  # nats; the loss of a model of ten classes that knows nothing is ln 10 = 2.30
 
 
 def check_best_single_weight(function: Callable[[Tensor, Tensor], float]) -> str:
@@ -49,3 +51,23 @@ def check_best_single_weight(function: Callable[[Tensor, Tensor], float]) -> str
     }
     inputs = [(weights, loss), (torch.linspace(0, 1, 5), other)]
     return check(function, best, inputs, mistakes)
+
+
+def check_no_gain(losses: Mapping[str, float]) -> str:
+    """A federation in which λ = ½ has no lower mean loss than the better of its two models, and both have learnt.
+
+    ``losses``: ``{"federated": ..., "local": ..., "merged": ...}``, mean test losses in nats of ten classes.
+
+    >>> check_no_gain({"federated": 0.7, "local": 0.8, "merged": 0.6})
+    'hint: the merge still has the lowest loss, by 0.100 nats'
+    """
+    if losses is None or losses is ...:
+        return "not attempted"
+    if not isinstance(losses, Mapping) or losses.keys() != {"federated", "local", "merged"}:
+        return "hint: the losses are a dictionary with the keys 'federated', 'local' and 'merged'"
+    if not all(0 <= loss < LEARNT for loss in losses.values()):
+        return (
+            f"hint: a model that has learnt something has a loss below {LEARNT:.2f} nats; ten kinds at random give 2.30"
+        )
+    gain = min(losses["federated"], losses["local"]) - losses["merged"]
+    return "correct" if gain <= 0 else f"hint: the merge still has the lowest loss, by {gain:.3f} nats"
