@@ -54,7 +54,7 @@ def test_a_figure_that_would_not_be_shown_is_an_error(page, texts, said):
     assert said in str(error.value)
 
 
-RUN = ("docs/data.md", "docs/how_do_i.md")  # the pages whose code is run
+RUN = ("docs/data.md", "docs/how_do_i.md", "docs/jobs.md")  # the pages whose code is run
 BLOCK = re.compile(r"^(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)^```$", re.M | re.S)
 
 
