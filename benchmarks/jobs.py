@@ -1,7 +1,7 @@
 """How many lines a job takes: here, counted in the blocks of docs/jobs.md, and in other tools by their documentation.
 
-The rows of other tools are in ``other_tools.csv``: read there by hand, once, in the version that the row names, and counted
-by ``lines_of``, too.
+The rows of other tools are in ``other_tools.csv``: examples chosen by hand, at the commit that a row names, and counted
+in the same way.
 """
 
 from __future__ import annotations
@@ -21,12 +21,9 @@ TOOLS = ["PEFT", "Flower + flwr-datasets", "PFLlib", "pfl-research", "mergekit"]
 
 
 def lines_of(source: str) -> int:
-    """The statements of Python code, however they are broken or joined, without imports, docstrings and what only shows.
+    """The statements of Python code, however broken or joined, without imports, docstrings and what only shows.
 
     A whole statement that is one expression with a comment behind it shows a result.
-
-    >>> lines_of("import os" + chr(10) + "def f(x):" + chr(10) + "    return x; f(1)" + chr(10) + "f(2)  # 2")
-    3
     """
     tree, lines = ast.parse(source), source.splitlines()
     shown = {node for node in tree.body if isinstance(node, ast.Expr) and SHOWN.search(lines[node.end_lineno - 1])}
@@ -39,7 +36,7 @@ def counts(node: ast.stmt) -> bool:
 
 
 def jobs(page: str) -> pd.DataFrame:
-    """The number, the name and the lines of each job of the page: all of its blocks but those that begin with a check."""
+    """The number, the name and the lines of each job of the page: its blocks, but for those that begin with a check."""
     found = []
     for job in JOB.finditer(page):
         blocks = [source for source in BLOCK.findall(job["text"]) if not source.startswith("# check")]
@@ -48,7 +45,7 @@ def jobs(page: str) -> pd.DataFrame:
 
 
 def overview(found: pd.DataFrame, tried: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
-    """A row for each job: its lines and minutes here, and its lines in each other tool, with * for a part of the job."""
+    """A row for each job: its lines and minutes here, its lines in each other tool, with * for a part of the job."""
     part = others["covers"].eq("part").map({True: " *", False: ""})
     lines = others.assign(shown=others["lines"] + part).pivot(index="job", columns="tool", values="shown")[TOOLS]
     table = found[["lines"]].join(tried["minutes"]).join(lines)
