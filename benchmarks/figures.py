@@ -14,6 +14,7 @@ from pathlib import Path
 
 import comparison
 import deployment
+import jobs
 import language
 import numpy as np
 import other_data
@@ -357,6 +358,17 @@ def scientific(value: float) -> str:
     return "–" if value != value else "0" if value == 0 else f"{value:.0e}"
 
 
+# --- docs/jobs.md ---------------------------------------------------------------------------------------------------
+def jobs_page() -> dict[str, str]:
+    found, tried = jobs.jobs(jobs.PAGE.read_text()), rows_of("jobs").set_index("job")
+    others = rows_of("other_tools")
+    return {
+        "jobs": markdown(jobs.overview(found, tried, others)),
+        "stumbled": markdown(tried[["stumbled"]].dropna()),
+        "sources": markdown(jobs.sources(others)),
+    }
+
+
 # --- benchmarks/README.md -------------------------------------------------------------------------------------------
 def benchmarks_page() -> dict[str, str]:
     default = admitted(rows_of("choose_default")).iloc[0]
@@ -477,6 +489,7 @@ PAGES = {
     "docs/deployment.md": deployment_page,
     "docs/teaching.md": teaching,
     "docs/peers.md": peers_page,
+    "docs/jobs.md": jobs_page,
     "benchmarks/README.md": benchmarks_page,
     "benchmarks/quick.md": quick_page,
     "benchmarks/comparison-lab.md": partial(paired_page, "comparison-lab"),

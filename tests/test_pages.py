@@ -10,7 +10,7 @@ import potara_lite
 from potara_lite import plots
 from potara_lite.baselines.methods import METHODS
 
-figures, pages = script("figures"), script("pages")
+figures, pages, jobs = script("figures"), script("pages"), script("jobs")
 
 
 def test_the_pages_say_what_the_rows_say(tmp_path):
@@ -56,7 +56,7 @@ def test_a_figure_that_would_not_be_shown_is_an_error(page, texts, said):
     assert said in str(error.value)
 
 
-RUN = ("docs/data.md", "docs/gallery.md", "docs/how_do_i.md", "docs/names.md")  # the pages whose code is run
+RUN = ("docs/data.md", "docs/gallery.md", "docs/how_do_i.md", "docs/jobs.md", "docs/names.md")  # whose code is run
 BLOCK = re.compile(r"^(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)^```$", re.M | re.S)
 
 
@@ -105,6 +105,35 @@ def test_the_gallery_shows_every_figure():
     for name in plots.__all__:
         assert f"plots.{name}" in page, name
     assert all((ROOT / "docs" / picture).is_file() for picture in re.findall(r"\]\((gallery/\S+)\)", page))
+
+
+def test_each_of_the_ten_jobs_is_counted_here_and_in_every_other_tool():
+    found = jobs.jobs((ROOT / "docs" / "jobs.md").read_text())
+    tried, others = figures.rows_of("jobs"), figures.rows_of("other_tools")
+    assert list(found.index) == list(tried.job) == list(range(1, 11))
+    assert found.lines.between(1, 15).all() and tried.minutes.between(1, 30).all()
+    assert sorted(zip(others.job, others.tool)) == sorted((job, tool) for job in found.index for tool in jobs.TOOLS)
+    is_number = others.lines.str.fullmatch(r"\d+")
+    assert (is_number | others.lines.isin(["–", "not found"])).all()
+    assert (others.covers.isin(["whole", "part"]) == is_number).all()
+    assert others[is_number].source.str.fullmatch(r".+ \([0-9a-f]{7}\)").all()
+
+
+@pytest.mark.parametrize(
+    "source, lines",
+    [
+        ("import os\nfrom a import b", 0),
+        ("f(1); f(2)", 2),
+        ("x = f(\n    1,\n    2,\n)", 1),
+        ('def f(x):\n    """Text."""\n    return x', 2),
+        ("f(1)  # 1\nf(2)", 1),
+        ("if x:\n    y = 1  # a remark\nelse:\n    y = 2", 3),
+    ],
+)
+def test_lines_are_statements(source, lines):
+    assert jobs.lines_of(source) == lines
+    page = f"## 1. One\n\n```python\n{source}\n```\n\n```python\n# check\nf(3)\n```\n\n## Two\n\n```python\nf(4)\n```\n"
+    assert jobs.jobs(page).lines.tolist() == [lines]
 
 
 def test_the_code_of_a_page_is_held_to_what_it_shows():

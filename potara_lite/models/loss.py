@@ -67,11 +67,11 @@ def example_accuracies(logits: Tensor, y: Tensor, leading: int = 1) -> Tensor:
 class Task:
     """What the outputs of a network are compared with.
 
-    ``loss(outputs, y)``: the loss of each example, ``(B,)`` from ``(B, ...)``. The theory asks of it only that it is
-    twice differentiable in the outputs. ``metric(outputs, y)``: a number for each example ``(B,)``; its mean stands in
-    the column ``accuracy`` of tables. ``has_classes``: targets are numbers of classes and outputs are their logits, so
-    that labels are checked and may be drawn from a model; otherwise targets are real numbers, ``(n,)`` or ``(n, d)``,
-    one for each output.
+    ``loss(outputs, y)``: the loss of each example, ``(B,)`` from ``(B, ...)``; a network with one output for targets
+    ``(B,)`` hands ``(B,)`` over. The theory asks of it only that it is twice differentiable in the outputs.
+    ``metric(outputs, y)``: a number for each example ``(B,)``; its mean stands in the column ``accuracy`` of tables.
+    ``has_classes``: targets are numbers of classes and outputs are their logits, so that labels are checked and may be
+    drawn from a model; otherwise targets are real numbers, ``(n,)`` or ``(n, d)``, one for each output.
     """
 
     name: str

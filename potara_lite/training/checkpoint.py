@@ -42,8 +42,8 @@ def save_state(path: PathLike, adapter: AnyAdapter, state: OptimizerState, start
 def load_state(path: PathLike) -> dict[str, Any]:
     """What ``save_state`` wrote, by the names of the arguments that go on from it: ``adapter``, ``state``, ``start``.
 
-    ``fedit(adapted, split, rounds=…, local_steps=…, **load_state(path))`` plays the next rounds. The tensors are on the
-    CPU; ``state.to(device)`` moves the optimiser's.
+    ``fedit(adapted, split, rounds=…, local_steps=…, **load_state(path))`` plays the next rounds; ``train`` takes the
+    first one, a stack there, as ``adapters``. The tensors are on the CPU; ``state.to(device)`` moves the optimiser's.
 
     Raises ``FileError`` (a ``ValueError``) for a file that is missing, damaged or none of ``save_state``.
 
