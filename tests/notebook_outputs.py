@@ -1,7 +1,6 @@
 """How the outputs of notebooks are compared: every printed text and table with the committed one, numbers as numbers.
 
-``python -m pytest -o addopts=--nbval tests/course/test_outputs.py notebooks`` executes the notebooks and compares all
-of their cells; the usual run compares the marked ones (``--nbval-lax``). Two outputs are the same if their words are
+``python -m pytest`` executes the notebooks and compares all of their cells. Two outputs are the same if their words are
 the same, whatever the spaces; whole numbers, too; and every number with a decimal point within two units of its last
 committed digit or 2 %, whichever is more, because training rounds differently on other machines. The output of a cell
 with ``# NBVAL_CHECK_OUTPUT`` must be the same to the letter. Seconds are not compared: their cells have the tag
