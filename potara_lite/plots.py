@@ -52,12 +52,13 @@ def colour(method: str) -> str:
 
 def colours(methods: Iterable[str]) -> dict[str, str]:
     """A colour for each method: its own, or, for one that has none, the next of the others."""
-    rest = itertools.cycle(OTHERS)
-    taken: dict[str, str] = {}
-    for method in dict.fromkeys(methods):
+    methods, rest = list(dict.fromkeys(methods)), itertools.cycle(OTHERS)
+    found = {method: COLOURS[method] for method in methods if method in COLOURS}
+    for method in methods:
         known = COLOURS.get(method.partition(" ")[0])
-        taken[method] = next(rest) if known is None or known in taken.values() else known
-    return taken
+        if method not in found:
+            found[method] = next(rest) if known is None or known in found.values() else known
+    return found
 
 
 def marker(method: str) -> str:

@@ -62,6 +62,7 @@ def test_every_method_has_a_colour_of_its_own():
     names = [*plots.COLOURS][:6] + [f"mine {i}" for i in range(8)] + ["uniform, again"]
     found = plots.colours(names)
     assert len(set(found.values())) == len(names) and found["local"] == plots.COLOURS["local"]
+    assert plots.colours(["local, again", "local again", "local"])["local"] == plots.COLOURS["local"]
     assert plots.colours(names[:8]) == {name: found[name] for name in names[:8]}
 
 
