@@ -5,10 +5,9 @@
     python benchmarks/matrix.py newest --python 3.13 --tests all
     python benchmarks/matrix.py --current                    # writes current.txt
 
-A row is one fresh environment, made by uv, and one fresh clone of HEAD. *lowest*: every direct requirement at the lowest
-version that ``pyproject.toml`` allows. *current*: nothing newer than in ``current.txt``, the environment that made the
-committed figures. *newest*: the newest releases, which is what ``pip install`` gives. The page ``docs/machines.md``
-shows the rows.
+A row is one fresh environment, made by uv, and one fresh clone of HEAD. *lowest*: every direct requirement at the
+lowest version that ``pyproject.toml`` allows. *current*: nothing newer than in ``current.txt``, the environment that
+made the committed figures. *newest*: the newest releases. The page ``docs/machines.md`` shows the rows.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import argparse
 import datetime
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,8 +50,11 @@ def current() -> str:
 
 def make(environment: str, python: str, folder: Path) -> Path:
     """A clone of HEAD in ``folder`` with its environment; the environment's Python."""
+    shutil.rmtree(folder / "clone", ignore_errors=True)
     subprocess.run(["git", "clone", "--quiet", HERE.parent, folder / "clone"], check=True)
-    subprocess.run(["uv", "venv", "--quiet", "--python", python, folder / "environment"], check=True)
+    subprocess.run(
+        ["uv", "venv", "--quiet", "--allow-existing", "--python", python, folder / "environment"], check=True
+    )
     made = folder / "environment" / "bin" / "python"
     install = ["uv", "pip", "install", "--quiet", "--python", made, *OPTIONS[environment], "-e", ".[test]"]
     subprocess.run(install, cwd=folder / "clone", check=True)
@@ -60,7 +63,8 @@ def make(environment: str, python: str, folder: Path) -> Path:
 
 def run_tests(python: Path, folder: Path, selection: list[str]) -> tuple[Counter[str], str]:
     """How many tests passed, failed and were skipped, and the names of those that failed."""
-    command = [python, "-m", "pytest", "-q", "--junitxml", folder / "tests.xml", *selection]
+    command = [python, "-m", "pytest", "-q", "--continue-on-collection-errors", *selection]
+    command += ["--junitxml", folder / "tests.xml"]
     alone = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": ""}
     subprocess.run(command, cwd=folder / "clone", env=os.environ | alone)
     outcomes, failed = Counter(passed=0, failed=0, skipped=0), []
@@ -86,7 +90,7 @@ print(platform.python_version(), *(version(name) for name in {PACKAGES}))"""
 def row(environment: str, python: str, tests: str, folder: Path) -> dict[str, str | int]:
     """Make an environment, run the tests in it, and say what came of it."""
     made = make(environment, python, folder)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder / "clone", capture_output=True, text=True)
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=folder / "clone", text=True)
     began = time.monotonic()
     outcomes, failed = run_tests(made, folder, TESTS[tests])
     return {
@@ -97,7 +101,7 @@ def row(environment: str, python: str, tests: str, folder: Path) -> dict[str, st
         "seconds": round(time.monotonic() - began),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "commit": commit.stdout.strip(),
+        "commit": commit.strip(),
         "failing": failed,
     }
 
@@ -107,6 +111,7 @@ def main() -> None:
     parser.add_argument("environment", nargs="?", choices=OPTIONS)
     parser.add_argument("--python", default=sys.executable, help="a version, or a path of an interpreter")
     parser.add_argument("--tests", choices=TESTS, default="core")
+    parser.add_argument("--folder", type=Path, help="keep the environment here, and use it again")
     parser.add_argument("--current", action="store_true", help="write current.txt from this environment")
     given = parser.parse_args()
     if given.current:
@@ -114,7 +119,8 @@ def main() -> None:
     if given.environment is None:
         return
     with tempfile.TemporaryDirectory() as folder:
-        made = pd.DataFrame([row(given.environment, given.python, given.tests, Path(folder))]).astype(str)
+        made = row(given.environment, given.python, given.tests, (given.folder or Path(folder)).resolve())
+    made = pd.DataFrame([made]).astype(str)
     rows = pd.concat([pd.read_csv(ROWS, dtype=str), made] if ROWS.exists() else [made])
     rows = rows.fillna("").drop_duplicates(["environment", "python", "tests"], keep="last")
     rows.sort_values(["environment", "python", "tests"]).to_csv(ROWS, index=False, lineterminator="\n")
