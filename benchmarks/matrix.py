@@ -74,7 +74,7 @@ def run_tests(python: Path, folder: Path, selection: list[str]) -> tuple[Counter
         outcomes[outcome] += 1
         if outcome == "failed":
             failed.append(f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}")
-    return outcomes, " ".join(failed)
+    return outcomes, "; ".join(failed)
 
 
 def versions(python: Path) -> dict[str, str]:
@@ -104,6 +104,24 @@ def row(environment: str, python: str, tests: str, folder: Path) -> dict[str, st
         "commit": commit.strip(),
         "failing": failed,
     }
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows as the page shows them."""
+    shown = ["python", "torch", "peft", "transformers", "numpy", "pandas", "tests", "passed", "failed", "skipped"]
+    return rows.assign(minutes=(rows.seconds / 60).round().astype(int)).set_index("environment")[
+        [*shown, "minutes", "date", "commit"]
+    ]
+
+
+def failures(rows: pd.DataFrame) -> str:
+    """The tests that failed, a line for each row that has some."""
+    some = rows[rows.failed > 0]
+    lines = [
+        f"- {row.environment}, Python {row.python}: " + ", ".join(f"`{name}`" for name in row.failing.split("; "))
+        for row in some.itertuples()
+    ]
+    return "\n".join(lines) or "No test failed in these rows."
 
 
 def main() -> None:
