@@ -28,8 +28,6 @@ from potara_lite import Setting, compare
 from potara_lite.experiment import MODEL_PAIR_METHODS
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "examples" / "flower"))
-import loopback  # noqa: E402
 
 SETTING = Setting(clients=3, rounds=2, round_steps=5, local_steps=20)
 CONFIG = "rounds=2 round-steps=5 local-steps=20"
@@ -59,6 +57,9 @@ def engine() -> tuple[dict, pd.DataFrame]:
 
 def flower(way: str, reference: pd.DataFrame) -> dict:
     """The run in one of Flower's runtimes; how far its losses and weights are from the engine's."""
+    sys.path.insert(0, str(HERE.parent / "examples" / "flower"))
+    import loopback  # here, since it needs what the extra `flower` installs
+
     out = Path(tempfile.mkdtemp()) / "out"
     try:
         found = loopback.play(argparse.Namespace(out=out, **USUAL | WAYS[way]))

@@ -16,6 +16,7 @@ import comparison
 import deployment
 import jobs
 import language
+import matrix
 import numpy as np
 import other_data
 import pandas as pd
@@ -354,6 +355,16 @@ def peers_page() -> dict[str, str]:
     }
 
 
+# --- docs/machines.md -----------------------------------------------------------------------------------------------
+def machines_page() -> dict[str, str]:
+    rows = rows_of("matrix")
+    return {
+        "matrix": markdown(matrix.table(rows)),
+        "failures": matrix.failures(rows),
+        "machine": listed(sorted(set(rows.machine))) if rows.machine.nunique() > 1 else rows.machine[0],
+    }
+
+
 def scientific(value: float) -> str:
     return "–" if value != value else "0" if value == 0 else f"{value:.0e}"
 
@@ -396,7 +407,10 @@ def benchmarks_page() -> dict[str, str]:
         "start-bad": start["a bad option"],
         "start-import": start["import potara_lite"],
         "start-python": start["python alone"],
-        "start-train": f"{measured('startup')['seconds']['from potara_lite import train']:.0f}",
+        "start-train": start["from potara_lite import train"],
+        "start-torch": start["import torch"],
+        "start-peft": start["import torch, peft"],
+        "start-transformers": start["import torch, transformers"],
         "checks": f"{checks['runs'][0]['checks']:,}",
         "checks-share": percent(checks["share"], 1),
         "default-lr": f"{default.lr:g}",
@@ -489,6 +503,7 @@ PAGES = {
     "docs/deployment.md": deployment_page,
     "docs/teaching.md": teaching,
     "docs/peers.md": peers_page,
+    "docs/machines.md": machines_page,
     "docs/jobs.md": jobs_page,
     "benchmarks/README.md": benchmarks_page,
     "benchmarks/quick.md": quick_page,

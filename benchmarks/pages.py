@@ -60,6 +60,7 @@ def markdown(table: pd.DataFrame, digits: int = 3) -> str:
             return "–"
         if isinstance(value, int | str):
             return str(value)
+        value = round(value, 9)  # the last digits of a mean depend on who sums: another NumPy rounds 0.7455 otherwise
         return f"{value:.{0 if value == round(value) >= 2 else digits}f}"
 
     for name, *row in zip(table.index, *(table[column].tolist() for column in table)):

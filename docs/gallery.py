@@ -1,6 +1,6 @@
 """Draw the pictures of docs/gallery.md by running the code of the page.
 
-    python docs/gallery.py
+python docs/gallery.py
 """
 
 import re

@@ -26,11 +26,15 @@ A name is imported from its module when it is first used, so that ``import potar
 """
 
 import ast
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# Threads that wait leave their core to others. OpenMP reads this when torch is loaded; what you have set stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time the same lines say where a name is
     from .adapters.files import (

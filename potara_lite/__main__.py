@@ -14,10 +14,11 @@ import re
 import signal
 import sys
 from dataclasses import asdict, fields
+from io import TextIOWrapper
 from pathlib import Path
 
 from . import __version__
-from .checks import LARGEST
+from .checks import LARGEST, MORE_MEMORY, lacks_memory
 from .setting import DATA, Setting
 
 DEVICES = r"(cpu|cuda|mps|xpu)(:\d+)?"
@@ -226,19 +227,26 @@ def report_setup() -> int:
     return status
 
 
+def run_command(words: list[str]) -> int:
+    """Do what the command's words ask for: the exit status."""
+    if words[:1] == ["merge"]:
+        merge(merge_parser().parse_args(words[1:]))
+        return 0
+    args = parser().parse_args(words)
+    if args.check:
+        return report_setup()
+    show(args, run_missing(args))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command: its exit status. Where it is not 0, one line on stderr says why."""
-    words = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # of a locale that may not have λ
+            stream.reconfigure(errors="replace")
     try:
         try:
-            if words[:1] == ["merge"]:
-                merge(merge_parser().parse_args(words[1:]))
-                return 0
-            args = parser().parse_args(words)
-            if args.check:
-                return report_setup()
-            show(args, run_missing(args))
-            return 0
+            return run_command(sys.argv[1:] if argv is None else argv)
         finally:
             sys.stdout.flush()  # here, where a closed pipe is caught, and not at the very end
     except KeyboardInterrupt:
@@ -249,10 +257,15 @@ def main(argv: list[str] | None = None) -> int:
         for stream in (1, 2):
             os.dup2(nowhere, stream)
         return 128 + 13
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        from .files import one_line
+    except Exception as error:
+        if lacks_memory(error):
+            status, reason = 2, MORE_MEMORY
+        elif isinstance(error, ValueError | OSError | ImportError):
+            from .files import one_line
 
-        status, reason = 2, one_line(error)
+            status, reason = 2, one_line(error)
+        else:
+            raise
     print(f"potara_lite: {reason}", file=sys.stderr)
     return status
 

@@ -53,6 +53,18 @@ def invalid(name: str, expected: str, value: object) -> NoReturn:
 # Numbers and flags.
 
 
+MORE_MEMORY = (
+    "out of memory: close other programs, take smaller sizes, raise a limit of addresses (ulimit -v unlimited), "
+    "or install torch without CUDA, whose libraries take 3 GB of addresses"
+)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error, of whatever library and type, says that there is no more memory."""
+    said = r"MemoryError|out of memory|allocate memory|failed to map segment|bad_alloc"
+    return re.search(said, f"{type(error).__name__}: {error}", re.I) is not None
+
+
 def _whole(value: Any) -> Any:
     """One of numpy's whole numbers as Python's."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value

@@ -66,7 +66,7 @@ def check_file(path: str | Path) -> Path:
     if not path.is_file():
         raise FileError(f"{path} is missing")
     with reading(path.with_suffix(".sha256")):
-        expected = path.with_suffix(".sha256").read_text().split()[0].lower()
+        expected = path.with_suffix(".sha256").read_text("utf-8").split()[0].lower()
     if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
         raise FileError(f"{path} is damaged: its SHA-256 is {found[:12]}…, expected {expected[:12]}…")
     return path
@@ -175,7 +175,7 @@ def _finished_rows(path: Path, config: str) -> str:
             return ""
         with reading(path / "results.csv"):
             text = (path / "results.csv").read_bytes().decode()
-            if digest(config, text) not in (path / "results.digest").read_text().split():
+            if digest(config, text) not in (path / "results.digest").read_text("utf-8").split():
                 raise ValueError("it is damaged or was changed by hand")
         return text
     except FileError as error:

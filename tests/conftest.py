@@ -2,6 +2,8 @@
 
 import copy
 import signal
+import subprocess
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -86,12 +88,35 @@ def within(seconds):
         raise TimeoutError(f"not done in {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)  # of pytest-timeout
+
+
+WAIT = 180  # seconds that a test waits for another process
+
+
+def finished(command, *, check=True, **options):
+    """The ended process: within three minutes and, where ``check``, without an error; else you see what it said."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, **options)
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"not done in {WAIT} s: {command}\nstdout: {error.stdout}\nstderr: {error.stderr}")
+    assert not check or done.returncode == 0, f"{command}\nstdout: {done.stdout}\nstderr: {done.stderr}"
+    return done
+
+
+def wait_until(happened, process):
+    """Wait for something that a process does: three minutes at most, and not longer than it lives."""
+    deadline = time.monotonic() + WAIT
+    while not happened():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"did not happen in {WAIT} s; status {process.wait()}, said {process.communicate()}")
+        time.sleep(0.01)
 
 
 def peft_model(adapted):

@@ -1,7 +1,6 @@
 """What touches the insides of other libraries: each function of ``compat.py`` against the library itself."""
 
 import copy
-import subprocess
 import sys
 import threading
 import time
@@ -9,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import finished
 from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.func import functional_call, vmap
@@ -125,7 +125,7 @@ make_attention_explicit(ours)
 assert (other.config._attn_implementation, ours.config._attn_implementation) == ("sdpa", ATTENTION)
 assert all(now.pop(ATTENTION) and now == then for now, then in zip((dict(masks), dict(attentions)), before))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=170)
+    finished([sys.executable, "-c", code])
 
 
 PATTERNS = {"fc1": 3, r"layers\.[0-4]\.fc2": 5, "^model.head": 7, r".*attn.*": 9}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import WAIT, wait_until
 
 from potara_lite import __main__ as command
 from potara_lite.baselines.methods import METHODS
@@ -30,14 +31,12 @@ def killed(arguments, written, moment, meanwhile=lambda: None):
     process = subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 180
-    while written() < moment and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_until(lambda: written() >= moment or process.poll() is not None, process)
     if process.poll() is None:
         meanwhile()
     time.sleep(random.Random(moment).uniform(0, 0.5 if moment else 5))
     process.kill()
-    error = process.communicate()[1]
+    error = process.communicate(timeout=WAIT)[1]
     assert process.returncode in (-9, 0), error
     KILLED.append(process.returncode == -9)
 

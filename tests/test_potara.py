@@ -1,13 +1,12 @@
 """``potara.py``, the reference implementation of the paper: everything faster agrees with it."""
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import peft_model
+from conftest import finished, peft_model
 
 from potara_lite import Moments, evaluate, fedit, merge_exact, per_sample_gradients, potara, repeat_adapter, train
 from potara_lite.adapters.lora import attach
@@ -136,10 +135,8 @@ def test_local_training_is_training_alone(adapted64, federation64):
 
 
 def test_it_runs_and_prints_a_line_per_client():
-    run = subprocess.run(
-        [sys.executable, "-c", "from potara_lite.potara import main; main(clients=2, rounds=1, local_steps=2)"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    code = "from potara_lite.potara import main; main(clients=2, rounds=1, local_steps=2)"
+    run = finished([sys.executable, "-c", code])
     head, *lines = run.stdout.splitlines()
     assert "λ" in head and [line.split(":")[0] for line in lines] == ["0", "1"]
     assert all(len(line.split()) == 8 and 0 <= float(line.split()[-1]) <= 1 for line in lines)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import finished
 
 import potara_lite
 
@@ -109,7 +110,7 @@ def module_name(file):
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "__main__.py"])
 def test_everything_public_says_what_it_is(file):
-    if file.startswith("flower/"):
+    if file.startswith("deployment/"):
         pytest.importorskip("flwr", reason="needs the extra `flower`")
     module = importlib.import_module(module_name(file))
     assert module.__doc__
@@ -127,7 +128,7 @@ def test_the_public_names_are_there_and_imported_when_used():
         getattr(potara_lite, "nothing")  # noqa: B009
     heavy = ("torch", "peft", "pandas", "matplotlib", "scipy", "torchvision")
     check = f"import sys, potara_lite; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    done = finished([sys.executable, "-c", check])
     assert done.stdout == "[]\n"
 
 
@@ -200,7 +201,7 @@ def test_the_command_answers_at_once():
     """Torch and the rest take seconds to import; help, version and bad options do not wait for them."""
     for arguments, code in ((["--help"], 0), (["--version"], 0), (["--clients", "0"], 2), (["--device", "warp"], 2)):
         command = [sys.executable, "-X", "importtime", "-m", "potara_lite", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = finished(command, check=False)
         assert done.returncode == code and not re.search(r"\| +(torch|pandas|numpy|matplotlib)\n", done.stderr)
 
 

@@ -6,7 +6,7 @@ import time
 from typing import Annotated
 
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def cluster_clients(similar: Annotated[Tensor, Numbers("C C")], clusters: Size) 
         raise ValueError(f"{clusters} clusters of {len(similar)} clients")
     distance = (1 - similar).clamp_min(0).fill_diagonal_(0)
     tree = linkage(squareform(distance.numpy(), checks=False), method="average")
-    return torch.from_numpy(fcluster(tree, clusters, criterion="maxclust")).long() - 1
+    return torch.from_numpy(cut_tree(tree, clusters)[:, 0]).long()
 
 
 def train_clusters(adapted: AdaptedBackbone, split: Split, labels: Tensor, **options) -> tuple[Adapter, Ledger]:

@@ -151,7 +151,7 @@ def _write_rows(path: Path, key: str, rows: pd.DataFrame) -> None:
 def _read_rows(path: Path) -> tuple[str, pd.DataFrame]:
     """The fingerprint of what made a result file, and its rows."""
     with reading(path):
-        first, _, text = path.read_text().partition("\n")
+        first, _, text = path.read_text("utf-8").partition("\n")
         words = first.split(" ")
         if len(words) != 3 or words[0] != "#" or words[2] != digest(text):
             raise FileError(f"{path} is damaged or was changed by hand: delete it, and it is computed again")

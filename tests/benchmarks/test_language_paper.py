@@ -2,13 +2,13 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from conftest import finished
 from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -119,6 +119,6 @@ def test_what_cannot_be_is_one_line_before_anything_is_trained(options, said, mo
 def test_from_a_shell_an_error_is_one_line(tmp_path):
     script = Path(__file__).parents[2] / "benchmarks" / "language_paper.py"
     command = [sys.executable, str(script), "--model", "./nowhere", "--tasks", "none.json", "--out", str(tmp_path)]
-    found = subprocess.run(command, capture_output=True, text=True)
+    found = finished(command, check=False)
     assert found.returncode == 1 and found.stdout == ""
     assert found.stderr.startswith("language_paper: ./nowhere is no folder") and found.stderr.count("\n") == 1

@@ -1,6 +1,7 @@
 """Other people's code on the same tensors, where it is installed: every comparison keeps the bound that it states."""
 
 import copy
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -65,9 +66,17 @@ def test_the_committed_table_has_every_network_and_no_difference():
     assert not LAYERS.untrained.any()
 
 
+def our_words(refusal):
+    """A refusal without torch's description of the layer, which newer versions make longer."""
+    return re.sub(r"Target module .*? is not supported", "Target module is not supported", refusal)
+
+
 def test_what_is_refused_is_refused_with_the_committed_sentence():
     committed = pd.read_csv(BENCHMARKS / "refusals.csv").set_index("what")["refused with"].to_dict()
-    assert {what: layers.refusal(what) for what in layers.REFUSED} == committed
+    found = {what: layers.refusal(what) for what in layers.REFUSED}
+    assert {what: our_words(said) for what, said in found.items()} == {
+        what: our_words(said) for what, said in committed.items()
+    }
     assert "taken" not in committed.values()
 
 

@@ -2,13 +2,13 @@
 
 import json
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from conftest import finished
 from offline import WIDE, opened_offline, sticking_out, use_every_control
 
 pytest.importorskip("myst_nb", reason="the book needs the extra `docs`")
@@ -37,8 +37,7 @@ class Page(HTMLParser):
 def book(tmp_path_factory):
     folder = tmp_path_factory.mktemp("book")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs", "-d", folder / "doctrees"]
-    done = subprocess.run([*command, ".", folder / "html"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    finished([*command, ".", folder / "html"], cwd=ROOT)
     return folder / "html"
 
 

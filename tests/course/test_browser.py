@@ -24,7 +24,10 @@ FLAGS = (
 ).split()
 STANDSTILL = 180  # seconds without a cell that begins or ends; no cell takes a minute
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH"),
+    pytest.mark.timeout(1200),  # a whole notebook on a busy machine; what stands still ends after STANDSTILL
+]
 
 
 @pytest.fixture
@@ -100,8 +103,14 @@ def page(tmp_path):
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1300, "height": 900})
         yield page
-        page.screenshot(path=tmp_path / "last.png")  # for whoever has to find out what went wrong
+        print(screen(page))  # pytest shows it beside the error of a test that failed
+        page.screenshot(path=tmp_path / "last.png")
         browser.close()
+
+
+def screen(page):
+    """What the page shows, in words."""
+    return f"the page shows:\n{page.locator('body').inner_text()[-2000:]}"
 
 
 def start_all(page, prompts):
@@ -114,7 +123,7 @@ def start_all(page, prompts):
             if prompts.first.inner_text() != "[ ]:":
                 return
             page.wait_for_timeout(500)
-    pytest.fail(f"no cell began within {STANDSTILL} s: {page.locator('body').inner_text()[-2000:]}")
+    pytest.fail(f"no cell began within {STANDSTILL} s; {screen(page)}")
 
 
 def run_all(page):
@@ -128,7 +137,7 @@ def run_all(page):
             pytest.fail(f"a cell stopped with an error:\n{error.first.inner_text()[-2000:]}")
         if (now := prompts.all_inner_texts()) != seen:
             seen, deadline = now, time.monotonic() + STANDSTILL
-        assert time.monotonic() < deadline, f"nothing moved for {STANDSTILL} s: {seen}"
+        assert time.monotonic() < deadline, f"nothing moved for {STANDSTILL} s: {seen}; {screen(page)}"
         page.wait_for_timeout(500)
     assert error.count() == 0
     return prompts

@@ -2,7 +2,6 @@
 
 import re
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from conftest import finished
 from test_results import script
 
 from potara_lite import estimate_calibrated
@@ -200,7 +200,7 @@ def test_a_lecture_stops_at_every_prediction(path, tmp_path):
         if "check" in tags(cell):
             assert kinds[number] == "skip"
     command = [sys.executable, "-m", "nbconvert", "--to", "slides", "--output-dir", tmp_path, path]
-    subprocess.run(command, check=True, capture_output=True)
+    finished(command)
     text = (tmp_path / f"{path.stem}.slides.html").read_text()
     assert text.count("<section") > kinds.count("slide")
 

@@ -1,11 +1,11 @@
 """How pytest compares what a notebook prints with what is committed (``tests/notebook_outputs.py``)."""
 
-import subprocess
 import sys
 
 import nbformat
 import notebook_outputs as outputs
 import pytest
+from conftest import finished
 from test_results import ROOT
 
 
@@ -66,6 +66,6 @@ def test_a_notebook_with_other_numbers_fails(tmp_path):
     rules = (ROOT / "tests" / "notebook_outputs.py").read_text()
     (tmp_path / "conftest.py").write_text(f"{rules}\n\npytest_configure = compare_with_tolerance\n")
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", "-rA", "-p", "no:cacheprovider"]
-    said = subprocess.run([*command, "one.ipynb"], cwd=tmp_path, capture_output=True, text=True).stdout
+    said = finished([*command, "one.ipynb"], check=False, cwd=tmp_path).stdout
     for number, (name, (_, _, is_error)) in enumerate(CELLS.items()):
         assert f"{'FAILED' if is_error else 'PASSED'} one.ipynb::Cell {number}" in said, (name, said)

@@ -3,7 +3,6 @@
 import gc
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import changed_split, train_one_by_one
+from conftest import changed_split, finished, train_one_by_one
 from hypothesis import given, settings, strategies as st
 from test_results import script
 from torch import nn
@@ -334,7 +333,7 @@ def test_many_clients_take_the_memory_they_were_given():
     """Peak resident memory of each kind of work on 400 clients, in a process that hands freed memory back at once."""
     environment = os.environ | dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     command = [sys.executable, "-c", MEASURE.replace("MEMORY", "2.4e7")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = finished(command, env=environment)
     evaluated, differentiated, trained = map(int, done.stdout.split())
     row = 452 * 4  # an adapter's bytes; results for all clients come on top of the budget
     for peak, result in ((evaluated, 0), (differentiated, 8 * 400 * row), (trained, 3 * 400 * row)):

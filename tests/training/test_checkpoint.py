@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import changed_split, tiny_federation, tiny_vit
+from conftest import WAIT, changed_split, tiny_federation, tiny_vit, wait_until
 
 from potara_lite import Execution, FileError, attach, fedit, load_state, save_state, train
 from potara_lite.training import fedavg
@@ -214,12 +214,10 @@ fedit(attach(tiny_vit(), rank=2, alpha=3), tiny_federation(torch.float32).train,
 def test_a_killed_process_leaves_its_last_whole_round(adapted, federation, tmp_path):
     script = SCRIPT.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / ROUNDS_FILE).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until((tmp_path / ROUNDS_FILE).exists, process)
     time.sleep(0.3)
     process.kill()
-    error = process.communicate()[1]
+    error = process.communicate(timeout=WAIT)[1]
     assert process.returncode == -9, error
     split = tiny_federation(torch.float32).train
     with pytest.raises(FileError, match="checkpoint holds (\\d+) rounds, more than rounds=0") as found:
