@@ -631,7 +631,9 @@ def test_every_process_has_its_own_part_and_its_share_of_the_cores(tmp_path, mon
     monkeypatch.setattr(comparison.os, "cpu_count", lambda: 6)
     for number, seeds in ((0, [0, 2]), (1, [1])):
         out = tmp_path / str(number)
-        comparison.work(number, Namespace(scale="quick", name="quick", only=(), tune=False, device="cpu", processes=2, out=out))
+        comparison.work(
+            number, Namespace(scale="quick", name="quick", only=(), tune=False, device="cpu", processes=2, out=out)
+        )
         assert read_results(out / "quick").seed.unique().tolist() == seeds
     assert threads == [3, 3]
 
