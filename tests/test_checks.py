@@ -372,7 +372,7 @@ CALLS = {
     ),
     "experiment.local_from_federated": lambda t: dict(lr_scale=1.0),
     "experiment.merging": lambda t: dict(merge=len, model_pair=len),
-    "experiment.with_estimator": lambda t: dict(estimator=len, merge=len, model_pair=len),
+    "experiment.with_estimator": lambda t: dict(estimator=potara_lite.estimate_uniform, merge=len, model_pair=len),
     "experiment.oracle_weight": lambda t: dict(weights=t.grid, loss=t.losses[..., 0]),
     "experiment.run_methods": lambda t: dict(setting=TINY, seeds=[0], methods={"x": len}, prepare=len, progress=False),
     "results.result_rows": lambda t: dict(method="x", run=t.run, result=t.result, split=t.split),

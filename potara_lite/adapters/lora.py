@@ -105,12 +105,12 @@ class AdaptedBackbone:
             weights |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
         def run(*args, **kwargs):
-            leaves = [*weights.values(), *tree_flatten((args, kwargs))[0]]
-            is_mapped = any(is_traced(leaf) for leaf in leaves if isinstance(leaf, Tensor))
-            with attention_under_vmap() if is_mapped else nullcontext():
-                return functional_call(self.model, weights, args, kwargs)
+            return functional_call(self.model, weights, args, kwargs)
 
-        with nullcontext() if torch.compiler.is_compiling() else self.state.lock:  # a compiler cannot take a lock
+        if torch.compiler.is_compiling():  # a compiler can neither take a lock nor ask what stands for many
+            return call_network(run, self.with_padding(x), self.frozen_blocks)
+        leaves = [leaf for leaf in tree_flatten((weights, x))[0] if isinstance(leaf, Tensor)]
+        with self.state.lock, attention_under_vmap() if any(map(is_traced, leaves)) else nullcontext():
             return call_network(run, self.with_padding(x), self.frozen_blocks)
 
     @cached_property

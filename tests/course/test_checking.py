@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from inspect import isfunction
+from inspect import isfunction, signature
 
 import numpy as np
 import pandas as pd
@@ -110,6 +110,7 @@ MODULES = [
 CHECKERS = [
     one for module in MODULES for name, one in vars(module).items()
     if isfunction(one) and one.__module__ == module.__name__ and name.startswith("check_")
+    and list(signature(one).parameters) == ["function"]  # those of open tasks look at results
 ]  # fmt: skip
 GARBAGE = [
     None, True, -1, 2**70, 1e308, float("nan"), 1j, "x", b"x", (), [[1], [2, 3]], {}, {1: 2}, {"a": {"a": ()}}, set(),

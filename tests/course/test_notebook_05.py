@@ -116,7 +116,7 @@ def test_the_power_of_the_open_task_is_that_of_a_simulation(n, deviation, size):
         (lambda deviation, size: round((2.8 * deviation / size) ** 2), "not in 80 %"),
         (lambda deviation, size: 200, "experiments already"),
         (lambda deviation, size: 7.85 * (deviation / size) ** 2, "a whole number of 2 seeds or more"),
-        (lambda deviation, size: "many", "the answer is a whole number"),
+        (lambda deviation, size: "many", "the answer is a number"),
     ],
 )
 def test_the_open_task_takes_a_number_of_seeds_that_does_what_it_should(answer, line):

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from .checking import check, run
+from .checking import as_number, check, is_untouched, run
 
 # Two methods on three seeds (rows) and four clients, with wins, losses and ties.
 FIRST = torch.tensor([[0.80, 0.90, 0.70, 0.75], [0.60, 0.85, 0.65, 0.70], [0.95, 0.90, 0.75, 0.80]]).double()
@@ -166,15 +166,16 @@ def check_seeds_needed(function: Callable[[float, float], int]) -> str:
     """
     for deviation, size in ((0.01, 0.01), (0.012, 0.005), (0.03, 0.01)):
         found = run(function, (deviation, size))
-        if found is None or found is ... or isinstance(found, NotImplementedError):
+        if is_untouched(found):
             return "not attempted"
         given = f"deviation {deviation}, size {size}"
         try:
-            n = int(found)
-        except (TypeError, ValueError):
-            return f"hint: {given}: the answer is a whole number, yours is {found!r}"
-        if n != found or n < 2:
-            return f"hint: {given}: a whole number of 2 seeds or more, not {found}"
+            number = as_number(found)
+        except ValueError as error:
+            return f"hint: {error}"
+        if not 2 <= number <= 1e6 or number != int(number):
+            return f"hint: {given}: a whole number of 2 seeds or more, not {number:g}"
+        n = int(number)
         if power(n, deviation, size) < 0.78:
             often = f"{n} seeds find the difference in {power(n, deviation, size):.0%}".replace("%", " %")
             return f"hint: {given}: {often} of the experiments, not in 80 %"

@@ -43,7 +43,7 @@ def check(
         return not any(difference(a, run(other, given), rtol, atol) for a, given in zip(answers, inputs))
 
     answers = [run(function, given) for given in inputs]
-    if all(answer is None or answer is ... or isinstance(answer, NotImplementedError) for answer in answers):
+    if all(map(is_untouched, answers)):
         return "not attempted"
     found = [difference(answer, right(*deepcopy(given)), rtol, atol) for answer, given in zip(answers, inputs)]
     if not any(found):
@@ -133,6 +133,21 @@ def _numeric_difference(answer: Any, right: Any, rtol: float, atol: float) -> st
     gap = (value - right).abs().nan_to_num(torch.inf)
     at = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
     return f"off by up to {float(gap[at]):.3g}: entry {at} is {float(right[at]):.6g}, yours is {float(value[at]):.6g}"
+
+
+def is_untouched(answer: Any) -> bool:
+    """Whether it is what a stub returns or raises."""
+    return answer is None or answer is ... or isinstance(answer, NotImplementedError)
+
+
+def as_number(answer: Any) -> float:
+    """An answer as a number. Raises ``ValueError``, in words for the reader, for one that is none."""
+    if isinstance(answer, Exception):
+        raise ValueError(f"your function stopped with {type(answer).__name__}: {answer}")
+    try:
+        return torch.as_tensor(answer).detach().double().cpu().reshape(()).item()
+    except Exception:  # whatever a reader's answer may be
+        raise ValueError(f"the answer is a number; yours is a {type(answer).__name__}") from None
 
 
 def run(function: Callable, given: tuple) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.state import Adapter, repeat_adapter
-from .checking import check, run
+from .checking import as_number, check, is_untouched, run
 
 
 class Output(NamedTuple):
@@ -167,17 +167,14 @@ def check_gain(function: Callable[[float], float]) -> str:
     'hint: strength 0 and strength 3 give the same number: does the strength reach the data?'
     """
     answers = [run(function, (strength,)) for strength in (0.0, 3.0)]
-    if all(answer is None or answer is ... for answer in answers):
+    if all(map(is_untouched, answers)):
         return "not attempted"
-    for answer in answers:
-        if isinstance(answer, Exception):
-            return f"hint: your function stopped with {type(answer).__name__}: {answer}"
-        try:
-            number = float(answer)
-        except (TypeError, ValueError):
-            return f"hint: the answer is a number for each strength; yours is a {type(answer).__name__}"
-        if not abs(number) < 1:
-            return f"hint: {number:.3g} nats are too many for a difference of mean losses: take means and not sums"
-    if answers[0] == answers[1]:
+    try:
+        gains = [as_number(answer) for answer in answers]
+    except ValueError as error:
+        return f"hint: {error}"
+    if odd := [gain for gain in gains if not abs(gain) < 1]:
+        return f"hint: {odd[0]:.3g} nats are too many for a difference of mean losses: take means and not sums"
+    if gains[0] == gains[1]:
         return "hint: strength 0 and strength 3 give the same number: does the strength reach the data?"
     return "correct"
