@@ -42,7 +42,14 @@ from potara_lite.adapters.state import adapter_bytes, stack_adapters
 from potara_lite.baselines.clusters import three_models
 from potara_lite.baselines.methods import FAMILIES, REFERENCES
 from potara_lite.baselines.sweep import read_results, sweep
-from potara_lite.estimators import Estimate, estimate_calibrated, estimate_curve, estimate_paper, estimate_uniform
+from potara_lite.estimators import (
+    Estimate,
+    OnSplit,
+    estimate_calibrated,
+    estimate_curve,
+    estimate_paper,
+    estimate_uniform,
+)
 from potara_lite.experiment import (
     Method,
     ModelPair,
@@ -53,7 +60,7 @@ from potara_lite.experiment import (
     training_options,
     with_estimator,
 )
-from potara_lite.federation.split import Federation
+from potara_lite.federation.split import Split
 from potara_lite.models.frozen_trunk import linear_layers
 from potara_lite.training.fedavg import Ledger, fedit
 
@@ -81,17 +88,17 @@ def prepare_vit(setting: Setting, seed: int, *, init: bool | str = True, cifar10
 def on(part: str, samples: int, estimate: Callable[..., Estimate], **options) -> Callable[..., Estimate]:
     """An estimator on the first samples of every client's ``train`` or ``calibration`` part."""
 
-    def estimator(adapted, federated, local, federation: Federation) -> Estimate:
-        return estimate(adapted, federated, local, getattr(federation, part).head(samples), **options)
+    def estimator(adapted, federated, local, split: Split) -> Estimate:
+        return estimate(adapted, federated, local, split.head(samples), **options)
 
-    return estimator
+    return OnSplit(estimator, part)
 
 
 def every(weight: float) -> Callable[..., Estimate]:
     """The same λ for every client."""
 
-    def estimator(adapted, federated, local, federation: Federation) -> Estimate:
-        return Estimate(torch.full((len(federation),), weight, dtype=torch.float64))
+    def estimator(adapted, federated, local, split: Split) -> Estimate:
+        return Estimate(torch.full((len(split),), weight, dtype=torch.float64))
 
     return estimator
 

@@ -31,7 +31,7 @@ from .adapters.state import (
     repeat_adapter,
 )
 from .checks import AnyList, Flag, Named, NonNegative, Numbers, Positive, Seed, Seeds, Size, checked, invalid
-from .estimators import ESTIMATORS, Estimate
+from .estimators import ESTIMATORS, Estimate, OnSplit
 from .estimators.estimate import ClientWeights, Two
 from .federation.display import displayed, megabytes, span
 from .federation.sources import fashion_mnist
@@ -364,15 +364,15 @@ def with_estimator(
 ) -> Method:
     """A model pair merged with the weight of an estimator.
 
-    Its fourth argument is the federation if it is called so, as that of ``ESTIMATORS``; otherwise it is the calibration
-    split. It returns an ``Estimate``, or the weights alone ``(C,)``.
+    It is on the calibration split, unless ``on_train`` or ``on_calibration`` have said on which (as in ``ESTIMATORS``).
+    It returns an ``Estimate``, or the weights alone ``(C,)``.
     """
     if not _takes(4, estimator):
         invalid("estimator", "a function of (adapted, federated, local, split)", estimator)
-    on_split = list(signature(estimator).parameters)[3:4] != ["federation"]
+    on_split = estimator if isinstance(estimator, OnSplit) else OnSplit(estimator, "calibration")
 
     def merged(run: Run, pair: ModelPair) -> tuple[Adapter, Estimate]:
-        found = estimator(run.adapted, *pair.models, run.federation.calibration if on_split else run.federation)
+        found = on_split(run.adapted, *pair.models, run.federation)
         estimate = found if isinstance(found, Estimate) else Estimate(found)
         return merge(*pair.models, estimate.weight), estimate
 

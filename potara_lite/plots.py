@@ -1,7 +1,7 @@
 """Matplotlib figures from results: every function takes arrays or a table and returns the ``Figure`` it drew in.
 
-``ax``: the axes to draw in, as from ``plt.subplots()``; without them the function makes a figure. A method has the same
-colour in every figure that shows the same methods.
+``ax``: the axes to draw in, as from ``plt.subplots()``; without them the function makes a figure. The methods of
+``COLOURS`` have the same colour everywhere, others get the next free one of a figure.
 """
 
 from __future__ import annotations
@@ -304,12 +304,17 @@ def frontiers(
 ) -> Figure:
     """A panel per federation of a ``results.leaderboard``: mean client accuracy against megabytes per client.
 
-    The line joins the methods on the Pareto ``front``. They and ``highlight`` are named and have standard errors over
-    seeds as bars; ``references`` are left out. ``ax``: axes for each federation.
+    The line joins the methods on the Pareto ``front``. They and ``highlight`` are named, have standard errors over
+    seeds as bars, and the same sign and colour in all panels; ``references`` are left out. ``ax``: axes for each
+    federation.
     """
     if not front.index.equals(board.index):
         raise ValueError(f"front must have the {len(board)} lines of board, as pareto_front makes them")
     names = list(dict.fromkeys(board.index.get_level_values("federation")))
+    methods = board.index.get_level_values("method")
+    is_named = (front.astype(bool) | (methods == highlight)) & ~methods.isin(references)
+    shades = colours(methods[is_named])
+    signs = dict(zip(shades, itertools.cycle("osD^vPX<>")))
     panels = _panels(ax, names, len(names), (4.6, 6))
     for name, panel in zip(names, panels):
         lines = board.loc[name].assign(MB=lambda t: t["bytes"] / 1e6, best=front[name].astype(bool))
@@ -318,9 +323,8 @@ def frontiers(
         panel.plot(lines["MB"][~named], lines["accuracy"][~named], "o", ms=5, color="#CCCCCC", zorder=0)
         best = lines[lines["best"]]
         panel.plot(best["MB"], best["accuracy"], color="#888888", lw=1, zorder=1, drawstyle="steps-post")
-        for (method, row), sign in zip(lines[named].iterrows(), itertools.cycle("osD^vPX<>")):
-            shade = COLOURS["potara-calibrated"] if method == highlight else COLOURS["federated"]
-            _point(panel, row["MB"], row, fmt=sign, ms=7, color=shade, lw=1, label=method)
+        for method, row in lines[named].iterrows():
+            _point(panel, row["MB"], row, fmt=signs[method], ms=7, color=shades[method], lw=1, label=method)
         panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=8, frameon=False)
         panel.set_xscale("symlog", linthresh=1)
     figure = panels[0].figure

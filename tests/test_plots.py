@@ -99,6 +99,18 @@ def test_differences_have_their_errors_and_names():
     assert plots.paired_differences(several).axes[0].get_yticklabels()[0].get_text() == "one, local"
 
 
+def test_a_method_keeps_its_sign_and_colour_in_all_federations():
+    """Also where another one is the first of a panel."""
+    front = pd.Series([True, True, False, True], index=BOARD.index)
+    figure = plots.frontiers(BOARD, front, highlight="mine")
+    drawn = [
+        {text.get_text(): (one[0].get_marker(), one[0].get_color()) for one, text in zip(handles, legend.get_texts())}
+        for handles, legend in ((axes.containers, axes.get_legend()) for axes in figure.axes)
+    ]
+    assert drawn[0].keys() == {"local", "mine"} and drawn[1].keys() == {"mine"}
+    assert drawn[0]["mine"] == drawn[1]["mine"] != drawn[0]["local"]
+
+
 def test_names_of_clients_stand_at_the_panels():
     figure = plots.along_weight(WEIGHTS, LOSS, names=["Lyon", "Nice"])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Lyon", "Nice"]

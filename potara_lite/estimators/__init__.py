@@ -5,6 +5,8 @@ federated stack, local stack, federation) that picks its samples itself.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import Adapter, Stack
@@ -29,24 +31,29 @@ from .paper import estimate_paper, fisher_moments
 Estimator = Callable[[AdaptedBackbone, Adapter, Adapter, Federation], Estimate]
 
 
-def _on_samples(part: str, estimate: Callable[..., Estimate], options: dict) -> Estimator:
+@dataclass(frozen=True, eq=False)
+class OnSplit:
+    """An estimator on one split of a federation, ``train`` or ``calibration``: an ``Estimator``."""
+
+    estimate: Callable[..., Estimate]
+    split: str
+    options: dict[str, Any] = field(default_factory=dict)
+
     @checked
-    def estimator(adapted: AdaptedBackbone, federated: Stack, local: Stack, federation: Federation) -> Estimate:
-        return estimate(adapted, federated, local, getattr(federation, part), **options)
-
-    return estimator
+    def __call__(self, adapted: AdaptedBackbone, federated: Stack, local: Stack, federation: Federation) -> Estimate:
+        return self.estimate(adapted, federated, local, getattr(federation, self.split), **self.options)
 
 
 @checked
-def on_train(estimate: Callable[..., Estimate], **options) -> Estimator:
+def on_train(estimate: Callable[..., Estimate], **options) -> OnSplit:
     """The estimator on each client's training samples, as the paper has it."""
-    return _on_samples("train", estimate, options)
+    return OnSplit(estimate, "train", options)
 
 
 @checked
-def on_calibration(estimate: Callable[..., Estimate], **options) -> Estimator:
+def on_calibration(estimate: Callable[..., Estimate], **options) -> OnSplit:
     """The estimator on each client's calibration samples, which trained neither model."""
-    return _on_samples("calibration", estimate, options)
+    return OnSplit(estimate, "calibration", options)
 
 
 ESTIMATORS: dict[str, Estimator] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.state import Adapter
-from .checking import check
+from .checking import check, is_untouched
 
 LAYER = "layer.lora_{}.weight"
 HEAD = "head.weight"
@@ -181,7 +181,7 @@ def check_broken(results: tuple[Tensor, Tensor]) -> str:
     >>> check_broken((torch.tensor([0.3, 0.0]), torch.tensor([0.5, 0.6])))
     'hint: your local models have a mean accuracy of 0.55; 0.65 is wanted'
     """
-    if results is None or results is ...:
+    if is_untouched(results):
         return "not attempted"
     barriers, accuracy = results
     if (mean := float(accuracy.mean())) < 0.65:

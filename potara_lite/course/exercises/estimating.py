@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checking import check
+from .checking import check, is_untouched
 
 
 def check_diagonal_fisher(function: Callable[[Tensor, Tensor], Tensor]) -> str:
@@ -147,7 +147,7 @@ def check_beats_half(
     >>> check_beats_half("any setting", lambda seed: (torch.tensor([0.2, 1.2]), torch.ones(2), torch.ones(2)))
     'hint: λ must be in [0, 1]; on seed 0 it goes from 0.20 to 1.20'
     """
-    if setting is None or setting is ...:
+    if is_untouched(setting):
         return "not attempted"
     for seed in seeds:
         weight, loss, half = (part.double() for part in trial(seed))

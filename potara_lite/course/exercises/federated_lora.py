@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.state import Adapter, adapter_bytes
-from .checking import check, run
+from .checking import check, is_untouched, run
 
 
 def _each(rule: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Adapter, Tensor], Adapter]:
@@ -151,7 +151,7 @@ def check_partition(function: Callable[[Tensor], Tensor], labels: Tensor) -> str
     'hint: that is the partition of section 4; deal the images out in another way'
     """
     rows, before = run(function, (labels,)), torch.arange(800).view(8, 100)
-    if rows is None or rows is ...:
+    if is_untouched(rows):
         return "not attempted"
     if getattr(rows, "shape", None) != before.shape or not torch.equal(rows.flatten().sort().values, before.flatten()):
         return "hint: eight rows of 100 indices, a tensor (8, 100); each of 0 to 799 is in it once"

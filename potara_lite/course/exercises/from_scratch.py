@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .checking import check
+from .checking import check, is_untouched
 
 
 def check_merge_many(function: Callable[[list[Tensor], list[Tensor], list[float]], tuple[Tensor, Tensor]]) -> str:
@@ -103,7 +103,7 @@ def check_more_skew(board: Mapping[str, float]) -> str:
     >>> check_more_skew(...)
     'not attempted'
     """
-    if board is None or board is ...:
+    if is_untouched(board):
         return "not attempted"
     names = {"L", "F", "paper", "own curve", "½", "pool", "head apart", "oracle"}
     if not isinstance(board, Mapping) or board.keys() != names:

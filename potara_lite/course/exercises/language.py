@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...federation.text import next_tokens
-from .checking import check
+from .checking import check, is_untouched
 
 
 def check_mean_pool(function: Callable[[Tensor, Tensor], Tensor]) -> str:
@@ -145,7 +145,7 @@ def check_report(
     'not attempted'
     """
     found = function(adapted, first, second, federation)
-    if found is None or found is ... or first is ...:
+    if is_untouched(found) or is_untouched(first):
         return "not attempted"
     weight, gain = (torch.as_tensor(part).double() for part in found)
     if not weight.shape == gain.shape == (len(federation),):

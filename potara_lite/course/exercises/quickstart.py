@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .checking import check
+from .checking import check, is_untouched
 
 LEARNT = 1.6  # nats; the loss of a model of ten classes that knows nothing is ln 10 = 2.30
 
@@ -61,7 +61,7 @@ def check_no_gain(losses: Mapping[str, float]) -> str:
     >>> check_no_gain({"federated": 0.7, "local": 0.8, "merged": 0.6})
     'hint: the merge still has the lowest loss, by 0.100 nats'
     """
-    if losses is None or losses is ...:
+    if is_untouched(losses):
         return "not attempted"
     if not isinstance(losses, Mapping) or losses.keys() != {"federated", "local", "merged"}:
         return "hint: the losses are a dictionary with the keys 'federated', 'local' and 'merged'"

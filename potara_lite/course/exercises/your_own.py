@@ -57,7 +57,7 @@ def check_wrap(function: Callable[[nn.Module, nn.Module], nn.Module]) -> str:
         }
         first = {"from the first token; the mean of all is as good a choice": lambda x: head(tokens(x)[:, 0])}
         module = run(function, (deepcopy(encoder).train(), head))
-        if module is None or module is ... or isinstance(module, NotImplementedError):
+        if is_untouched(module):
             return "not attempted"
         error = _module_error(module, x, sum(p.numel() for part in (encoder, head) for p in part.parameters()))
         return f"hint: {error}" if error else check(module, right, [(x,)], mistakes, first)
