@@ -25,6 +25,7 @@ import privacy
 import quick
 import small_lm
 import suite
+import threads
 import verdicts
 import workload
 from choose_default import admitted
@@ -362,6 +363,7 @@ def machines_page() -> dict[str, str]:
         "matrix": markdown(matrix.table(rows)),
         "failures": matrix.failures(rows),
         "machine": listed(sorted(set(rows.machine))) if rows.machine.nunique() > 1 else rows.machine[0],
+        "threads": markdown(threads.table(rows_of("threads"))),
     }
 
 

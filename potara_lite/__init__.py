@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# Threads that wait leave their core to others. OpenMP reads this when torch is loaded; what you have set stays.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A thread that waits soon leaves its core to others (GNU's OpenMP reads this when torch is loaded; what you set stays).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time the same lines say where a name is
     from .adapters.files import (
