@@ -34,7 +34,7 @@ from ..federation.inputs import Inputs, any_tensor, map_inputs, take
 from ..models.frozen_trunk import LINEAR, call_network, replaced_forwards
 
 T = TypeVar("T")
-OnBackward = Callable[[str, Tensor, Tensor, Tensor | None], None]  # (layer, activations, grad_output, grad_hidden)
+OnBackward = Callable[..., None]  # (layer, activations, grad_output), and of a LoRA layer (hidden, grad_hidden)
 MOST_KINDS = 64  # measurements that are kept for a backbone
 
 
@@ -130,7 +130,7 @@ class GroupedLoRA:
                 y = _by_client(x, weight) @ weight.mT
                 y = (y if bias is None else y + bias.unsqueeze(1)).reshape(*x.shape[:-1], -1)
                 if on_backward is not None:
-                    y.register_hook(lambda grad_output: on_backward(name, x.detach(), grad_output, None))
+                    y.register_hook(lambda grad_output: on_backward(name, x.detach(), grad_output))
                 return y
 
             return forward
@@ -171,27 +171,29 @@ class GroupedLoRA:
         One backward pass, in which every adapted layer adds a product per example as soon as its output's gradient is
         there. It stands on ``grouped_logits``: ask ``matches_vmap`` first.
         """
+        examples = y.shape[0] * y.shape[1]
         sizes = [tensor[0].numel() for tensor in stack.values()]
         gradients = next(iter(stack.values())).new_zeros(*y.shape[:2], sum(sizes))
-        columns = dict(zip(stack, gradients.split(sizes, dim=2)))
-        examples = y.shape[0] * y.shape[1]
+        columns = {
+            name: part.view(examples, *stack[name].shape[1:])
+            for name, part in zip(stack, gradients.split(sizes, dim=2))
+        }
 
-        def add(name: str, grad: Tensor) -> None:  # a layer that is called twice adds twice
-            columns[name] += grad.view(columns[name].shape)
+        def by_example(x: Tensor) -> Tensor:  # (C, r, N T) to (C N, r, T)
+            return x.unflatten(2, (y.shape[1], -1)).transpose(1, 2).flatten(0, 1)
 
-        def on_backward(name: str, activations: Tensor, grad_output: Tensor, grad_hidden: Tensor | None) -> None:
+        def on_backward(name: str, activations: Tensor, grad_output: Tensor, *of_hidden: Tensor) -> None:
             activations = activations.reshape(examples, -1, activations.shape[-1])  # (C N, T, in)
             grad_output = grad_output.reshape(examples, -1, grad_output.shape[-1])  # (C N, T, out)
-            if grad_hidden is None:  # a directly trained layer
-                add(f"{name}.weight", grad_output.mT @ activations)
-                if f"{name}.bias" in columns:
-                    add(f"{name}.bias", grad_output.sum(1))
-            else:
+            if of_hidden:  # += where a layer is called twice
                 name_a, name_b = factor_names(name)
-                a = stack[name_a].to(activations.dtype) * self.adapted.scaling[name]
-                hidden = (_by_client(activations, a) @ a.mT).view(examples, -1, a.shape[1])  # (C N, T, r)
-                add(name_a, grad_hidden.view(hidden.shape).to(activations.dtype).mT @ activations)
-                add(name_b, grad_output.mT @ hidden)
+                hidden, grad_hidden = map(by_example, of_hidden)
+                columns[name_a] += grad_hidden @ activations.to(hidden.dtype)
+                columns[name_b] += (hidden @ grad_output.to(hidden.dtype)).mT * self.adapted.scaling[name]
+            else:  # a directly trained layer
+                columns[f"{name}.weight"] += grad_output.mT @ activations
+                if f"{name}.bias" in columns:
+                    columns[f"{name}.bias"] += grad_output.sum(1)
 
         with torch.enable_grad():  # one factor of each layer is enough for on_backward to be called
             trained = {name: tensor.detach().requires_grad_(is_lora(name, "B")) for name, tensor in stack.items()}
@@ -216,42 +218,39 @@ def _autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
 class _LoRA(torch.autograd.Function):
     """``x W0ᵀ + bias + (x Aᵀ) Bᵀ`` with each client's A and B; both additions are in place.
 
-    Where ``on_backward`` is given it is called with ``(x, grad_output, grad_output B)``, and there are no gradients in
-    A and B. Where the frozen layer computes in bf16 and the adapter in float32, the LoRA term is computed in float32,
-    as in PEFT.
+    Where ``on_backward`` is given it is called with ``x``, the gradient in the output, ``A xᵀ`` and its gradient, and
+    there are no gradients in A and B. Products with a rank's few rows have these first, ``(C, r, rows)``, which is much
+    faster than ``(C, rows, r)``. Where the frozen layer computes in bf16 and the adapter in float32, the LoRA term is
+    computed in float32, as in PEFT.
     """
 
     @staticmethod
-    def forward(x, weight, bias, a, b, on_backward):
+    def forward(ctx, x, weight, bias, a, b, on_backward):
         rows = _by_client(x, a)
-        if x.dtype != a.dtype:
-            added = rows.to(a.dtype) @ a.mT @ b.mT
-            return (F.linear(rows, weight, bias) + added).to(x.dtype).view(*x.shape[:-1], len(weight))
-        return F.linear(rows, weight, bias).baddbmm_(rows @ a.mT, b.mT).view(*x.shape[:-1], len(weight))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, weight, _, a, b, ctx.on_backward = inputs
-        ctx.save_for_backward(x, weight, a, b)
+        hidden = a @ rows.to(a.dtype).mT  # (C, r, rows)
+        ctx.save_for_backward(x, weight, a, b, hidden)
+        ctx.on_backward = on_backward
+        y = F.linear(rows, weight, bias)
+        y = y.baddbmm_(hidden.mT, b.mT) if x.dtype == a.dtype else (y + hidden.mT @ b.mT).to(x.dtype)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        x, weight, a, b = ctx.saved_tensors
-        activations = _by_client(x, a)
+        x, weight, a, b, hidden = ctx.saved_tensors
         grad_output = _by_client(grad_output, b)
-        grad_hidden = grad_output.to(b.dtype) @ b  # (C, rows, r)
+        grad_y = grad_output.to(b.dtype)
+        grad_hidden = b.mT.contiguous() @ grad_y.mT  # (C, r, rows)
         grad_x = grad_a = grad_b = None
         if ctx.on_backward is not None:
-            ctx.on_backward(x, grad_output, grad_hidden)
+            ctx.on_backward(x, grad_output, hidden, grad_hidden)
         else:
-            activations = activations.to(a.dtype)
             if ctx.needs_input_grad[3]:
-                grad_a = grad_hidden.mT @ activations
+                grad_a = grad_hidden @ _by_client(x, a).to(a.dtype)
             if ctx.needs_input_grad[4]:
-                grad_b = grad_output.to(b.dtype).mT @ (activations @ a.mT)
+                grad_b = (hidden @ grad_y).mT
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_output @ weight).baddbmm_(grad_hidden.to(x.dtype), a.to(x.dtype)).view(x.shape)
+            grad_x = (grad_output @ weight).baddbmm_(grad_hidden.mT.to(x.dtype), a.to(x.dtype)).view(x.shape)
         return grad_x, None, None, grad_a, grad_b, None
 
 
