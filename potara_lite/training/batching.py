@@ -21,7 +21,7 @@ from ..checks import Flag, Positive, Size, checked
 from ..federation.inputs import Inputs, any_tensor, map_inputs
 from .grouped_lora import GroupedLoRA, group_lora, measured_once
 
-CPU_MEMORY = 2**28  # bytes of a chunk on the CPU
+CPU_MEMORY = 2**28  # bytes of a chunk on the CPU; without a backward pass a quarter, which caches hold
 Forward = Callable[[Adapter, Inputs], Tensor]
 
 
@@ -31,7 +31,7 @@ class Execution:
     """How the clients are run. It changes time and memory, and no result beyond rounding.
 
     ``chunk_size``: clients (for per-sample gradients, examples) at a time, by default as many as fit in
-    ``memory_bytes`` (256 MiB, on a GPU half of its memory). ``vectorize``: whether a chunk is one batched program; by
+    ``memory_bytes`` (256 MiB, 64 without a backward pass; on a GPU half of its memory). ``vectorize``: whether a chunk is one batched program; by
     default wherever ``vmap`` takes the backbone, else the clients run one after another and a warning says why.
     ``autocast=torch.bfloat16`` computes in bf16 where that is safe. ``compile`` gives the training step to
     ``torch.compile``, which takes seconds for each new combination of shapes and then makes each step faster.
@@ -43,11 +43,13 @@ class Execution:
     autocast: torch.dtype | None = None
     compile: Flag = False
 
-    def memory_on(self, device: torch.device) -> float:
-        """The bytes that a chunk may take on this device."""
+    def memory_on(self, device: torch.device, *, backward: bool) -> float:
+        """The bytes that a chunk may take on this device, with or without a backward pass."""
         if self.memory_bytes is not None:
             return self.memory_bytes
-        return torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else CPU_MEMORY
+        if device.type == "cuda":
+            return torch.cuda.get_device_properties(device).total_memory / 2
+        return CPU_MEMORY if backward else CPU_MEMORY / 4
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def plan_execution(
             example_bytes = (kept + 4 * largest if backward else 8 * largest) / any_tensor(few).shape[1]
             copy_bytes = sum(tensor.numel() * tensor.element_size() for tensor in one.values())
             copies = copy_bytes * (adapter_copies or (10 if backward else 2))
-            memory = execution.memory_on(adapted.device)
+            memory = execution.memory_on(adapted.device, backward=backward)
             chunk = chunk or max(1, int(memory // (example_bytes * batch_size + copies)))
             examples = max(1, min(batch_size, int((memory - copies) // example_bytes)))
     chunks = _even_chunks(
