@@ -8,7 +8,8 @@
 Contestants: the engine; the sequential loop over one PEFT model (as in ``potara.py``); a loop in the style of
 PFLlib (an object per client with a deep copy of the model and a DataLoader, at 32 clients and batch 8); for the
 Fisher, batches of one example, and Opacus' ``GradSampleModule`` where ``opacus`` is installed. All of them take the
-same batches of the same tokens; their results are compared before anything is timed.
+same batches of the same tokens; their results are compared before anything is timed. "frozen products" is no
+contestant but a bound: the matrix products of the frozen layers alone, which every program has to do.
 """
 
 from __future__ import annotations
@@ -77,22 +78,45 @@ def sequential(adapted, initial, split, load: Load) -> tuple[torch.Tensor, torch
     return torch.stack(rows), torch.stack(curves)
 
 
-def training(load: Load, repeats: int, *, pfl: bool, memory: float | None) -> dict:
-    """One row: the engine and the loops on the same clients."""
+def frozen_products(adapted, split, load: Load):
+    """A function that computes, in all steps, each frozen layer's output and the gradient in its input; the first
+    layer's input needs none."""
+    rows = load.clients * load.batch_size * split.examples[0][0].shape[1]
+    weights = [adapted.model.get_submodule(layer).base_layer.weight.detach() for layer in adapted.scaling]
+    x = {n: torch.randn(rows, n, device=load.device) for n in {n for weight in weights for n in weight.shape}}
+    y = {n: torch.empty_like(tensor) for n, tensor in x.items()}
+
+    def run() -> None:
+        for _ in range(load.steps):
+            for weight in weights:
+                torch.mm(x[weight.shape[1]], weight.T, out=y[weight.shape[0]])
+            for weight in weights[1:]:
+                torch.mm(x[weight.shape[0]], weight, out=y[weight.shape[1]])
+
+    return run
+
+
+def training(load: Load, repeats: int, *, others: bool, memory: float | None) -> dict:
+    """One row: the engine and the loops on the same clients; with ``others``, more of both."""
     adapted, split = make(load)
     initial = repeat_adapter(adapted.initial, load.clients)
-    options = dict(steps=load.steps, batch_size=load.batch_size, lr=LR, seed=0)
-    contestants = {
-        "engine": lambda: train(adapted, initial, split, execution=Execution(memory_bytes=memory), **options),
-        "sequential": lambda: sequential(adapted, initial, split, load),
-    }
-    if pfl:
-        contestants["pfllib-style"] = lambda: pfl_round(adapted, split, initial, load)
-    fast, different = contestants["engine"](), []
-    for loop in list(contestants.values())[1:]:
+
+    def engine(**execution):
+        options = dict(steps=load.steps, batch_size=load.batch_size, lr=LR, seed=0)
+        return train(adapted, initial, split, execution=Execution(memory_bytes=memory, **execution), **options)
+
+    loops = {"sequential": lambda: sequential(adapted, initial, split, load)}
+    if others:
+        loops["pfllib-style"] = lambda: pfl_round(adapted, split, initial, load)
+    fast, different = engine(), []
+    for loop in loops.values():
         weights, curves = loop()
         different += [apart(flatten(fast.adapters), weights, TOLERANCE), apart(fast.losses, curves, TOLERANCE)]
     del fast, weights, curves
+    contestants = {"engine": engine, **loops, "frozen products": frozen_products(adapted, split, load)}
+    if others:
+        contestants["engine, chunk_size=8"] = lambda: engine(chunk_size=8)
+        contestants["engine, autocast=bfloat16"] = lambda: engine(autocast=torch.bfloat16)
     result = compared(paired(contestants, repeats, load.device), "engine")
     return {"what": "training", **vars(load), "different": max(different)} | result
 
@@ -178,12 +202,17 @@ def main() -> None:
     for clients in args.clients:
         for batch in args.batch_sizes:
             steps = max(1, min(args.steps, WORK // (clients * batch)))
-            pfl = (clients, batch) == ((3, 4) if args.smoke else (32, 8))
+            others = (clients, batch) == ((3, 4) if args.smoke else (32, 8))
             load = Load(clients, batch, steps, args.shape, args.device)
-            row = training(load, args.repeats, pfl=pfl, memory=args.memory)
-            rows.append(row)
-            for name, ratio in row["ratio to engine"].items():
+            rows.append(training(load, args.repeats, others=others, memory=args.memory))
+            for name, ratio in rows[-1]["ratio to engine"].items():
                 ratios[f"{name}, {clients} clients, batch {batch}"] = ratio["median"]
+    if args.shape == "lab" and not args.smoke:
+        for change in [{"rank": 1}, {"rank": 16}, {"rank": 64}, {"depth": 2}, {"depth": 8}]:
+            load = Load(8, steps=20, device=args.device, **change)
+            rows.append(training(load, args.repeats, others=False, memory=args.memory))
+            for name, ratio in rows[-1]["ratio to engine"].items():
+                ratios[f"{name}, {change}"] = ratio["median"]
     for clients in [2] if args.smoke else [8, 32]:
         load = Load(clients, shape=args.shape, device=args.device)
         row = fisher(load, args.repeats, samples=3 if args.smoke else 30, memory=args.memory)

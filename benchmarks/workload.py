@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from pages import facts
 from torch import Tensor
@@ -26,23 +27,27 @@ LR = 2e-3
 
 @dataclass(frozen=True)
 class Load:
-    """Clients of 32 to 64 examples each. ``lab``: the lab ViT on Fashion-MNIST; ``vit-b-16``: a random network of the
-    shape of ViT-B/16 on random tokens. Every contestant gets tokens, so none pays for the frozen prefix."""
+    """Clients of 32 to 64 examples each. ``lab``: the lab ViT on Fashion-MNIST, or a random one of another ``depth``;
+    ``vit-b-16``: a random network of the shape of ViT-B/16 on random tokens. Every contestant gets tokens, so none pays
+    for the frozen prefix."""
 
     clients: int
     batch_size: int = 8
     steps: int = 50
     shape: str = "lab"
     device: str = "cpu"
+    rank: int = 4
+    depth: int = 4
 
 
 @lru_cache(maxsize=1)
 def make(load: Load) -> tuple[AdaptedBackbone, Split]:
-    """The backbone with LoRA of rank 4 on every layer, and the clients' training examples as tokens."""
+    """The backbone with LoRA on every layer, and the clients' training examples as tokens."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(32, 65, load.clients)
     if load.shape == "lab":
-        backbone = lab_vit()
+        torch.manual_seed(0)
+        backbone = lab_vit() if load.depth == 4 else LabViT(depth=load.depth).eval()
         with np.load(check_file(data_path("fashion_mnist.npz")), allow_pickle=False) as file:
             images, labels = file["train_images"], file["train_labels"].astype(np.int64)
         picks = [rng.integers(len(labels), size=n) for n in sizes]
@@ -57,7 +62,7 @@ def make(load: Load) -> tuple[AdaptedBackbone, Split]:
         raise ValueError(f"shape must be 'lab' or 'vit-b-16', not {load.shape!r}")
     split = Split(examples)
     split = split.map(backbone.embed) if load.shape == "lab" else split
-    return attach(backbone).to(load.device), split.to(load.device)
+    return attach(backbone, rank=load.rank).to(load.device), split.to(load.device)
 
 
 def client_steps(model: torch.nn.Module, weights: list[Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> list:
@@ -130,3 +135,52 @@ def table() -> str:
                 batch = f"{row['samples']} samples" if "samples" in row else row["batch_size"]
                 lines.append(f"| {row.get('what', 'training')} | {row['clients']} | {batch} | {other} | {spread} |")
     return "\n".join(lines)
+
+
+def measured_rows(name: str = "engine") -> list[dict]:
+    return json.loads((HERE / f"{name}.json").read_text())["rows"]
+
+
+def usual(row: dict) -> bool:
+    """Whether a row is of training with the usual rank and depth."""
+    return row["what"] == "training" and (row["rank"], row["depth"]) == (Load.rank, Load.depth)
+
+
+def ratios_of(clients: int, batch_size: int = 8) -> dict[str, float]:
+    """The median ratios to the engine's seconds of a row of training."""
+    sizes = clients, batch_size
+    row = next(row for row in measured_rows() if usual(row) and (row["clients"], row["batch_size"]) == sizes)
+    return {name: ratio["median"] for name, ratio in row["ratio to engine"].items()}
+
+
+def grid(number: Callable[[dict], float]) -> pd.DataFrame:
+    """A number of each row's ratios, by clients and batch."""
+    rows = [
+        (row["clients"], f"batch {row['batch_size']}", number(row["ratio to engine"]))
+        for row in measured_rows()
+        if usual(row)
+    ]
+    table = pd.DataFrame(rows, columns=["clients", "batch", "ratio"])
+    return table.groupby(["clients", "batch"], sort=False).ratio.first().unstack()
+
+
+def others() -> pd.DataFrame:
+    """Seconds of other programs over those of the engine, which does what they do."""
+    programs = {f"{name}, training": ratio for name, ratio in ratios_of(32).items() if name == "pfllib-style"}
+    flower = measured_rows("engine_flower")[0]["ratio to engine"]
+    programs |= {f"{name}, training": ratio["median"] for name, ratio in flower.items()}
+    for row in measured_rows():
+        if row["what"] != "training":
+            found = row["ratio to engine"].items()
+            programs |= {f"{name}, gradients of {row['clients']} clients": ratio["median"] for name, ratio in found}
+    return pd.DataFrame({"times the engine's seconds": programs}).rename_axis("program")
+
+
+def sizes() -> pd.DataFrame:
+    """The loop's seconds over the engine's, by rank and depth."""
+    rows = [row for row in measured_rows() if (row["what"], row["clients"], row["batch_size"]) == ("training", 8, 8)]
+    rows.sort(key=lambda row: (row["depth"], row["rank"]))
+    steps = [1000 * row["seconds"]["engine"]["median"] / row["steps"] for row in rows]
+    loops = [row["ratio to engine"]["sequential"]["median"] for row in rows]
+    names = [f"rank {row['rank']}, {row['depth']} blocks" for row in rows]
+    return pd.DataFrame({"engine, ms per step": steps, "loop / engine": loops}, index=names)

@@ -31,8 +31,9 @@ class Execution:
     """How the clients are run. It changes time and memory, and no result beyond rounding.
 
     ``chunk_size``: clients (for per-sample gradients, examples) at a time, by default as many as fit in
-    ``memory_bytes`` (256 MiB, 64 without a backward pass; on a GPU half of its memory). ``vectorize``: whether a chunk is one batched program; by
-    default wherever ``vmap`` takes the backbone, else the clients run one after another and a warning says why.
+    ``memory_bytes`` (256 MiB, 64 without a backward pass; on a GPU half of its memory). ``vectorize``: whether a chunk
+    is one batched program; by default wherever ``vmap`` takes the backbone, else the clients run one after another and a
+    warning says why.
     ``autocast=torch.bfloat16`` computes in bf16 where that is safe. ``compile`` gives the training step to
     ``torch.compile``, which takes seconds for each new combination of shapes and then makes each step faster.
     """

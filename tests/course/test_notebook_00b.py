@@ -36,7 +36,7 @@ def test_the_library_is_silent_until_the_comparison():
     own, whole = (ast.parse("\n".join(sources(cells))) for cells in (before("The same numbers"), NOTEBOOK.cells))
     imported = [node for node in ast.walk(own) if isinstance(node, ast.ImportFrom | ast.Import)]
     modules = {getattr(node, "module", None) or node.names[0].name for node in imported}
-    assert {name.split(".")[0] for name in modules} == {"os", "copy", "matplotlib", "numpy", "torch", "potara_lite"}
+    assert {name.split(".")[0] for name in modules} == {"copy", "matplotlib", "numpy", "torch", "potara_lite"}
     from_library = {
         name.name for node in imported if "potara_lite" in (getattr(node, "module", "") or "") for name in node.names
     }
