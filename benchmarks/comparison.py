@@ -174,7 +174,7 @@ def overview(board: pd.DataFrame) -> pd.DataFrame:
     """A line per method, the most accurate on average first: megabytes, the accuracy on each federation and its
     standard error over seeds, and means over the federations."""
     federations = list(dict.fromkeys(board.index.get_level_values("federation")))
-    means = board.groupby("method").mean().sort_values("accuracy", ascending=False)
+    means = board.groupby("method").mean().round(9).sort_values("accuracy", ascending=False, kind="stable")
     table = pd.DataFrame(index=means.index.rename("method"))
     table["MB"] = (means["bytes"] / 1e6).map("{:.2f}".format)
     for name in federations:

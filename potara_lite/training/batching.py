@@ -32,8 +32,8 @@ class Execution:
 
     ``chunk_size``: clients (for per-sample gradients, examples) at a time, by default as many as fit in
     ``memory_bytes`` (256 MiB, 64 without a backward pass; on a GPU half of its memory). ``vectorize``: whether a chunk
-    is one batched program; by default wherever ``vmap`` takes the backbone, else the clients run one after another and a
-    warning says why.
+    is one batched program; by default wherever ``vmap`` takes the backbone, else the clients run one after another and
+    a warning says why.
     ``autocast=torch.bfloat16`` computes in bf16 where that is safe. ``compile`` gives the training step to
     ``torch.compile``, which takes seconds for each new combination of shapes and then makes each step faster.
     """
