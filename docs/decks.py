@@ -25,6 +25,7 @@ from pathlib import Path
 
 import nbformat
 from docutils.core import publish_parts
+from docutils.writers.html5_polyglot import Writer
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
@@ -35,9 +36,9 @@ PLACE = re.compile(r"(\w+)/(\d+)/(\d+)")  # notebook, section, number
 
 
 @cache
-def mathml(formula: str, options: dict | None = None) -> str:
+def mathml(formula: str) -> str:
     source = f".. math::\n\n   {' '.join(formula.split())}"
-    page = publish_parts(source, writer_name="html5", settings_overrides={"math_output": "MathML"})
+    page = publish_parts(source, writer=Writer(), settings_overrides={"math_output": "MathML"})
     return re.search(r"<math.*?</math>", page["body"], re.S)[0]
 
 

@@ -72,6 +72,17 @@ def test_every_vote_is_followed_by_its_result(name):
         assert vote == result
 
 
+def test_the_five_steps_are_the_same_in_the_notebook_the_deck_and_on_the_board():
+    def steps(text, before):
+        return [(number, name.lower()) for number, name in re.findall(rf"{before}Step (\d): ([^*.?|\n]+)", text)]
+
+    pages = (DOCS / "decks" / "1.md").read_text(), (DOCS / "board_sheet.md").read_text()
+    notebook = "\n".join(cell.source for cell in decks.section("03", "2"))
+    wanted = steps(notebook, r"\*\*")
+    assert [number for number, _ in wanted] == list("12345")
+    assert steps(pages[0], "## ") == steps(pages[1], r"\*\*") == wanted
+
+
 def test_slides_have_no_typed_results():
     """A number with decimals comes from a notebook; a λ or an α of the setting may be typed."""
     for source in decks.SOURCES:
