@@ -5,7 +5,7 @@
 A deck is one file that asks for nothing else: pictures are in it, formulas are MathML. In a source, ``---`` begins a
 slide, and ``00/4/1`` is the first of its kind in section 4 of notebook 00:
 
-    <!-- 18–32 side -->        the minutes that begin here; classes of the slide (see decks.css)
+    <!-- 18–32 side -->        the minutes that begin here; classes of the slide (see deck.html)
     {vote 00/4/1}              a prediction, its three options closed
     {result 00/4/1 Words}      what the cell below that prediction shows; the words describe a figure
     {output 04/8/1}            a table or text that a cell printed
@@ -35,18 +35,14 @@ MIME = {".png": "image/png", ".svg": "image/svg+xml"}
 PLACE = re.compile(r"(\w+)/(\d+)/(\d+)")  # notebook, section, number
 
 
-@cache
-def mathml(formula: str) -> str:
+def mathml(formula: str, options: dict) -> str:
     source = f".. math::\n\n   {' '.join(formula.split())}"
     page = publish_parts(source, writer=Writer(), settings_overrides={"math_output": "MathML"})
-    return re.search(r"<math.*?</math>", page["body"], re.S)[0]
+    found = re.search(r"<math.*?</math>", page["body"], re.S)[0]
+    return found if options["display_mode"] else found.replace(' display="block"', "")
 
 
-def formula(text: str, options: dict) -> str:
-    return mathml(text) if options["display_mode"] else mathml(text).replace(' display="block"', "")
-
-
-MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table").use(dollarmath_plugin, renderer=formula)
+MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table").use(dollarmath_plugin, renderer=mathml)
 
 
 @cache
@@ -100,14 +96,12 @@ def sized(image: re.Match) -> str:
 
 
 def vote(cell) -> str:
-    question, *options = re.split(r"<details><summary>", cell.source)
-    shown = [MARKDOWN.render(question)]
-    for option in options:
-        choice, reasoning = option.replace("</details>", "").split("</summary>")
-        shown.append(
-            f"<details><summary>{MARKDOWN.renderInline(choice)}</summary>{MARKDOWN.render(reasoning)}</details>"
-        )
-    return "\n".join(shown)
+    question, *options = cell.source.replace("</details>", "").split("<details><summary>")
+    shown = MARKDOWN.render(question)
+    for choice, reasoning in (option.split("</summary>") for option in options):
+        choice, reasoning = MARKDOWN.renderInline(choice), MARKDOWN.render(reasoning)
+        shown += f"<details><summary>{choice}</summary>{reasoning}</details>\n"
+    return shown
 
 
 def outputs(cell, words: str) -> str:
@@ -134,8 +128,6 @@ def slide(source: str, minutes: str) -> str:
     opening = re.match(r"\s*<!-- (.*?) -->", source)
     words = opening[1].split() if opening else []
     classes = [word for word in words if word.isalpha()]
-    if re.search(r"^\{vote", source, re.M):
-        classes.append("vote")
     pieces = re.split(r"^(\{\w+ .*\})$", source[opening.end() if opening else 0 :], flags=re.M)
     body = "\n".join(insert(piece) if piece.startswith("{") else MARKDOWN.render(piece) for piece in pieces)
     body = re.sub(r'src="([^":]+)"', lambda found: f'src="{address(found[1])}"', body)
@@ -147,25 +139,19 @@ def slide(source: str, minutes: str) -> str:
 
 def build(source: Path) -> str:
     """The page of a deck."""
-    texts, minutes, slides = re.split(r"^---$", source.read_text(), flags=re.M), "", []
+    texts, minutes, slides = re.split(r"^---$", source.read_text("utf-8"), flags=re.M), "", []
     for text in texts:
         minutes = next(iter(re.findall(r"^\s*<!-- (\d+–\d+)", text)), minutes)
         slides.append(slide(text, minutes))
     title = re.search(r"^# (.*)$", texts[0], re.M)[1]
-    style, script = ((source.parent / f"deck.{kind}").read_text() for kind in ("css", "js"))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
-        f"<style>\n{style}</style></head>\n<body>\n" + "\n".join(slides) + "\n<footer><span></span>"
-        '<button aria-label="back">‹</button><output></output><button aria-label="on">›</button></footer>\n'
-        f"<script>\n{script}</script></body></html>\n"
-    )
+    page = (source.parent / "deck.html").read_text("utf-8")
+    return page.replace("TITLE", title).replace("SLIDES", "\n".join(slides))
 
 
 def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for source in SOURCES:
-        (folder / f"{source.stem}.html").write_text(build(source))
+        (folder / f"{source.stem}.html").write_text(build(source), "utf-8")
 
 
 if __name__ == "__main__":
