@@ -1,18 +1,15 @@
 """The decks: what they show is in the notebooks, and each slide can be shown without a network."""
 
 import re
-import sys
 from html.parser import HTMLParser
 
 import pytest
 from offline import opened_offline
-from test_notebooks import FOLDER
+from test_results import ROOT, script
 
 pytest.importorskip("myst_nb", reason="the decks need the extra `docs`")
-DOCS = FOLDER.parent / "docs"
-sys.path.insert(0, str(DOCS))
-import decks  # noqa: E402
-
+DOCS = ROOT / "docs"
+decks = script("decks", "docs")
 NAMES = ["1", "2"]
 PHONE, SCREEN = (390, 844), (1366, 768)
 
