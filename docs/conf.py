@@ -23,7 +23,7 @@ include_patterns = [
     "benchmarks/quick.md",
     "data/README.md",
 ]
-exclude_patterns = ["**/.ipynb_checkpoints"]
+exclude_patterns = ["**/.ipynb_checkpoints", "docs/decks/**"]  # decks.py builds the decks
 
 nb_execution_mode = "off"  # what is committed was executed; CI executes it again
 nb_merge_streams = True
