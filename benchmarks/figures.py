@@ -371,30 +371,6 @@ def scientific(value: float) -> str:
     return "–" if value != value else "0" if value == 0 else f"{value:.0e}"
 
 
-# --- docs/performance.md --------------------------------------------------------------------------------------------
-def performance_page() -> dict[str, str]:
-    engine, compiled = measured("engine"), measured("engine_compile")["rows"]
-    text = measured("language_engine")["rows"]
-    all_blocks, last_two = (row["seconds"]["engine"]["median"] / row["steps"] for row in text)
-    ratios = [row["ratio to engine"]["compiled"]["median"] for row in compiled]
-    starts = [row["start-up"] for row in compiled]
-    choices = workload.ratios_of(32)
-    return {
-        "machine": f"{engine['machine']['threads']} cores of a shared {engine['machine']['processor']} machine",
-        "loops": markdown(workload.grid(lambda ratio: ratio["sequential"]["median"]), 2),
-        "bound": markdown(workload.grid(lambda ratio: 1 / ratio["frozen products"]["median"]), 1),
-        "others": markdown(workload.others(), 2),
-        "sizes": markdown(workload.sizes(), 2),
-        "cached": f"{last_two / all_blocks:.2f}",
-        "chunks": f"{choices['engine, chunk_size=8']:.2f}",
-        "bf16": f"{choices['engine, autocast=bfloat16']:.2f}",
-        "compiled-least": f"{min(ratios):.2f}",
-        "compiled-most": f"{max(ratios):.2f}",
-        "compiling-least": f"{min(starts):.0f}",
-        "compiling-most": f"{max(starts):.0f}",
-    }
-
-
 # --- docs/jobs.md ---------------------------------------------------------------------------------------------------
 def jobs_page() -> dict[str, str]:
     found, tried = jobs.jobs(jobs.PAGE.read_text()), rows_of("jobs").set_index("job")
@@ -530,7 +506,6 @@ PAGES = {
     "docs/teaching.md": teaching,
     "docs/peers.md": peers_page,
     "docs/machines.md": machines_page,
-    "docs/performance.md": performance_page,
     "docs/jobs.md": jobs_page,
     "benchmarks/README.md": benchmarks_page,
     "benchmarks/quick.md": quick_page,
