@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import regex
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten as tree_flatten, tree_unflatten as tree_unflatten
 
-ATTENTION = "potara_lite"  # the name of our attention and mask functions in the registries of transformers
+ATTENTION = "potara_lite"  # what our attention and mask functions' names begin with in the registries of transformers
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -70,29 +70,51 @@ def attention_under_vmap() -> Iterator[None]:
 
 def make_attention_explicit(network: nn.Module) -> None:
     """Set the attention of every model of transformers inside ``network`` to one that ``vmap`` and derivatives of any
-    order and mode take: the model's own explicit one, with masks made without a look at their values.
+    order and mode take: inside them the model's own explicit one, with masks made without a look at their values. Where
+    nothing is transformed, a model with PyTorch's fused attention (``"sdpa"``) keeps it, to the bit.
 
-    The functions are registered under a name of our own; nothing that other models use is replaced.
+    The functions are registered under names of our own; nothing that other models use is replaced.
     """
-    from transformers import AttentionInterface, PreTrainedModel
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from transformers import PreTrainedModel
+
+    models = [module for module in network.modules() if isinstance(module, PreTrainedModel)]
+    names = [_registered(model.config._attn_implementation) for model in models]  # first all: they share configs
+    for model, name in zip(models, names):
+        if model._can_set_attn_implementation():
+            model.set_attn_implementation(name)
+        else:  # such a model reads the name for its masks only
+            model.config._attn_implementation_internal = name
+
+
+def _registered(own: str | None) -> str:
+    """The name of our attention and masks for a model with attention ``own``."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    is_fused = own in ("sdpa", f"{ATTENTION}-sdpa")
+    name = f"{ATTENTION}-sdpa" if is_fused else ATTENTION
 
     def attention(module: nn.Module, *args, **kwargs):
+        if is_fused and not _is_transformed():
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
         files = [sys.modules[base.__module__] for base in type(module).__mro__]  # of the layer, or of what it extends
         eager = next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
         return eager(module, *args, **kwargs)
 
     def mask(*args, **kwargs):
+        if is_fused and not _is_transformed():
+            return sdpa_mask(*args, **kwargs)
         return eager_mask(*args, **kwargs | dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False))
 
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, mask)
-    for module in network.modules():
-        if isinstance(module, PreTrainedModel):
-            if module._can_set_attn_implementation():
-                module.set_attn_implementation(ATTENTION)
-            else:  # such a model reads the name for its masks only
-                module.config._attn_implementation_internal = ATTENTION
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    return name
+
+
+def _is_transformed() -> bool:
+    """Whether this runs inside ``vmap`` or another transform of ``torch.func``, or is being compiled."""
+    return torch.compiler.is_compiling() or maybe_current_level() is not None
 
 
 def pattern_value(patterns: Mapping[str, float], layer: str, default: float, *, seconds: float = 1.0) -> float:

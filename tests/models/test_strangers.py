@@ -49,12 +49,13 @@ def images(*shape):
     return torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def text_network(name):
+def text_network(name, attention="eager"):
+    options = {"attn_implementation": attention} if attention else {}  # or what the model chooses
     if name in CAUSAL:
-        network = random_network(AutoModelForCausalLM, name, attn_implementation="eager", **CAUSAL[name])
+        network = random_network(AutoModelForCausalLM, name, **CAUSAL[name], **options)
     else:
-        network = random_network(AutoModelForSequenceClassification, name, num_labels=3, attn_implementation="eager",
-                                 **ENCODERS[name])  # fmt: skip
+        auto = AutoModelForSequenceClassification
+        network = random_network(auto, name, num_labels=3, **ENCODERS[name], **options)
     return network.eval()
 
 
@@ -62,7 +63,12 @@ NETWORKS = {
     "lab ViT": lambda: (tiny_vit(), images(1, 28, 28)),
     "MLP": lambda: (Dense().eval(), images(8)),
     "CNN": lambda: (Convolutional().eval(), images(2, 9, 9)),
-    **{name: lambda name=name: (text_network(name), texts()) for name in [*CAUSAL, *ENCODERS] if name != "t5"},
+    **{
+        f"{name}, {attention}": lambda name=name, attention=attention: (text_network(name, attention), texts())
+        for name in [*CAUSAL, *ENCODERS]
+        for attention in ("eager", None)
+        if name != "t5"
+    },
 }
 TARGETS = {"lab ViT": ["qkv", "fc1"], "MLP": ["fc1"], "CNN": ["conv"]}
 
