@@ -40,7 +40,11 @@ def use_every_control(page):
         def changed(act, state=state):
             before = state()
             act()
-            assert all(new != old for new, old in zip(state(), before)), before[1]
+            for _ in range(30):  # three seconds at most
+                if all(new != old for new, old in zip(state(), before)):
+                    return
+                page.wait_for_timeout(100)
+            raise AssertionError(f"three seconds after a control moved, the text is still {before[1]!r}")
 
         for slider in explorer.locator("input").all():
             changed(lambda slider=slider: _drag(page, slider))
