@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from conftest import Dense, tiny_vit
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from potara_lite import (
+    Execution,
     Split,
     attach,
     causal_lm,
@@ -103,6 +105,32 @@ def test_untrained_means_unchanged_and_the_callers_network_stays_as_it_is(strang
     assert network.training == mode and all(p.requires_grad for p in network.parameters())
     assert getattr(getattr(network, "config", None), "_attn_implementation", None) == attention
     assert torch.equal(output_of(network, x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_classifiers_with_a_decoder_run_one_after_another_and_the_warning_says_why(kind):
+    """They read the hidden state of the last end-of-text token, which ``vmap`` cannot look for."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=VOCABULARY, d_model=8, num_labels=3, pad_token_id=0, eos_token_id=1)
+    sizes |= dict(d_ff=8, d_kv=4, num_heads=2, num_layers=1) if kind == "T5" else dict(
+        encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8, encoder_attention_heads=2,
+        decoder_attention_heads=2, max_position_embeddings=12, forced_eos_token_id=None,
+    )  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(decoder_start_token_id=0, **sizes)
+    network, x = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval(), texts()
+    ends = x["attention_mask"].sum(1) - 1
+    x["input_ids"][torch.arange(3), ends] = 1
+    adapted = attach(network, rank=2, targets=["dense"], head=None)
+    with torch.no_grad():
+        assert torch.equal(adapted(adapted.initial, x), output_of(network, x))
+    clients = [(x, torch.tensor([0, 1, 2])), ({name: tensor[:2] for name, tensor in x.items()}, torch.tensor([2, 1]))]
+    options = dict(steps=3, batch_size=2, lr=0.01)
+    with pytest.warns(UserWarning, match="one after another: vmap cannot take this backbone .*unique_consecutive"):
+        both = train(adapted, repeat_adapter(adapted.initial, 2), Split(clients), **options)
+    execution = Execution(vectorize=False)
+    alone = train(adapted, repeat_adapter(adapted.initial, 1), Split(clients[:1]), execution=execution, **options)
+    torch.testing.assert_close(both.losses[:1], alone.losses, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
