@@ -40,7 +40,7 @@ CLASSIFIERS = {"gpt2": 49, "llama": 49, "qwen2": 3, "mistral": 49, "opt": 1, "ge
 
 
 def network_of(auto, name, **options):
-    return random_network(auto, name, attn_implementation="eager", **options).eval()
+    return random_network(auto, name, **options).eval()
 
 
 def classifier(name, padding):
