@@ -29,7 +29,7 @@ from potara_lite import Execution, per_sample_gradients, repeat_adapter, train
 from potara_lite.adapters.state import client_adapter, flatten
 from potara_lite.federation.batches import batch_indices
 
-WORK = 6_400  # examples that one contestant of one row sees, at most; the number of steps follows
+WORK = 3_200  # examples that one contestant of one row sees, at most; the number of steps follows
 TOLERANCE = 2e-4  # of adapters and losses, after at most 50 steps of 2e-3
 
 
@@ -209,7 +209,7 @@ def main() -> None:
                 ratios[f"{name}, {clients} clients, batch {batch}"] = ratio["median"]
     if args.shape == "lab" and not args.smoke:
         for change in [{"rank": 1}, {"rank": 16}, {"rank": 64}, {"depth": 2}, {"depth": 8}]:
-            load = Load(8, steps=20, device=args.device, **change)
+            load = Load(8, steps=10, device=args.device, **change)
             rows.append(training(load, args.repeats, others=False, memory=args.memory))
             for name, ratio in rows[-1]["ratio to engine"].items():
                 ratios[f"{name}, {change}"] = ratio["median"]

@@ -371,6 +371,24 @@ def scientific(value: float) -> str:
     return "–" if value != value else "0" if value == 0 else f"{value:.0e}"
 
 
+# --- docs/performance.md --------------------------------------------------------------------------------------------
+def performance_page() -> dict[str, str]:
+    engine = measured("engine")
+    text = measured("language_engine")["rows"]
+    all_blocks, last_two = (row["seconds"]["engine"]["median"] / row["steps"] for row in text)
+    choices = workload.ratios_of(32)
+    return {
+        "machine": f"{engine['machine']['threads']} cores of a shared {engine['machine']['processor']} machine",
+        "loops": markdown(workload.grid(lambda ratio: ratio["sequential"]["median"]), 2),
+        "bound": markdown(workload.grid(lambda ratio: 1 / ratio["frozen products"]["median"]), 1),
+        "others": markdown(workload.others(), 2),
+        "sizes": markdown(workload.sizes(), 2),
+        "cached": f"{last_two / all_blocks:.2f}",
+        "chunks": f"{choices['engine, chunk_size=8']:.2f}",
+        "bf16": f"{choices['engine, autocast=bfloat16']:.2f}",
+    }
+
+
 # --- docs/jobs.md ---------------------------------------------------------------------------------------------------
 def jobs_page() -> dict[str, str]:
     found, tried = jobs.jobs(jobs.PAGE.read_text()), rows_of("jobs").set_index("job")
@@ -506,6 +524,7 @@ PAGES = {
     "docs/teaching.md": teaching,
     "docs/peers.md": peers_page,
     "docs/machines.md": machines_page,
+    "docs/performance.md": performance_page,
     "docs/jobs.md": jobs_page,
     "benchmarks/README.md": benchmarks_page,
     "benchmarks/quick.md": quick_page,

@@ -241,11 +241,11 @@ def test_the_measured_engine_gains_with_clients_and_small_batches():
     loops = {
         (row["clients"], row["batch_size"]): row["ratio to engine"]["sequential"]["median"]
         for row in rows("engine")
-        if row["what"] == "training"
+        if row["what"] == "training" and (row["rank"], row["depth"]) == (4, 4)
     }
-    assert all(loops[1, batch] < 1 for batch in (4, 8, 32))
+    assert all(loops[1, batch] > 1 for batch in (4, 8, 32))
     for batch in (4, 8, 32):
-        assert loops[1, batch] < loops[8, batch] < loops[32, batch] < loops[128, batch]
+        assert loops[1, batch] < loops[8, batch] < min(loops[32, batch], loops[128, batch])
     for clients in (8, 32, 128):
         assert loops[clients, 4] > loops[clients, 8] > loops[clients, 32]
     compiled = {row["clients"]: row["ratio to engine"]["compiled"]["median"] for row in rows("engine_compile")}
