@@ -69,9 +69,10 @@ def attention_under_vmap() -> Iterator[None]:
 
 
 def make_attention_explicit(network: nn.Module) -> None:
-    """Set the attention of every model of transformers inside ``network`` to one that ``vmap`` and derivatives of any
-    order and mode take: inside them the model's own explicit one, with masks made without a look at their values. Where
-    nothing is transformed, a model with PyTorch's fused attention (``"sdpa"``) keeps it, to the bit.
+    """Set the attention of every model of transformers inside ``network`` to one that the transforms of ``torch.func``
+    and forward-mode derivatives take: inside them the model's own explicit one, with masks made without a look at their
+    values. Elsewhere a model with PyTorch's fused attention (``"sdpa"``) keeps it, to the bit; that one has no second
+    derivative by ``torch.autograd.grad(create_graph=True)``.
 
     The functions are registered under names of our own; nothing that other models use is replaced.
     """
@@ -113,8 +114,10 @@ def _registered(own: str | None) -> str:
 
 
 def _is_transformed() -> bool:
-    """Whether this runs inside ``vmap`` or another transform of ``torch.func``, or is being compiled."""
-    return torch.compiler.is_compiling() or maybe_current_level() is not None
+    """Whether this runs inside ``vmap`` or another transform of ``torch.func``, inside forward-mode derivatives of
+    ``torch.autograd``, or is being compiled."""
+    is_forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or maybe_current_level() is not None or is_forward_mode
 
 
 def pattern_value(patterns: Mapping[str, float], layer: str, default: float, *, seconds: float = 1.0) -> float:

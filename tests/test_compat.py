@@ -11,7 +11,8 @@ import torch
 from conftest import finished
 from peft.utils.other import get_pattern_key
 from torch import nn
-from torch.func import functional_call, jvp, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from potara_lite import Execution, attach, estimate_paper, evaluate, from_tensors, repeat_adapter, train
@@ -74,6 +75,32 @@ def test_explicit_attention_computes_the_same_and_vmap_takes_it(kind, start):
         torch.testing.assert_close(vmap(hidden)(ids, mask), before, rtol=0, atol=1e-6)
         tangent = jvp(lambda scale: hidden(ids[0], mask[0]) * scale, (torch.ones(()),), (torch.ones(()),))[1]
         torch.testing.assert_close(tangent, before[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["sdpa", "eager"])
+def test_explicit_attention_has_derivatives_of_both_modes_and_of_second_order(start):
+    """Forward-mode ones of ``torch.func`` and of ``torch.autograd``, and reverse over forward: none is a fused kernel's."""
+    torch.manual_seed(0)
+    network = BertModel._from_config(BertConfig(**SIZES), attn_implementation=start).eval().double()
+    make_attention_explicit(network)
+    ids = torch.randint(1, 50, (2, 7))
+    name = "encoder.layer.0.attention.self.query.weight"
+    weight = network.get_parameter(name).detach()
+    direction = torch.randn(weight.shape, dtype=weight.dtype)
+
+    def loss(weight):
+        return functional_call(network, {name: weight}, (), dict(input_ids=ids)).last_hidden_state.pow(3).sum()
+
+    slope = jvp(loss, (weight,), (direction,))[1]
+    step = 1e-6
+    finite = (loss(weight + step * direction) - loss(weight - step * direction)) / (2 * step)
+    torch.testing.assert_close(slope, finite, rtol=1e-6, atol=0)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(weight, direction)))
+    torch.testing.assert_close(dual.tangent, slope, rtol=1e-12, atol=0)
+    curvature = jvp(grad(loss), (weight,), (direction,))[1]
+    finite = (grad(loss)(weight + step * direction) - grad(loss)(weight - step * direction)) / (2 * step)
+    torch.testing.assert_close(curvature, finite, rtol=1e-5, atol=1e-5 * curvature.abs().max().item())
 
 
 class FusedAttention(nn.Module):
