@@ -79,7 +79,7 @@ def test_explicit_attention_computes_the_same_and_vmap_takes_it(kind, start):
 
 @pytest.mark.parametrize("start", ["sdpa", "eager"])
 def test_explicit_attention_has_derivatives_of_both_modes_and_of_second_order(start):
-    """Forward-mode ones of ``torch.func`` and of ``torch.autograd``, and reverse over forward: none is a fused kernel's."""
+    """Forward mode of ``torch.func`` and of ``torch.autograd``, and reverse over forward: no fused kernel has these."""
     torch.manual_seed(0)
     network = BertModel._from_config(BertConfig(**SIZES), attn_implementation=start).eval().double()
     make_attention_explicit(network)
