@@ -6,15 +6,22 @@ import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import regex
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten as tree_flatten, tree_unflatten as tree_unflatten
+from torch.utils._pytree import (
+    tree_flatten as tree_flatten,
+    tree_map_only as tree_map_only,
+    tree_unflatten as tree_unflatten,
+)
 
 ATTENTION = "potara_lite"  # what our attention and mask functions' names begin with in the registries of transformers
+PACKING: ContextVar[Any] = ContextVar("packing", default=None)  # where a batch's tokens are, while they are packed
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -97,6 +104,14 @@ def _registered(own: str | None) -> str:
     name = f"{ATTENTION}-sdpa" if is_fused else ATTENTION
 
     def attention(module: nn.Module, *args, **kwargs):
+        packing = PACKING.get()
+        if packing is None:
+            return padded_attention(module, *args, **kwargs)
+        heads = [packing.unpack(part.transpose(1, 2)).transpose(1, 2) for part in args[:3]]  # (C B, heads, T, dim)
+        output, *rest = padded_attention(module, *heads, *args[3:], **kwargs)
+        return packing.pack(output), *rest
+
+    def padded_attention(module: nn.Module, *args, **kwargs):
         if is_fused and not _is_transformed():
             return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
         files = [sys.modules[base.__module__] for base in type(module).__mro__]  # of the layer, or of what it extends

@@ -36,7 +36,7 @@ from ..compat import (
 )
 from ..federation.display import as_html
 from ..federation.inputs import MASK, Inputs
-from ..models.frozen_trunk import LINEAR, call_network, check_names, frozen_blocks, run_frozen_blocks
+from ..models.frozen_trunk import LINEAR, call_network, check_names, network_blocks, run_frozen_blocks
 from ..models.language import check_tokens
 from ..models.loss import CLASSIFICATION, TASKS, Task
 from .state import Adapter, adapter_bytes, is_lora, layer_of, lora_layers
@@ -146,10 +146,20 @@ class AdaptedBackbone:
         """The modules, by name, that would drop at random in training mode."""
         return [(name, module) for name, module in self.model.named_modules() if dropout_rate(module)]
 
-    @cached_property
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the network, if it has a list of them with an adapted layer."""
+        return self._blocks[0]
+
+    @property
     def frozen_blocks(self) -> list[nn.Module]:
         """The frozen blocks below the first adapted one."""
-        return frozen_blocks(self.model, list(self.scaling))
+        blocks, frozen = self._blocks
+        return blocks[:frozen]
+
+    @cached_property
+    def _blocks(self) -> tuple[list[nn.Module], int]:
+        return network_blocks(self.model, list(self.scaling))
 
     @cached_property
     def gated_layers(self) -> set[str]:

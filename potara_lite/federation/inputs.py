@@ -114,12 +114,22 @@ def _check_labels(name: str, x: Inputs, y: Tensor) -> None:
         raise ValueError(f"{name}: labels must be of shape ({len(y)},), or a target per token, not {shown(y)}")
     if (bad := y[(y < 0) & ((y != PADDING) | (y.dim() == 1))]).numel():
         raise ValueError(f"{name}: label {int(bad[0])} is below 0")
-    if y.dim() == 2 and isinstance(x, dict) and MASK in x and "input_ids" in x:
-        last = (x[MASK] != 0).sum(1, keepdim=True) - 1  # the last real token, which nothing follows
-        if ((y == x["input_ids"]) | (y == PADDING)).all() and (y.gather(1, last) >= 0).any():
-            raise ValueError(f"{name}: targets are the inputs themselves, not the tokens that follow: see next_tokens")
+    if y.dim() == 2 and isinstance(x, dict) and MASK in x:
+        _check_token_targets(name, x, y)
     if y.dim() > 1 and (ignored := (y == PADDING).all(1)).any():
         raise ValueError(f"{name}: all targets of example {int(ignored.nonzero()[0])} are {PADDING}, ignored")
+
+
+def _check_token_targets(name: str, x: dict[str, Tensor], y: Tensor) -> None:
+    is_real = x[MASK] != 0
+    if (odd := ((y != PADDING) & ~is_real).any(1)).any():
+        raise ValueError(
+            f"{name}: example {int(odd.nonzero()[0])} has targets at padding, where they must be {PADDING}"
+        )
+    last = is_real.sum(1, keepdim=True) - 1  # the last real token, which nothing follows
+    is_input = ((y == x["input_ids"]) | (y == PADDING)).all() if "input_ids" in x else False
+    if is_input and (y.gather(1, last) >= 0).any():
+        raise ValueError(f"{name}: targets are the inputs themselves, not the tokens that follow: see next_tokens")
 
 
 def kind_of(x: Inputs) -> dict[str, str]:

@@ -28,8 +28,8 @@ class _Reached(Exception):
     """The frozen blocks are done: there is no need to run the rest."""
 
 
-def frozen_blocks(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
-    """The blocks before the first of ``layers``: those before it in the outermost list of modules that holds it."""
+def network_blocks(model: nn.Module, layers: Sequence[str]) -> tuple[list[nn.Module], int]:
+    """The outermost list of modules that holds one of ``layers``, and how many come before the first such module."""
     for layer in layers:
         names = layer.split(".")
         for depth in range(1, len(names)):
@@ -39,8 +39,8 @@ def frozen_blocks(model: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
                 inside = blocks.named_modules(remove_duplicate=False)
                 order = [name for name, _ in inside if name and "." not in name]
                 adapted = {name[len(path) + 1 :].split(".")[0] for name in layers if name.startswith(f"{path}.")}
-                return list(blocks)[: min(map(order.index, adapted))]
-    return []
+                return list(blocks), min(map(order.index, adapted))
+    return [], 0
 
 
 @checked

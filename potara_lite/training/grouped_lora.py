@@ -29,9 +29,10 @@ from torch.nn import functional as F
 
 from ..adapters.lora import AdaptedBackbone
 from ..adapters.state import Adapter, factor_names, is_lora
-from ..compat import has_hooks, tree_flatten, tree_unflatten
-from ..federation.inputs import Inputs, any_tensor, map_inputs, take
+from ..compat import has_hooks, is_traced, tree_flatten, tree_unflatten
+from ..federation.inputs import MASK, Inputs, any_tensor, map_inputs, take
 from ..models.frozen_trunk import LINEAR, call_network, replaced_forwards
+from .packing import Packing, packed_forwards
 
 T = TypeVar("T")
 OnBackward = Callable[..., None]  # (layer, activations, grad_output), and of a LoRA layer (hidden, grad_hidden)
@@ -95,7 +96,15 @@ class GroupedLoRA:
 
     def logits(self, stack: Adapter, x: Inputs) -> Tensor:
         """The logits ``(C, B, classes)`` of a stack on ``x`` ``(C, B, ...)``: in one batch, unless that disagrees."""
-        return self.grouped_logits(stack, x) if self.matches_vmap(stack, x) else vmap(self.adapted)(stack, x)
+        if not self.matches_vmap(stack, x):
+            return vmap(self.adapted)(stack, x)
+        return self.packed_logits(stack, x) if self.can_pack(stack, x) else self.grouped_logits(stack, x)
+
+    def packed_logits(self, stack: Adapter, x: dict[str, Tensor]) -> Tensor:
+        """The logits ``(C, B, classes)`` of texts, whose padding the blocks do not compute."""
+        packing = Packing(x[MASK])
+        with self.adapted.state.lock, replaced_forwards(packed_forwards(self.adapted.blocks, packing)):
+            return self.grouped_logits(stack, x)
 
     def grouped_logits(self, stack: Adapter, x: Inputs, on_backward: OnBackward | None = None) -> Tensor:
         """The logits ``(C, B, classes)``; in the backward pass every adapted layer calls ``on_backward``.
@@ -139,13 +148,35 @@ class GroupedLoRA:
             module: linear(name) for name, module in self.linears.items()
         }
 
-    @torch.no_grad()
     def matches_vmap(self, stack: Adapter, x: Inputs) -> bool:
         """Whether two clients with random adapters get the logits that ``vmap`` gives them; asked once per model and
         kind of input. A network that does not keep the batch on dim 0, or lets examples see each other, fails here."""
+        # an error of vmap, such as a branch on values, is raised
+        return self._agree(self.grouped_logits, vmap(self.adapted), stack, take(x, (slice(2), slice(2))))
+
+    def can_pack(self, stack: Adapter, x: Inputs) -> bool:
+        """Whether a tenth of the tokens or more is padding, and ``packed_logits`` are right, which is asked once per
+        model and kind of input. They are not where tokens meet in a block other than in attention."""
+        if not isinstance(x, dict) or not self.adapted.blocks or x.get(MASK) is None or is_traced(x[MASK]):
+            return False
+        real = x[MASK].flatten(1).count_nonzero(1).max()
+        if real > 0.9 * x[MASK][0].numel():
+            return False
         some = take(x, (slice(2), slice(2)))
-        leaves, structure = tree_flatten(some)
+        mask = some[MASK].clone()
+        mask[:, -1, mask.shape[2] // 2 :] = 0  # the texts of the comparison are of unequal length
+        return self._agree(self.packed_logits, self.grouped_logits, stack, {**some, MASK: mask})
+
+    @torch.no_grad()
+    def _agree(self, function: Callable, reference: Callable, stack: Adapter, x: Inputs) -> bool:
+        """Whether both give random adapters the same logits on ``x``, asked once per model and kind of input. What a
+        token classifier or a language model says at padding does not count."""
+        leaves, structure = tree_flatten(x)
         clients = len(leaves[0])
+
+        def read(logits: Tensor) -> Tensor:
+            is_by_token = isinstance(x, dict) and MASK in x and logits.shape[:-1] == x[MASK].shape
+            return logits * x[MASK].unsqueeze(-1) if is_by_token else logits
 
         def compare() -> bool:
             generator = torch.Generator().manual_seed(0)
@@ -154,15 +185,15 @@ class GroupedLoRA:
                 for name, t in stack.items()
             }
             with torch.autocast(leaves[0].device.type, enabled=False):
-                expected = vmap(self.adapted)(random, some)  # an error of vmap, such as a branch on values, is raised
+                expected = read(reference(random, x))
                 try:
-                    difference = (self.grouped_logits(random, some) - expected).abs().max()
+                    difference = (read(function(random, x)) - expected).abs().max()
                 except RuntimeError:  # of shapes or dtypes
                     return False
                 return bool(difference <= 3 * torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max())
 
         kinds = tuple((leaf.shape[2:], leaf.dtype) for leaf in leaves)
-        key = ("grouped equals vmap", tuple(stack), str(structure), kinds, leaves[0].device, clients)
+        key = (function.__name__, tuple(stack), str(structure), kinds, leaves[0].device, clients)
         return measured_once(self.adapted, key, compare)
 
     def per_sample_gradients(self, stack: Adapter, x: Inputs, y: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ ENCODERS = {
     | dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"], 0),
     "t5": dict(d_ff=24, d_kv=8),
 }
+NOT_PACKED = ["deberta-v2", "mpnet", "t5"]  # attention of their own, with relative positions
 NO_FROZEN_FEATURES = ["albert", "deberta-v2", "mpnet", "t5"]  # one shared block; blocks that return more than a tensor
 
 
@@ -113,6 +114,7 @@ def test_all_clients_at_once_train_as_one_after_another_with_peft(case):
     assert plan.vectorize and isinstance(plan.forward, GroupedLoRA)
     # DeBERTa's projections also read the table of relative positions, which has no client: there it is vmap that runs
     assert plan.forward.matches_vmap(start, split.x) == (case.name != "deberta-v2")
+    assert plan.forward.can_pack(start, split.x) == (case.name not in NOT_PACKED)
     trained = train(adapted, start, split, steps=steps, batch_size=4, lr=1e-3)
     for client in range(2):
         model, (x, y) = peft_model(adapted), split.client(client)
