@@ -114,7 +114,7 @@ def _check_labels(name: str, x: Inputs, y: Tensor) -> None:
         raise ValueError(f"{name}: labels must be of shape ({len(y)},), or a target per token, not {shown(y)}")
     if (bad := y[(y < 0) & ((y != PADDING) | (y.dim() == 1))]).numel():
         raise ValueError(f"{name}: label {int(bad[0])} is below 0")
-    if y.dim() == 2 and isinstance(x, dict) and MASK in x:
+    if isinstance(x, dict) and MASK in x and x[MASK].shape == y.shape:
         _check_token_targets(name, x, y)
     if y.dim() > 1 and (ignored := (y == PADDING).all(1)).any():
         raise ValueError(f"{name}: all targets of example {int(ignored.nonzero()[0])} are {PADDING}, ignored")

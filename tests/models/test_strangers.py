@@ -237,6 +237,13 @@ def test_padding_on_the_left_is_refused():
         Split([(x, torch.tensor([1]))])
 
 
+def test_a_target_at_padding_is_refused():
+    x = pad_tokens([[5, 6, 7, 8], [9, 3]])
+    Split([(x, torch.tensor([[0, 1, 0, 2], [1, 0, -100, -100]]))])
+    with pytest.raises(ValueError, match="client 0: example 1 has targets at padding, where they must be -100"):
+        Split([(x, torch.tensor([[0, 1, 0, 2], [1, 0, 0, 0]]))])
+
+
 @pytest.mark.parametrize("ignored", [0, 2])
 def test_labels_that_were_not_shifted_are_refused(ignored):
     x = pad_tokens([[5, 6, 7, 8], [9, 9, 9]])
