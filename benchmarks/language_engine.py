@@ -7,7 +7,8 @@
 Two rows: LoRA of rank 4 in all six blocks, and in the last two; texts have 16 to 32 tokens. Contestants: the engine,
 all clients at once, with the features of the frozen trunk computed once (``embed``, timed separately); the sequential
 loop, which runs each client's batches through the whole PEFT model; and the same loop from the hidden states that
-``embed`` returns. All have PyTorch's own attention. They take the same batches; their results are compared before anything is timed.
+``embed`` returns. All have PyTorch's own attention and take the same batches; their results are compared before
+anything is timed.
 """
 
 from __future__ import annotations
@@ -47,19 +48,19 @@ def shipped() -> Path:
     return get_model_path()
 
 
-def random_network(attention: str) -> TextClassifier:
+def random_network() -> TextClassifier:
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
-    config = transformers.BertConfig(**sizes, attn_implementation=attention)
+    config = transformers.BertConfig(**sizes, attn_implementation="sdpa")
     return text_classifier(transformers.BertModel(config), CLASSES).eval()
 
 
-def make(model: Path | None, last: int | None, attention: str) -> tuple[AdaptedBackbone, Split]:
+def make(model: Path | None, last: int | None) -> tuple[AdaptedBackbone, Split]:
     """The network with LoRA in its last blocks, or in all, and the clients' texts: random tokens, 16 to 32 of them."""
     if model is None:
-        network = random_network(attention)
+        network = random_network()
     else:
-        network = text_encoder(model, CLASSES, attn_implementation=attention)
+        network = text_encoder(model, CLASSES, attn_implementation="sdpa")
     generator, examples = torch.Generator().manual_seed(0), []
     for _ in range(CLIENTS):
         lengths = torch.randint(TOKENS // 2, TOKENS + 1, (40,), generator=generator).tolist()
@@ -89,20 +90,20 @@ def sequential(adapted: AdaptedBackbone, split: Split, steps: int) -> tuple[torc
 
 def engine(model: Path | None, last: int | None, steps: int) -> Callable:
     """All clients at once, from the hidden states."""
-    adapted, split = make(model, last, "sdpa")
+    adapted, split = make(model, last)
     embedded, initial = split.map(adapted.embed), repeat_adapter(adapted.initial, CLIENTS)
     return lambda: train(adapted, initial, embedded, steps=steps, batch_size=BATCH, lr=LR, seed=0)
 
 
 def loop(model: Path | None, last: int | None, steps: int) -> Callable:
     """One client after another, from the tokens."""
-    adapted, split = make(model, last, "sdpa")
+    adapted, split = make(model, last)
     return lambda: sequential(adapted, split, steps)
 
 
 def loop_from_hidden(model: Path | None, last: int | None, steps: int) -> Callable:
     """One client after another, from the hidden states."""
-    adapted, split = make(model, last, "sdpa")
+    adapted, split = make(model, last)
     embedded = split.map(adapted.embed)
     return lambda: sequential(adapted, embedded, steps)
 
@@ -129,7 +130,7 @@ def row(args: argparse.Namespace, last: int | None) -> dict:
     del fast, weights, curves
     load = dict(clients=CLIENTS, batch_size=BATCH, tokens=TOKENS, steps=args.steps, parameters=parameters)
     clock = time.process_time if args.cpu_time else time.perf_counter
-    adapted, split = make(args.model, last, "sdpa")
+    adapted, split = make(args.model, last)
     began = clock()
     split.map(adapted.embed)
     facts = {"blocks": last or "all", "seconds of embed": clock() - began, "different": max(different)}

@@ -169,6 +169,9 @@ def others() -> pd.DataFrame:
     programs = {f"{name}, training": ratio for name, ratio in ratios_of(32).items() if name == "pfllib-style"}
     flower = measured_rows("engine_flower")[0]["ratio to engine"]
     programs |= {f"{name}, training": ratio["median"] for name, ratio in flower.items()}
+    for row in measured_rows("language_engine"):
+        blocks = "all blocks" if row["blocks"] == "all" else f"the last {row['blocks']} blocks"
+        programs[f"loop, MiniLM with LoRA in {blocks}"] = row["ratio to engine"]["sequential"]["median"]
     for row in measured_rows():
         if row["what"] != "training":
             found = row["ratio to engine"].items()
