@@ -422,7 +422,6 @@ def benchmarks_page() -> dict[str, str]:
         "compiled-most": f"{max(ratios):.2f}",
         "compiling-least": f"{min(starts):.0f}",
         "compiling-most": f"{max(starts):.0f}",
-        "pays-eight": f"{round(compiled[1]['pays after'], -2):,.0f}",
         "pays-one": f"{round(compiled[0]['pays after'], -2):,.0f}",
         **of_text_engine(measured("language_engine")),
         "scale-seconds": f"{most['seconds']:.0f}",

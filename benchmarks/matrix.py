@@ -65,8 +65,8 @@ def run_tests(python: Path, folder: Path, selection: list[str]) -> tuple[Counter
     """How many tests passed, failed and were skipped, and the names of those that failed."""
     command = [python, "-m", "pytest", "-q", "--continue-on-collection-errors", *selection]
     command += ["--junitxml", folder / "tests.xml"]
-    alone = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": ""}
-    subprocess.run(command, cwd=folder / "clone", env=os.environ | alone)
+    two_workers = {"PYTEST_ADDOPTS": "-n 2 --dist loadfile", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    subprocess.run(command, cwd=folder / "clone", env=os.environ | two_workers | {"PYTHONPATH": ""})
     outcomes, failed = Counter(passed=0, failed=0, skipped=0), []
     for case in ElementTree.parse(folder / "tests.xml").iter("testcase"):
         found = {child.tag for child in case} & {"failure", "error", "skipped"}

@@ -6,8 +6,10 @@ import resource
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from conftest import finished
@@ -41,6 +43,22 @@ def test_the_command_runs_on_any_machine_into_a_folder_of_any_name(machine, tmp_
         assert (out / name).stat().st_size > 0
     again = command(*RUN, "--out", out, environment=MACHINES[machine], errors="replace")
     assert again.stdout == done.stdout  # read from the folder
+
+
+def test_four_commands_at_once_end_with_the_same_numbers(tmp_path):
+    """Each with as many threads as there are cores: none waits for the others' threads for minutes."""
+    as_at_home = dict.fromkeys(("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
+    folders = [tmp_path / str(student) for student in range(4)]
+    options = {"--clients": "8", "--local-steps": "40"}
+    arguments = [*RUN, *(part for option in options.items() for part in option)]
+
+    def run(folder):
+        command(*arguments, "--out", folder, environment=as_at_home)
+        return pd.read_csv(folder / "results.csv").drop(columns="seconds")
+
+    with ThreadPoolExecutor(4) as students:
+        tables = list(students.map(run, folders))
+    assert len(tables[0]) > 8 and all(table.equals(tables[0]) for table in tables)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of addresses are Linux's")

@@ -249,7 +249,7 @@ def test_the_measured_engine_gains_with_clients_and_small_batches():
     for clients in (8, 32, 128):
         assert loops[clients, 4] > loops[clients, 8] > loops[clients, 32]
     compiled = {row["clients"]: row["ratio to engine"]["compiled"]["median"] for row in rows("engine_compile")}
-    assert list(compiled) == [1, 8, 32, 128] and compiled[1] == min(compiled.values()) and compiled[8] < 1
+    assert list(compiled) == [1, 8, 32, 128] and compiled.pop(1) < 0.8 and min(compiled.values()) > 0.9
     starts = [row["start-up"] for row in rows("engine_compile")]
     assert starts[0] == max(starts)
     flower = rows("engine_flower")[0]["ratio to engine"]
