@@ -435,6 +435,7 @@ def benchmarks_page() -> dict[str, str]:
         "start-train": start["from potara_lite import train"],
         "start-torch": start["import torch"],
         "start-peft": start["import torch, peft"],
+        "parts": markdown(pd.DataFrame({"seconds": measured("startup")["parts"]}).rename_axis("part"), 1),
         "start-transformers": start["import torch, transformers"],
         "checks": f"{checks['runs'][0]['checks']:,}",
         "checks-share": percent(checks["share"], 1),
