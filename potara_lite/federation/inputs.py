@@ -51,6 +51,23 @@ def any_tensor(inputs: Inputs) -> Tensor:
     return inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
 
 
+def text_lengths(x: Inputs) -> list[int] | None:
+    """The number of tokens of each text; ``None`` of inputs that are no texts with a mask of the tokens."""
+    is_masked = isinstance(x, dict) and MASK in x and x[MASK].dim() == 2
+    return (x[MASK] != 0).sum(1).tolist() if is_masked else None
+
+
+def cut_texts(x: dict[str, Tensor], y: Tensor, length: int) -> Examples:
+    """Texts ``(..., T)`` cut to ``length`` tokens, with their targets where each token has one."""
+    mask, longest = x[MASK], x[MASK].shape[-1]
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor.narrow(dim, 0, length) if tensor.shape[: dim + 1] == (*mask.shape[:-1], longest) else tensor
+
+    dim = mask.dim() - 1
+    return map_inputs(cut, x), y if is_float(y) else cut(y)
+
+
 def is_float(tensor: Tensor) -> bool:
     """Whether a tensor holds floating numbers."""
     return is_dense(tensor) and tensor.is_floating_point()
@@ -118,6 +135,8 @@ def _check_labels(name: str, x: Inputs, y: Tensor) -> None:
         last = (x[MASK] != 0).sum(1, keepdim=True) - 1  # the last real token, which nothing follows
         if ((y == x["input_ids"]) | (y == PADDING)).all() and (y.gather(1, last) >= 0).any():
             raise ValueError(f"{name}: targets are the inputs themselves, not the tokens that follow: see next_tokens")
+        if (late := ((y != PADDING) & (x[MASK] == 0)).any(1)).any():
+            raise ValueError(f"{name}: example {int(late.nonzero()[0])} has targets at its padding, where {MASK} is 0")
     if y.dim() > 1 and (ignored := (y == PADDING).all(1)).any():
         raise ValueError(f"{name}: all targets of example {int(ignored.nonzero()[0])} are {PADDING}, ignored")
 

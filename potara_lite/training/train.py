@@ -22,7 +22,7 @@ from ..adapters.state import Adapter, Stack, check_count, check_models, flatten,
 from ..checks import AnyList, Count, Flag, List, NonNegative, Positive, Seed, Size, checked
 from ..federation.batches import batch_indices
 from ..federation.display import displayed
-from ..federation.inputs import MASK, Inputs, any_tensor, map_inputs, take
+from ..federation.inputs import MASK, Inputs, any_tensor, cut_texts, map_inputs, take, text_lengths
 from ..federation.split import Split
 from ..models.loss import mean_loss
 from .batching import Execution, ExecutionPlan, Forward, map_clients, plan_execution, with_autocast
@@ -458,9 +458,20 @@ def _batches(
     x, y, starts = split.joined()
     clients = zip(split.sizes.tolist(), start, split.ids)
     streams = [batch_indices(n, done, steps, batch_size, [*seeds, i]) for n, done, i in clients]
-    examples = (torch.stack(streams) + starts.view(-1, 1, 1)).to(y.device)  # (K, steps, B)
+    examples = torch.stack(streams) + starts.view(-1, 1, 1)  # (K, steps, B)
+    lengths = text_lengths(x)
+    longest = [] if lengths is None else torch.tensor(lengths)[examples].amax((0, 2)).tolist()
+    examples = examples.to(y.device)
     for step in range(steps):
-        yield take(x, examples[:, step]), y[examples[:, step]]
+        batch = take(x, examples[:, step]), y[examples[:, step]]
+        yield cut_texts(*batch, _halved(x[MASK].shape[1], longest[step])) if longest else batch
+
+
+def _halved(width: int, length: int) -> int:
+    """A width, halved as often as it still holds ``length``: so batches have few different widths."""
+    while 2 * length <= width:
+        width = (width + 1) // 2
+    return width
 
 
 def _clipped(grad: Tensor, clip: float | None) -> Tensor:
@@ -496,11 +507,12 @@ def evaluate(
     Both are means over examples; that of a text with a target per token is the mean over its tokens (see ``loss.py``).
     Raises ``ValueError`` for adapters that do not fit and for a client whose loss is not finite.
     """
-    total = torch.zeros(2, len(split), device=adapted.device, dtype=torch.float64)
-    for rows, _, logits, y in batched_logits(adapted, adapters, split, batch_size=batch_size, execution=execution):
-        total[0, rows] += adapted.task.losses(logits, y, leading=2).sum(1)
-        total[1, rows] += adapted.task.metrics(logits, y, leading=2).sum(1)
-    loss, accuracy = total / split.sizes.to(total)
+    values = torch.zeros(2, len(split), int(split.sizes.max()), device=adapted.device, dtype=torch.float64)
+    blocks = example_logits(adapted, adapters, split, batch_size=batch_size, execution=execution)
+    for clients, numbers, logits, y in blocks:
+        both = adapted.task.losses(logits, y), adapted.task.metrics(logits, y)
+        values[:, clients, numbers] = torch.stack([each.double() for each in both])
+    loss, accuracy = values.sum(2) / split.sizes.to(values)
     check_losses(loss, split)
     return loss, accuracy
 
@@ -514,17 +526,30 @@ def check_losses(losses: Tensor, split: Split) -> None:
         raise ValueError(f"the loss of client {client} is not finite: its examples or its logits are not numbers")
 
 
+def example_logits(
+    adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, batch_size: int, execution: Execution
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """All examples in blocks of M: the rows ``(M,)`` of their clients, their numbers there ``(M,)``, their logits ``(M,
+    ..., classes)`` and their ``y``. Texts are run beside others of about their length, and cut to the longest."""
+    adapters = check_clients(adapted, adapters, split)
+    check_labels(adapted, adapters, split)
+    parts = split.by_length()
+    of_parts = select_clients(adapters, parts.clients)
+    blocks = batched_logits(adapted, of_parts, parts.split, batch_size=batch_size, execution=execution)
+    for rows, columns, logits, y in blocks:
+        is_there, clients, numbers = parts.places(rows, columns)
+        yield clients, numbers, logits[is_there], y[is_there]
+
+
 def batched_logits(
     adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, batch_size: int, execution: Execution
 ) -> Iterator[tuple[Tensor, slice, Tensor, Tensor]]:
-    """The split in blocks of clients and examples: the rows ``(K,)`` of the clients, the slice of their examples, the
-    logits ``(K, B, ..., classes)`` and their ``y``, which is -100 where a client has no more examples.
+    """The split, which has been checked, in blocks of clients and examples: the rows ``(K,)`` of the clients, the slice
+    of their examples, the logits ``(K, B, ..., classes)`` and their ``y``, -100 where a client has no more examples.
 
     ``B`` is ``batch_size``, or what fits: a language model's logits are as many as its vocabulary for every token.
     Clients are in a block with others that have about as many examples, of about the same length.
     """
-    adapters = check_clients(adapted, adapters, split)
-    check_labels(adapted, adapters, split)
     options: dict[str, Any] = dict(batch_size=batch_size, backward=False, execution=execution)
     for group, plan in planned_groups(adapted, adapters, split, split.alike(), **options):
         size = min(batch_size, plan.examples)
@@ -534,6 +559,6 @@ def batched_logits(
             stack = {name: tensor.to(adapted.device) for name, tensor in select_clients(adapters, rows).items()}
             all_x, all_y = part.x, part.y
             for start in range(0, all_y.shape[1], size):
-                columns = slice(start, start + size)
+                columns = slice(start, min(start + size, all_y.shape[1]))
                 x = take(all_x, (slice(None), columns))
                 yield rows, columns, map_clients(plan.forward, stack, x, vectorize=plan.vectorize), all_y[:, columns]

@@ -237,6 +237,12 @@ def test_padding_on_the_left_is_refused():
         Split([(x, torch.tensor([1]))])
 
 
+def test_targets_at_padding_are_refused():
+    x = {"input_ids": torch.tensor([[5, 6], [1, 9]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
+    with pytest.raises(ValueError, match="client 0: example 1 has targets at its padding, where attention_mask is 0"):
+        Split([(x, torch.tensor([[6, -100], [9, 9]]))])
+
+
 @pytest.mark.parametrize("ignored", [0, 2])
 def test_labels_that_were_not_shifted_are_refused(ignored):
     x = pad_tokens([[5, 6, 7, 8], [9, 9, 9]])
