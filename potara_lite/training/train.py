@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import vmap
 from tqdm.auto import tqdm
 
-from ..adapters.lora import AdaptedBackbone
+from ..adapters.lora import AdaptedBackbone, delta_added
 from ..adapters.state import Adapter, Stack, check_count, check_models, flatten, select_clients, unflatten
 from ..checks import AnyList, Count, Flag, List, NonNegative, Positive, Seed, Size, checked
 from ..federation.batches import batch_indices
@@ -192,7 +192,8 @@ def check_inputs(adapted: AdaptedBackbone, split: Split) -> None:
 @torch.no_grad()
 def check_independence(adapted: AdaptedBackbone, split: Split) -> None:
     """Raise ``ValueError`` for a backbone in which an example's logits depend on the others of its batch, or those of a
-    text on the padding behind its end: a client's numbers would depend on who else is there.
+    text on the padding behind its end: a client's numbers would depend on who else is there. So they would where it
+    draws random numbers or changes its inputs. And for one that reads an adapted layer's weight without a call of it.
 
     It is measured once, on one example and, where there is one, on one text with padding; not in training mode, where
     batch norm is meant to see the batch.
@@ -203,29 +204,52 @@ def check_independence(adapted: AdaptedBackbone, split: Split) -> None:
     for x, _ in split.examples:
         is_padded = isinstance(x, dict) and MASK in x and not bool(x[MASK].all())
         row = int(x[MASK].flatten(1).sum(1).argmin()) if is_padded else 0
-        kind = "padding" if is_padded else "batch"
-        if len(any_tensor(x)) > 1 and not measured_once(
-            adapted, ("alone and in company", kind), lambda x=x, row=row: _is_independent(adapted, x, row)
+        others = "the padding behind it or the other texts of its batch" if is_padded else "the others of its batch"
+        if len(any_tensor(x)) > 1 and (
+            fault := measured_once(adapted, ("fault", others), lambda x=x, row=row: _fault(adapted, x, row))
         ):
-            others = "the padding behind it or the other texts of its batch" if is_padded else "the others of its batch"
-            raise ValueError(f"in this backbone an example's logits depend on {others}")
+            raise ValueError(fault.format(others=others))
 
 
-def _is_independent(adapted: AdaptedBackbone, x: Inputs, row: int) -> bool:
-    """Whether the example in a row, without its padding, has the same logits alone and beside another one."""
+def _fault(adapted: AdaptedBackbone, x: Inputs, row: int) -> str:
+    """Why the example in a row has other logits alone, without its padding, than beside another one; empty if it has
+    the same, or none that are numbers."""
     generator = torch.Generator().manual_seed(0)  # an untrained head gives zeros, whatever goes in
     noise = {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in adapted.initial.items()}
     adapter = {name: tensor + noise[name].to(tensor) for name, tensor in adapted.initial.items()}
-    both = map_inputs(lambda tensor: tensor[[row, row - 1]].to(adapted.device), x)
+    given = map_inputs(lambda tensor: tensor[[row, row - 1]].to(adapted.device), x)
+    both = map_inputs(torch.clone, given)
+    together = adapted(adapter, both)
+    if not together.isfinite().all():
+        return ""
+    if not all(map(torch.equal, *(one.values() if isinstance(one, dict) else [one] for one in (given, both)))):
+        return "the backbone changes its inputs in place: write x = x + 1, say, for x += 1"
+    if not torch.equal(adapted(adapter, both), together):
+        return "the backbone draws random numbers in eval mode, by which the clients would depend on each other"
+    called: set[str] = set()
+    layers = {name: adapted.model.get_submodule(name) for name in adapted.scaling}
+    hooks = [layer.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
+    try:
+        adapted(adapter, both)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in adapted.scaling.keys() - called:
+        with delta_added(adapted, {f"{name}.weight": torch.ones_like(layers[name].get_base_layer().weight)}):
+            if not torch.equal(adapted(adapter, both), together):
+                layer = name.removeprefix("base_model.model.")
+                return f"{layer} is adapted, but the backbone reads its weight without a call of it: LoRA does nothing"
     alone = map_inputs(lambda tensor: tensor[:1], both)
     if isinstance(x, dict) and MASK in x:
         length, longest = int(alone[MASK].sum()), alone[MASK].shape[1]
         alone = {name: t[:, :length] if t.shape[1:2] == (longest,) else t for name, t in alone.items()}
-    expected = adapted(adapter, alone)[0].double()
-    found = adapted(adapter, both)[0][: len(expected)].double()  # token by token, without the padding
-    is_random = not torch.equal(adapted(adapter, both)[0][: len(expected)].double(), found)  # vmap says so itself
-    rounding = torch.finfo(adapted.dtype).eps ** 0.5
-    return is_random or not (found - expected).abs().max() > rounding * expected.abs().max()
+    single = adapted(adapter, alone)
+    if single.dim() != together.dim():
+        return f"the backbone returns logits of shape {tuple(single.shape)} for one example: keep the batch's dimension"
+    expected = single[0].double()
+    difference = (together[0][: len(expected)].double() - expected).abs().max()  # token by token, without the padding
+    is_same = difference <= torch.finfo(adapted.dtype).eps ** 0.5 * expected.abs().max()
+    return "" if is_same else "in this backbone an example's logits depend on {others}"
 
 
 @torch.no_grad()
