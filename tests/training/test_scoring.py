@@ -117,6 +117,8 @@ def test_what_cannot_be_scored_is_refused(adapted, stack):
     ):
         with pytest.raises(ValueError, match=message):
             encode_answers(Tokenizer(), prompts, answers, max_length=3)
+    with pytest.raises(ValueError, match="text 0: its first token is of the answer, too, and nothing before predicts"):
+        encode_answers(lambda text, **_: {"input_ids": [len(text)]}, ["what"], ["ever"])
     with pytest.raises(ValueError, match="text 1 is empty"):
         encode_texts(Tokenizer(), ["red", "  "])
     with pytest.raises(ValueError, match="'what' needs two options or more, not .'red'."):
