@@ -52,19 +52,21 @@ def any_tensor(inputs: Inputs) -> Tensor:
 
 
 def text_lengths(x: Inputs) -> list[int] | None:
-    """The number of tokens of each text; ``None`` of inputs that are no texts with a mask of the tokens."""
-    is_masked = isinstance(x, dict) and MASK in x and x[MASK].dim() == 2
-    return (x[MASK] != 0).sum(1).tolist() if is_masked else None
+    """The number of tokens of each text; ``None`` of inputs that are not, all of them, of the tokens of a mask, such as
+    images beside the texts."""
+    if not isinstance(x, dict) or MASK not in x or x[MASK].dim() != 2:
+        return None
+    is_of_tokens = all(tensor.dim() == 1 or tensor.shape[:2] == x[MASK].shape for tensor in x.values())
+    return (x[MASK] != 0).sum(1).tolist() if is_of_tokens else None
 
 
 def cut_texts(x: dict[str, Tensor], y: Tensor, length: int) -> Examples:
     """Texts ``(..., T)`` cut to ``length`` tokens, with their targets where each token has one."""
-    mask, longest = x[MASK], x[MASK].shape[-1]
+    dim = x[MASK].dim() - 1
 
     def cut(tensor: Tensor) -> Tensor:
-        return tensor.narrow(dim, 0, length) if tensor.shape[: dim + 1] == (*mask.shape[:-1], longest) else tensor
+        return tensor.narrow(dim, 0, length) if tensor.dim() > dim else tensor
 
-    dim = mask.dim() - 1
     return map_inputs(cut, x), y if is_float(y) else cut(y)
 
 

@@ -7,6 +7,7 @@ the other clients' adapters, so each row of the gradient of the sum is the gradi
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..adapters.lora import AdaptedBackbone, delta_added
 from ..adapters.state import Adapter, Stack, check_count, check_models, flatten, select_clients, unflatten
-from ..checks import AnyList, Count, Flag, List, NonNegative, Positive, Seed, Size, checked
+from ..checks import AnyList, Count, Flag, List, NonNegative, Positive, Seed, Size, checked, lacks_memory
 from ..federation.batches import batch_indices
 from ..federation.display import displayed
 from ..federation.inputs import MASK, Inputs, any_tensor, cut_texts, map_inputs, take, text_lengths
@@ -186,7 +187,27 @@ def check_inputs(adapted: AdaptedBackbone, split: Split) -> None:
     """Raise ``ValueError`` naming the first client with inputs that the backbone does not take."""
     for client, (x, _) in zip(split.ids, split.examples):
         adapted.check_inputs(x, client)
+    _check_runs(adapted, split)
     check_independence(adapted, split)
+
+
+@torch.no_grad()
+def _check_runs(adapted: AdaptedBackbone, split: Split) -> None:
+    """Raise ``ValueError`` for inputs of a shape or dtype on which the network fails; tried once for each kind."""
+    x, _ = split.examples[0]
+
+    def run() -> bool:
+        try:
+            adapted(adapted.initial, map_inputs(lambda tensor: tensor[:1].clone().to(adapted.device), x))
+        except (RuntimeError, IndexError) as error:
+            if lacks_memory(error):
+                raise
+            reason = textwrap.shorten(str(error), 200, placeholder=" …")
+            raise ValueError(f"split: the backbone does not take {split._inputs()}: {reason}") from error
+        return True
+
+    if not adapted.model.training:
+        measured_once(adapted, ("runs", split._inputs()), run)
 
 
 @torch.no_grad()

@@ -236,7 +236,7 @@ def test_a_layer_of_torch_without_a_fast_path_is_taken():
     "forward, reason",
     [
         (lambda net, x: Dense.forward(net, x.add_(1)), "changes its inputs in place"),
-        (lambda net, x: nn.functional.dropout(Dense.forward(net, x)), "draws random numbers in eval mode"),
+        (lambda net, x: net.head(nn.functional.dropout(net.fc1(x))), "draws random numbers in eval mode"),
         (lambda net, x: net.head(nn.functional.linear(x, net.fc1.weight)), "fc1 is adapted, but .* LoRA does nothing"),
         (lambda net, x: Dense.forward(net, x).squeeze(), r"logits of shape \(3,\) for one example"),
         (lambda net, x: Dense.forward(net, x - x.mean(0)), "logits depend on the others of its batch"),
@@ -252,6 +252,28 @@ def test_a_network_whose_numbers_would_be_wrong_is_refused_at_the_first_use(forw
     with pytest.raises(ValueError, match=reason):
         evaluate(adapted, repeat_adapter(adapted.initial, 1), split, execution=Execution(vectorize=vectorize))
     assert torch.equal(split.x, before)
+
+
+@pytest.mark.parametrize(
+    "x, reason",
+    [
+        (torch.ones(3, 8, dtype=torch.int64), r"split: .* take inputs int64 \(8,\): mat1 and mat2 must have the same"),
+        (torch.ones(3, 5), r"split: the backbone does not take inputs float32 \(5,\): mat1 and mat2 shapes"),
+    ],
+)
+def test_inputs_on_which_the_network_fails_are_refused_in_one_line(x, reason):
+    adapted = attach(Dense().eval(), targets=["fc1"], rank=2)
+    with pytest.raises(ValueError, match=reason):
+        evaluate(adapted, repeat_adapter(adapted.initial, 1), Split([(x, torch.arange(3))]))
+
+
+def test_positions_without_an_embedding_are_refused_also_where_the_first_ones_are_reserved():
+    network = text_network("opt")
+    longest = network.config.max_position_embeddings
+    adapted = attach(network, targets=["q_proj"], head=None, rank=2)
+    adapted.check_inputs(pad_tokens([[5] * longest]))
+    with pytest.raises(ValueError, match=f"texts of {longest + 1} tokens, the backbone has positions for {longest}"):
+        adapted.check_inputs(pad_tokens([[5] * (longest + 1)]))
 
 
 def test_targets_that_a_configuration_excludes_are_no_mistake():

@@ -148,6 +148,13 @@ def test_training_does_not_take_the_padding_behind_a_batchs_longest_text(random_
     torch.testing.assert_close(losses, train(adapted, stack, texts_of_a_client(), **options).losses)
 
 
+def test_texts_beside_other_inputs_are_not_cut():
+    x, y = texts_of_a_client().client(0)
+    parts = Split([(x | {"image": torch.rand(7, 3, 4)}, y)]).by_length()
+    assert len(parts.split) == 1 and parts.split.client(0)[0]["input_ids"].shape == (7, 120)
+    assert parts.numbers.tolist() == [list(range(7))] and parts.clients.tolist() == [0]
+
+
 def test_training_does_not_fill_short_texts_up_to_the_longest(random_stack):
     adapted = attach(Counted(of_texts=True).double(), rank=2, targets=["fc1"], head="fc2")
     stack = random_stack(adapted, len(LENGTHS), seed=1)
