@@ -44,7 +44,7 @@ from potara_lite.federation.inputs import PADDING
 from potara_lite.federation.split import Federation, Split
 from potara_lite.federation.tasks import read_glosses
 from potara_lite.models.language import text_tokenizer
-from potara_lite.training.train import batched_logits
+from potara_lite.training.train import example_logits
 
 HERE = Path(__file__).parent
 DONE = HERE / "small_lm"
@@ -111,16 +111,15 @@ def answers(adapted: AdaptedBackbone, adapters: Adapter, split: Split, kinds: Te
         name: torch.zeros(len(split), int(split.sizes.max()), dtype=torch.float64)
         for name in ("loss", "accuracy", "exact")
     }
-    for rows, columns, logits, y in batched_logits(adapted, adapters, split, batch_size=16, execution=Execution()):
-        target_index = (y != PADDING).int().argmax(-1, keepdim=True)  # (C, B, 1)
-        logits = logits.take_along_dim(target_index.unsqueeze(-1), dim=2).squeeze(2)  # (C, B, vocabulary)
-        target = y.take_along_dim(target_index, dim=2)
-        known = target != PADDING  # not a padded example
+    for clients, numbers, logits, y in example_logits(adapted, adapters, split, batch_size=16, execution=Execution()):
+        target_index = (y != PADDING).int().argmax(-1, keepdim=True)  # (M, 1)
+        logits = logits.take_along_dim(target_index.unsqueeze(-1), dim=1).squeeze(1)  # (M, vocabulary)
+        target = y.take_along_dim(target_index, dim=1)
         scores = logits.double().log_softmax(-1)
         likeliest = kinds[scores[..., kinds].argmax(-1)], scores.argmax(-1)
-        found["loss"][rows, columns] = -(scores.take_along_dim(target.clamp_min(0), dim=2) * known).squeeze(2)
+        found["loss"][clients, numbers] = -scores.take_along_dim(target, dim=1).squeeze(1)
         for name, word in zip(("accuracy", "exact"), likeliest):
-            found[name][rows, columns] = (word == target.squeeze(2)).double()
+            found[name][clients, numbers] = (word == target.squeeze(1)).double()
     return {name: values.sum(1) / split.sizes for name, values in found.items()}
 
 

@@ -16,8 +16,9 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache, wraps
-from inspect import Parameter, signature
+from inspect import Parameter, Signature, signature
 from math import inf, isfinite
 from numbers import Integral, Real
 from pathlib import Path
@@ -362,6 +363,22 @@ def check_arguments(function: Callable, given: Mapping[str, Any]) -> dict[str, A
         _SIZES.reset(sizes)
 
 
+class ArgumentError(TypeError, ValueError):
+    """An argument that a function does not have, or one that it needs and did not get: Python's own ``TypeError``, with
+    the function's name, and a ``ValueError`` as everything else that is wrong with arguments."""
+
+
+def bound(name: str, parameters: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name. Raises ``ArgumentError`` for what the function does not take."""
+    try:
+        return parameters.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        known = list(parameters.parameters)
+        meant = [close[0] for one in kwargs if one not in known and (close := get_close_matches(one, known, 1))]
+        way_out = f" (its own is {meant[0]!r})" if meant else ""
+        raise ArgumentError(f"{name.removesuffix('.__init__').rpartition('.')[2]} {error}{way_out}") from None
+
+
 def _with_bounds(function: Callable) -> str:
     """The docstring, and what the annotations say of the arguments in words."""
     words = {name: dict.fromkeys(re.findall(r"\w+", str(hint))) for name, hint in function.__annotations__.items()}
@@ -383,7 +400,7 @@ def checked(thing: T) -> T:
 
     @wraps(function)
     def outside(*args, **kwargs):
-        given = parameters.bind(*args, **kwargs).arguments
+        given = bound(function.__qualname__, parameters, args, kwargs)
         for name in options:
             given |= given.pop(name, {})
         return function(**check_arguments(function, given))

@@ -1035,12 +1035,15 @@ def test_help_shows_each_bound():
 def test_unknown_and_missing_arguments_are_pythons_own_errors():
     t = things()
     for call, name in (
-        (lambda: fedit(t.adapted, t.split, rounds=1, local_steps=1, lrr=1), "lrr"),
-        (lambda: potara_lite.fashion_mnist(client=3), "client"),
-        (lambda: potara_lite.train(t.adapted, t.local, t.split), "steps"),
+        (lambda: fedit(t.adapted, t.split, rounds=1, local_steps=1, lrr=1), "^train got .* 'lrr'"),
+        (lambda: fedit(t.adapted, t.split, rounds=1, local_steps=1, callback=print), "own is 'callbacks'"),
+        (lambda: potara_lite.Setting(client=3), "^Setting got an unexpected .* 'client' .*own is 'clients'"),
+        (lambda: potara_lite.fashion_mnist(client=3), "^partition got .*own is 'clients'"),
+        (lambda: potara_lite.train(t.adapted, t.local, t.split), "^train missing a required argument: 'steps'$"),
     ):
-        with pytest.raises(TypeError, match=name):
-            call()
+        for kind in (TypeError, ValueError):
+            with pytest.raises(kind, match=name):
+                call()
 
 
 # What has no row above: constructors, and arguments that are wrong together.

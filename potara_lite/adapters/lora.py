@@ -7,6 +7,7 @@ what their names and shapes mean.
 from __future__ import annotations
 
 import copy
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -210,7 +212,7 @@ class AdaptedBackbone:
 PLAIN_OPTIONS = frozenset(  # of PEFT's LoraConfig: they say where LoRA is, how large, and who made it
     "r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform "
     "layers_pattern modules_to_save fan_in_fan_out init_lora_weights lora_dropout inference_mode peft_type task_type "
-    "auto_mapping peft_version base_model_name_or_path revision runtime_config megatron_config megatron_core".split()
+    "auto_mapping peft_version base_model_name_or_path revision runtime_config megatron_core eva_config".split()
 )
 PLAIN_INITS = True, "gaussian"  # B = 0, and the backbone's weights stay as they are
 REWRITE_THE_BASE = "pissa", "olora", "corda", "loftq", "lora_ga"  # ways to start that change the frozen weights
@@ -291,8 +293,8 @@ def attach(
     parameters = [name for name, _ in model.named_parameters() if ".default." in name]
     parameter_names = {_adapter_name(name): name for name in parameters}
     _check_layers(model, initial, parameter_names)
-    _check_found(initial, config)
-    _check_untied(backbone, initial)
+    _check_found(backbone, initial, config)
+    _check_untied(backbone, model, initial)
     if new_head is not None:
         for name in _last_layer(initial, f"base_model.model.{new_head}"):
             initial[name].zero_()
@@ -320,19 +322,19 @@ def _plain_config(config: LoraConfig) -> LoraConfig:
 
     Raises ``ValueError`` for dropout, a start that changes the model and options that are not plain LoRA.
     """
-    check_options(config.to_dict())
     config = copy.deepcopy(config)
+    if not config.inference_mode and config.init_lora_weights not in PLAIN_INITS:
+        init = config.init_lora_weights
+        raise ValueError(
+            f"init_lora_weights={init!r}: an untrained adapter must leave the backbone as it is, with B = 0"
+        )
+    check_options(config.to_dict())
     if config.task_type in CLASSIFICATION:
         config.modules_to_save = [name for name in config.modules_to_save or () if name not in HEADS_OF_PEFT] or None
     if config.inference_mode:
         config.init_lora_weights, config.lora_dropout, config.inference_mode = True, 0.0, False
     if config.lora_dropout:
         raise ValueError(f"lora_dropout={config.lora_dropout}: train without dropout, so that clients are independent")
-    if config.init_lora_weights not in PLAIN_INITS:
-        init = config.init_lora_weights
-        raise ValueError(
-            f"init_lora_weights={init!r}: an untrained adapter must leave the backbone as it is, with B = 0"
-        )
     return config
 
 
@@ -370,7 +372,7 @@ def _peft_model(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel
         try:
             model = get_peft_model(network, copy.deepcopy(config))
         except ValueError as error:
-            reason = str(error).split(". ")[0]
+            reason = textwrap.shorten(str(error).split(". ")[0], 200, placeholder=" …")
             raise ValueError(
                 f"targets {shown(config.target_modules)} cannot be adapted: {reason}. {ADAPTABLE}"
             ) from error
@@ -390,14 +392,25 @@ def _adapter_name(parameter: str) -> str:
     return parameter.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
-def _check_untied(backbone: nn.Module, initial: Adapter) -> None:
-    """Raise ``ValueError`` for an adapted or directly trained layer whose weight is another module's, too."""
+def _check_untied(backbone: nn.Module, model: PeftModel, initial: Adapter) -> None:
+    """Raise ``ValueError`` for an adapted or directly trained layer whose weight is another module's, too, or
+    that is there under two names."""
     trained = {layer_of(name).removesuffix(".weight").removesuffix(".bias") for name in initial}
     for names in shared_parameters(backbone):
         for name in names:
             if f"base_model.model.{name}" in trained:
                 others = [other for other in names if other != name]
                 raise ValueError(f"{name} is tied: its weight is also that of {others}, which must stay as it is")
+    places: dict[nn.Module, dict[tuple[nn.Module, str], str]] = {}  # where each module is: in which one, by which name
+    for path, module in backbone.named_modules(remove_duplicate=False):
+        owner, _, name = path.rpartition(".")
+        places.setdefault(module, {})[backbone.get_submodule(owner), name] = path
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, LoraLayer | ModulesToSaveWrapper)}
+    for paths in map(list, map(dict.values, places.values())):
+        if len(paths) > 1 and any(f"base_model.model.{path}" in wrapped for path in paths):
+            raise ValueError(
+                f"{paths[0]} is also {paths[1]}: of one module under two names, PEFT adapts only the first"
+            )
 
 
 ADAPTABLE = (
@@ -411,8 +424,9 @@ def _check_layers(model: PeftModel, initial: Adapter, parameter_names: dict[str,
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             layer = name.removeprefix("base_model.model.")
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-                reason = "nn.MultiheadAttention reads this weight without calling the layer, so LoRA does nothing"
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, nn.MultiheadAttention) or _has_fast_path(owner):
+                reason = f"nn.{type(owner).__name__} reads this weight without calling the layer, so LoRA does nothing"
                 raise ValueError(f"{layer}: {reason}")
             if reason := _why_not_a_sum(module.get_base_layer()):
                 raise ValueError(f"{layer} is {reason}. {ADAPTABLE}")
@@ -421,6 +435,12 @@ def _check_layers(model: PeftModel, initial: Adapter, parameter_names: dict[str,
             raise ValueError(f"{layer} norms by the statistics of the batch: an example's logits depend on the others")
     if missing := sorted(initial.keys() - parameter_names.keys()):
         raise ValueError(f"these adapter tensors have no parameter of their own: {missing}")
+
+
+def _has_fast_path(owner: nn.Module) -> bool:
+    """Whether it is a layer of torch that in eval mode runs a fused kernel on the weights of its parts."""
+    is_fused = isinstance(owner, nn.TransformerEncoderLayer) and owner.activation_relu_or_gelu
+    return bool(is_fused and owner.self_attn.batch_first)
 
 
 def _why_not_a_sum(layer: nn.Module) -> str:
@@ -432,11 +452,11 @@ def _why_not_a_sum(layer: nn.Module) -> str:
     return "" if isinstance(layer, LINEAR) else f"a layer of {type(layer).__name__}"
 
 
-def _check_found(initial: Adapter, config: LoraConfig) -> None:
+def _check_found(backbone: nn.Module, initial: Adapter, config: LoraConfig) -> None:
     """Raise ``ValueError`` for a target or a head that is no layer: PEFT asks only that *some* target matches."""
     targets = [] if isinstance(config.target_modules, str) else config.target_modules or []
-    layers = [f".{layer}" for layer in lora_layers(initial)]
-    if missing := sorted(name for name in targets if not any(layer.endswith(f".{name}") for layer in layers)):
+    modules = [f".{name}" for name, _ in backbone.named_modules()]  # one may be excluded, in some layers or everywhere
+    if missing := sorted(name for name in targets if not any(module.endswith(f".{name}") for module in modules)):
         raise ValueError(f"targets {missing} match no layer of this backbone")
     trained = [f".{name}" for name in initial if not is_lora(name)]
     for saved in config.modules_to_save or []:

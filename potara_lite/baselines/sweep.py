@@ -132,8 +132,9 @@ def read_results(folder: PathLike) -> pd.DataFrame:
 
 
 def prepared_digest(adapted: AdaptedBackbone, federation: Federation) -> str:
-    """A digest of the backbone, its weights and initial adapter, and of all examples, to the last bit."""
-    parts = [repr((adapted.model, federation.classes, federation.name))]
+    """A digest of the backbone, its weights, scalings, task and initial adapter, and of all examples."""
+    parts = [repr((adapted.model, adapted.model.training, adapted.scaling, federation.classes, federation.name))]
+    parts.append(fingerprint(adapted.task))
     parts.append(tensor_digest(adapted.model.state_dict() | adapted.initial))
     for split in (federation.train, federation.calibration, federation.test):
         parts.append(repr(split.ids))

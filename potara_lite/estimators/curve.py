@@ -14,7 +14,7 @@ from ..federation.split import Split
 from ..merging.connectivity import Weights, weight_grid
 from ..merging.merge import merge_exact
 from ..training.batching import Execution
-from ..training.train import batched_logits, check_losses
+from ..training.train import check_losses, example_logits
 from .estimate import Estimate
 from .gauss_newton import moments_from_slopes
 from .moments import Moments
@@ -60,8 +60,9 @@ def client_losses(adapted: AdaptedBackbone, adapters: Stack, split: Split) -> Te
     """
     [adapters] = check_models(adapted, split, adapters=adapters)
     result = torch.zeros(len(split), int(split.sizes.max()), dtype=adapted.dtype, device=adapted.device)
-    for rows, columns, logits, y in batched_logits(adapted, adapters, split, batch_size=128, execution=Execution()):
-        result[rows, columns] = adapted.task.losses(logits, y, leading=2)
+    blocks = example_logits(adapted, adapters, split, batch_size=128, execution=Execution())
+    for clients, numbers, logits, y in blocks:
+        result[clients, numbers] = adapted.task.losses(logits, y).to(result)
     check_losses(result, split)
     return result
 
@@ -80,11 +81,10 @@ def client_logits(adapted: AdaptedBackbone, adapters: Stack, split: Split) -> Te
     """Every client's logits on its own examples, ``(C, N, ..., classes)``; of no meaning behind them."""
     [adapters] = check_models(adapted, split, adapters=adapters)
     most = int(split.sizes.max())
-    blocks = list(batched_logits(adapted, adapters, split, batch_size=most, execution=Execution()))
-    shape = [max(sizes) for sizes in zip(*(logits.shape[2:] for _, _, logits, _ in blocks))]  # with tokens, the longest
+    blocks = list(example_logits(adapted, adapters, split, batch_size=most, execution=Execution()))
+    shape = [max(sizes) for sizes in zip(*(logits.shape[1:] for _, _, logits, _ in blocks))]  # with tokens, the longest
     result = blocks[0][2].new_zeros(len(split), most, *shape)
-    for rows, columns, logits, _ in blocks:
-        region = result[:, columns][(slice(None), slice(None), *map(slice, logits.shape[2:]))]  # a view
-        region[rows] = logits
+    for clients, numbers, logits, _ in blocks:
+        result[(clients, numbers, *map(slice, logits.shape[1:]))] = logits
     check_losses(result, split)
     return result

@@ -51,6 +51,25 @@ def any_tensor(inputs: Inputs) -> Tensor:
     return inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
 
 
+def text_lengths(x: Inputs) -> list[int] | None:
+    """The number of tokens of each text; ``None`` of inputs that are not, all of them, of the tokens of a mask, such as
+    images beside the texts."""
+    if not isinstance(x, dict) or MASK not in x or x[MASK].dim() != 2:
+        return None
+    is_of_tokens = all(tensor.dim() == 1 or tensor.shape[:2] == x[MASK].shape for tensor in x.values())
+    return (x[MASK] != 0).sum(1).tolist() if is_of_tokens else None
+
+
+def cut_texts(x: dict[str, Tensor], y: Tensor, length: int) -> Examples:
+    """Texts ``(..., T)`` cut to ``length`` tokens, with their targets where each token has one."""
+    dim = x[MASK].dim() - 1
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor.narrow(dim, 0, length) if tensor.dim() > dim else tensor
+
+    return map_inputs(cut, x), y if is_float(y) else cut(y)
+
+
 def is_float(tensor: Tensor) -> bool:
     """Whether a tensor holds floating numbers."""
     return is_dense(tensor) and tensor.is_floating_point()

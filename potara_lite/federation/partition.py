@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..checks import Count, Flag, List, PositiveOrInf, Seed, Size, check_arguments, checked, invalid
+from ..checks import Count, Flag, List, PositiveOrInf, Seed, Size, bound, check_arguments, checked, invalid
 from .inputs import Examples, ExamplesPair, check_examples, is_float, take
 from .split import Federation, Split
 
@@ -175,6 +175,6 @@ def partition(
 def partition_options(**options) -> dict[str, Any]:
     """The options of ``partition``, with its defaults, before there are pools. Raises ``ValueError`` for bad ones."""
     pools = dict.fromkeys(("pool", "test_pool"), (None, None))
-    given = signature(partition).bind(**pools, classes=1, **options).arguments  # a TypeError for unknown names
+    given = bound("partition", signature(partition), (), pools | {"classes": 1} | options)
     found = check_arguments(partition, given)
     return {name: value for name, value in found.items() if name not in (*pools, "classes")}

@@ -24,6 +24,7 @@ from .inputs import (
     any_tensor,
     check_alike,
     check_examples,
+    cut_texts,
     is_float,
     is_integer,
     kind_of,
@@ -32,6 +33,7 @@ from .inputs import (
     pad_stack,
     padding_of,
     take,
+    text_lengths,
 )
 
 Rows = slice | AnyList[Count]  # of clients
@@ -194,6 +196,21 @@ class Split:
                 examples[row] = take(mapped, slice(begin, begin + len(y))), y
         return _split(examples, self.ids)
 
+    def by_length(self) -> Parts:
+        """The same examples with each client's texts in parts of about one length: in a part, texts are more than half
+        as long as its longest one, and nothing is behind that. Other inputs are one part for each client."""
+        parts, clients, numbers = [], [], []
+        for row, (x, y) in enumerate(self.examples):
+            lengths = text_lengths(x)
+            groups = [list(range(len(y)))] if lengths is None else _within_half(range(len(y)), lengths)
+            for group in groups:
+                part = (x, y) if len(groups) == 1 else (take(x, group), y[group])
+                parts.append(part if lengths is None else cut_texts(*part, max(lengths[i] for i in group)))
+                clients.append(row)
+                numbers.append(torch.tensor(group))
+        ids = [self.ids[row] for row in clients]
+        return Parts(_split(parts, ids), torch.tensor(clients), pad_stack(numbers, -1))
+
     def _of_one_shape(self) -> Iterable[list[int]]:
         """The rows in groups of clients whose inputs need no padding to be joined."""
         groups: dict[tuple, list[int]] = {}
@@ -235,6 +252,23 @@ def _split(examples: Iterable[Examples], ids: Iterable[int]) -> Split:
     split = object.__new__(Split)
     vars(split).update(examples=tuple(examples), ids=tuple(ids))
     return split
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What ``Split.by_length`` returns: the ``split`` of P parts, of which several may be of one client; the row of
+    each one's client ``(P,)``; and the numbers of its examples there ``(P, n)``, -1 behind them."""
+
+    split: Split
+    clients: Tensor
+    numbers: Tensor
+
+    def places(self, rows: Tensor, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the examples in some parts' ``columns``: which of them there are ``(K, B)``, and the rows of these ones'
+        clients and their numbers, ``(M,)`` each."""
+        numbers = self.numbers[rows, columns]
+        is_there = numbers >= 0
+        return is_there, self.clients[rows].unsqueeze(1).expand_as(numbers)[is_there], numbers[is_there]
 
 
 @displayed

@@ -30,6 +30,7 @@ from .split import Federation, Split
 from .text import encode_texts
 
 GLOSSES = "wordnet_glosses.xz"
+DELIMITERS = {".csv": ",", ".tsv": "\t"}  # of the columns, by a file's suffix
 DOMAINS = {  # supersenses that belong together
     "living": ("animal", "body", "food", "person", "plant"),
     "world": ("artifact", "location", "object", "phenomenon", "shape", "substance"),
@@ -122,8 +123,8 @@ class Question:
 
 @checked
 def read_task(path: PathLike, seed: Seed = 0) -> list[Question]:
-    """The examples in a JSON array, a JSON-lines file or a CSV file (``.csv``, the fields' names in its first line),
-    shuffled by ``seed``, because many files are sorted by class.
+    """The examples in a JSON array, a JSON-lines file, a CSV or a TSV file (``.csv``, ``.tsv``, the fields' names in
+    its first line), shuffled by ``seed``, because many files are sorted by class.
 
     A record has the fields of one of these formats:
 
@@ -155,7 +156,7 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
         raise FileError(f"{path} is missing")
     with reading(path):
         text = path.read_text("utf-8-sig")
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in DELIMITERS:
         yield from _rows(path, text)
     elif text.lstrip().startswith("["):
         yield from ((f"record {n}", record) for n, record in enumerate(_json(path, text, 1), 1))
@@ -165,9 +166,12 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    """The rows of a CSV file, each with its last line."""
+    """The rows of a CSV or TSV file, each with its last line."""
     with reading(path):
-        reader = csv.DictReader(StringIO(text, newline=""), strict=True)
+        reader = csv.DictReader(StringIO(text, newline=""), delimiter=DELIMITERS[path.suffix.lower()], strict=True)
+        names = reader.fieldnames or ()
+        if len(set(names)) < len(names):
+            raise ValueError(f"its fields must have different names, unlike {shown(names)}")
         for row in reader:
             if None in row or None in row.values():
                 raise FileError(f"{path}, line {reader.line_num}: it must have {len(reader.fieldnames or ())} fields")
@@ -177,9 +181,17 @@ def _rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
 def _json(path: Path, text: str, first_line: int) -> Any:
     with reading(f"{path}, line {first_line}"):
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=_record)
         except json.JSONDecodeError as error:
             raise FileError(f"{path}, line {first_line + error.lineno - 1}: no JSON: {error.msg}") from None
+
+
+def _record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ``ValueError`` for a field that is there twice."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"a field is there twice: {shown([name for name, _ in pairs])}")
+    return record
 
 
 def _example(record: object, task: str) -> Question:
@@ -188,12 +200,24 @@ def _example(record: object, task: str) -> Question:
     fields = set(record) if isinstance(record, Mapping) else set()
     for needed, optional, read in FORMATS:
         if needed <= fields:
-            others = sorted(fields - needed - optional - METADATA)
-            if unused := [name for name in others if record[name] not in (None, "", [], {})]:
-                raise ValueError(f"its field {unused[0]!r} has content that is used nowhere")
+            _check_used(record, needed | optional | METADATA)
             return read(record, _text({"task": task, **record}, "task"))
     known = "; ".join(", ".join(sorted(needed)) for needed, _, _ in FORMATS)
     raise ValueError(f"its fields are {sorted(fields)}, expected are those of one format: {known}")
+
+
+def _check_used(record: Mapping, used: set[str], where: str = "") -> None:
+    """Raise ``ValueError`` for another field than those ``used`` that has content."""
+    if unused := sorted(name for name in record.keys() - used if record[name] not in (None, "", [], {})):
+        raise ValueError(f"{where}its field {unused[0]!r} has content that is used nowhere")
+
+
+def _check_objects(name: str, found: object, fields: set[str]) -> None:
+    """Raise ``ValueError`` for anything but a list of objects with these fields."""
+    if not isinstance(found, list) or not all(isinstance(one, Mapping) and fields <= one.keys() for one in found):
+        raise ValueError(
+            f"its {name} must be a list of objects with {' and '.join(sorted(fields))}, not {shown(found)}"
+        )
 
 
 def _text(record: Mapping, name: str) -> str:
@@ -205,7 +229,7 @@ def _text(record: Mapping, name: str) -> str:
 
 def _with_input(record: Mapping, name: str) -> str:
     """The instruction, and below it the text that it is about, where there is one."""
-    more = _text({name: "", **record}, name)
+    more = "" if record.get(name) is None else _text(record, name)
     return _text(record, "instruction") + (f"\n{more}" if more.strip() else "")
 
 
@@ -227,10 +251,14 @@ def _dolly(record: Mapping, task: str) -> Question:
 
 
 def _chat(record: Mapping, task: str) -> Question:
-    messages = [_text(message, "content") for message in record["messages"]]
-    if len(messages) < 2 or record["messages"][-1]["role"] != "assistant":
+    messages = record["messages"]
+    _check_objects("messages", messages, {"role", "content"})
+    for message in messages:
+        _check_used(message, {"role", "content"}, "of a message, ")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("its messages must end with one of the role 'assistant', after at least one other")
-    return Question("\n".join(messages[:-1]), messages[-1], (), task)
+    texts = [_text(message, "content") for message in messages]
+    return Question("\n".join(texts[:-1]), texts[-1], (), task)
 
 
 def _labelled(record: Mapping, task: str) -> Question:
@@ -253,7 +281,9 @@ def _numbered(prompt: str, options: Sequence[str], label: object, first: int, ta
 
 
 def _hellaswag(record: Mapping, task: str) -> Question:
-    return _numbered(_text(record, "ctx"), list(record["endings"]), record["label"], 0, task)
+    if not isinstance(record["endings"], list):
+        raise ValueError(f"its endings must be a list, not {record['endings']!r}")
+    return _numbered(_text(record, "ctx"), record["endings"], record["label"], 0, task)
 
 
 def _piqa(record: Mapping, task: str) -> Question:
@@ -274,10 +304,11 @@ def _siqa(record: Mapping, task: str) -> Question:
 def _choices(record: Mapping, task: str) -> Question:
     """As the publishers have it, the choices in the question, or as the Hub has it, beside it and as two lists."""
     question = record.get("question", record.get("question_stem"))
-    choices = question["choices"] if isinstance(question, Mapping) else record["choices"]
+    choices = (question if isinstance(question, Mapping) else record).get("choices")
     stem = _text(question, "stem") if isinstance(question, Mapping) else _text({"question": question}, "question")
-    if isinstance(choices, Mapping):
-        choices = [dict(label=label, text=text) for label, text in zip(choices["label"], choices["text"], strict=True)]
+    if isinstance(choices, Mapping) and len({len(choices.get(name, "")) for name in ("label", "text")}) == 1:
+        choices = [dict(label=label, text=text) for label, text in zip(choices["label"], choices["text"])]
+    _check_objects("choices", choices, {"label", "text"})
     labels = [_text(choice, "label") for choice in choices]
     texts = dict(zip(labels, (_text(choice, "text") for choice in choices)))
     key = _text(record, "answerKey")
@@ -287,18 +318,19 @@ def _choices(record: Mapping, task: str) -> Question:
 
 
 def _boolq(record: Mapping, task: str) -> Question:
-    if not isinstance(record["answer"], bool):
+    answer = str(record["answer"]).lower()  # in a CSV file it is a text
+    if answer not in ("true", "false"):
         raise ValueError(f"its answer must be true or false, not {record['answer']!r}")
-    prompt = f"{_text(record, 'passage')}\n{_text(record, 'question')}?"
-    return Question(prompt, "yes" if record["answer"] else "no", ("yes", "no"), task)
+    prompt = f"{_text(record, 'passage')}\n{_text(record, 'question').rstrip('?')}?"
+    return Question(prompt, "yes" if answer == "true" else "no", ("yes", "no"), task)
 
 
 METADATA = set(  # fields that say where a record is from
-    "id idx ind task category title source source_id dataset subject split split_type activity_label lang".split()
+    "id idx ind task category source source_id dataset subject split split_type activity_label lang".split()
 )
 FORMATS: list[tuple[set[str], set[str], Callable[[Mapping, str], Question]]] = [  # needed fields, further ones, reader
-    ({"passage", "question", "answer"}, set(), _boolq),
-    ({"question", "answerKey"}, {"choices"}, _choices),
+    ({"passage", "question", "answer"}, {"title"}, _boolq),
+    ({"question", "answerKey"}, {"choices", "question_concept"}, _choices),
     ({"question_stem", "choices", "answerKey"}, set(), _choices),
     ({"context", "question", "answerA", "answerB", "answerC", "label"}, set(), _siqa),
     ({"ctx", "endings", "label"}, {"ctx_a", "ctx_b"}, _hellaswag),

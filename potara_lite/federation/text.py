@@ -51,11 +51,12 @@ def encode_answers(
     What the tokenizer appends (EOS, say) is the answer's last target, with ``end=False`` it is left out. Prompts that
     are too long lose their beginning.
 
-    Raises ``ValueError`` for an empty prompt or answer, and for an answer of ``max_length`` tokens or more.
+    Raises ``ValueError`` for an empty prompt or answer, for an answer of ``max_length`` tokens or more, and for one
+    that begins in the very first token.
     """
     if len(prompts) != len(answers):
         raise ValueError(f"answers: {len(answers)} of them for {len(prompts)} prompts")
-    rows, lengths, appended = [], [], _appended(tokenizer)
+    rows, lengths, appended = [], [], _appended(tokenizer, prompts[0])
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
         bare = prompt.rstrip()
         if not bare or not answer.strip():
@@ -65,6 +66,8 @@ def encode_answers(
         alone = tokenizer(bare)["input_ids"]
         alone = alone[: len(alone) - appended]
         same = next((k for k, (one, other) in enumerate(zip(alone, row)) if one != other), min(len(alone), len(row)))
+        if same == 0:
+            raise ValueError(f"text {i}: its first token is of the answer, too, and nothing before predicts it")
         lengths.append(len(row) - same)
         if not 0 < lengths[-1] < max_length:
             raise ValueError(f"text {i}: an answer of {lengths[-1]} tokens, 1 … {max_length - 1} are possible")
@@ -78,22 +81,22 @@ def encode_answers(
 
 def encode_prompts(tokenizer: Callable, prompts: Sequence[str], max_length: int) -> dict[str, Tensor]:
     """Texts that go on: without the special tokens that the tokenizer appends. Long ones lose their beginning."""
-    appended, rows = _appended(tokenizer), []
+    appended, rows = _appended(tokenizer, prompts[0]), []
     for prompt in prompts:
         row = tokenizer(prompt.rstrip())["input_ids"]
         rows.append(row[: len(row) - appended][-max_length:])
     return pad_tokens(rows)
 
 
-def _appended(tokenizer: Callable) -> int:
+def _appended(tokenizer: Callable, text: str) -> int:
     """How many special tokens a tokenizer appends to a text; 0 of one that cannot leave them out."""
     try:
-        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
     except TypeError:
         return 0
-    whole = tokenizer("a")["input_ids"]
+    whole = tokenizer(text)["input_ids"]
     ends = [start + len(plain) for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
-    return len(whole) - ends[0] if ends else 0
+    return len(whole) - ends[0] if plain and ends else 0
 
 
 def next_tokens(input_ids: Tensor, is_target: Tensor) -> Tensor:

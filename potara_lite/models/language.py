@@ -252,8 +252,9 @@ def check_tokens(network: nn.Module, x: Inputs, client: int | None = None) -> No
         raise ValueError(f"{name}token id {int(odd[0])} is outside the vocabulary, 0 … {vocabulary - 1}")
     length = tokens.shape[-1]
     for name, module in network.named_modules():
-        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
-            reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's positions start there
+        if name.endswith(("position_embeddings", "wpe", "embed_positions")) and isinstance(module, nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's positions start there
+            reserved = getattr(module, "offset", first)  # and OPT's here
             if length > (longest := module.num_embeddings - reserved):
                 raise ValueError(
                     f"texts of {length} tokens, the backbone has positions for {longest}: cut them (max_length)"

@@ -124,6 +124,7 @@ def rounds_on_disk(
         "data": tensor_digest(inputs | {"labels": y, "sizes": split.sizes}),
         "backbone": tensor_digest(frozen),
         "scaling": digest(json.dumps(adapted.scaling)),
+        "task": fingerprint(adapted.task),
         "adapter": tensor_digest(adapter),
         "state": tensor_digest(vars(state)),
         "device": adapted.device.type,

@@ -64,22 +64,25 @@ def per_sample_gradients(
     flat = flatten(adapters).detach()
     like = {name: tensor[0] for name, tensor in adapters.items()}
     gradients = flat.new_zeros(len(split), int(split.sizes.max()), flat.shape[1])
-    for group in split.alike():
-        part = split.rows(group)
+    parts = split.by_length()
+    for group in parts.split.alike():
+        part = parts.split.rows(group)
         all_x, all_y = part.x, part.y
-        execution_plan = _plan_examples(adapted, select_clients(adapters, torch.tensor(group)), all_x, execution)
+        tensors = select_clients(adapters, parts.clients[group])
+        execution_plan = _plan_examples(adapted, tensors, all_x, execution)
         if not execution_plan.vectorize:  # and so for the other groups, without a second warning
             execution = replace(execution, vectorize=False)
-        for clients, samples in _blocks(*all_y.shape[:2], execution_plan.chunks[0].stop):
-            rows = torch.tensor(group[clients])
-            stack = unflatten(flat[rows].to(adapted.device), like)
-            x = map_inputs(lambda tensor: tensor.to(adapted.device), take(all_x, (clients, samples)))
-            batch = stack, x, all_y[clients, samples].to(adapted.device)  # K clients of M examples
+        for some, samples in _blocks(*all_y.shape[:2], execution_plan.chunks[0].stop):
+            rows = torch.tensor(group[some])
+            stack = unflatten(flat[parts.clients[rows]].to(adapted.device), like)
+            x = map_inputs(lambda tensor: tensor.to(adapted.device), take(all_x, (some, samples)))
+            batch = stack, x, all_y[some, samples].to(adapted.device)  # K clients of M examples
             if isinstance(execution_plan.forward, GroupedLoRA):
                 found = execution_plan.forward.per_sample_gradients(*batch)
             else:
                 found = _client_per_example(execution_plan, adapted.task, *batch)
-            gradients[rows, samples] = found.to(gradients)
+            is_there, clients, numbers = parts.places(rows, samples)
+            gradients[clients, numbers] = found[is_there].to(gradients)
     if not all_finite(gradients):
         check_losses(gradients, split)
     return gradients
@@ -185,16 +188,20 @@ def directional_derivatives(
 
     derivatives = flat.new_zeros(2, len(split), int(split.sizes.max()))
     options: dict[str, Any] = dict(batch_size=derivatives.shape[2], backward=True, execution=execution)
-    for group, execution_plan in planned_groups(adapted, adapters, split, split.alike(), **options):
+    parts = split.by_length()
+    tensors = select_clients(adapters, parts.clients)
+    for group, execution_plan in planned_groups(adapted, tensors, parts.split, parts.split.alike(), **options):
         for chunk in execution_plan.chunks:
             rows = torch.tensor(group[chunk])
-            part = split.rows(group[chunk])
+            part = parts.split.rows(group[chunk]).to(adapted.device)
             with torch.no_grad():
-                stacks = flat[rows], direction.to(flat)[rows], part.x
+                both_rows = (each[parts.clients[rows]].to(adapted.device) for each in (flat, direction.to(flat)))
+                stacks = *both_rows, part.x
                 found = map_clients(logits_and_tangents, *stacks, vectorize=execution_plan.vectorize)
                 logits, tangents = found.unbind(1)  # (K, N, classes)
                 both = torch.stack(_slope_and_curvature(adapted.task, logits, tangents, part.y))
-            derivatives[:, rows, : both.shape[2]] = both.to(derivatives)
+            is_there, clients, numbers = parts.places(rows, slice(both.shape[2]))
+            derivatives[:, clients, numbers] = both[:, is_there].to(derivatives)
     check_losses(derivatives.transpose(0, 1), split)
     slope, curvature = derivatives
     return slope, curvature

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..adapters.lora import AdaptedBackbone
-from ..adapters.state import Stack, check_count
+from ..adapters.state import Stack, check_count, select_clients
 from ..checks import Count, List, Named, Size, checked
-from ..federation.inputs import MASK, PADDING, map_inputs, take
+from ..federation.inputs import MASK, PADDING, map_inputs, pad_stack
 from ..federation.split import Split
 from ..federation.tasks import Question
 from ..federation.text import encode_answers, encode_prompts
 from ..models.loss import checked_logits
 from .batching import Execution
-from .train import batched_logits
+from .train import batched_logits, check_clients, example_logits
 
 
 @torch.no_grad()
@@ -38,10 +38,10 @@ def log_likelihoods(
 ) -> Tensor:
     """The log-likelihood (nats) of each example's targets, summed over its tokens, ``(C, N)``; 0 for padding."""
     result = torch.zeros(len(split), int(split.sizes.max()), dtype=torch.float64)
-    blocks = batched_logits(adapted, adapters, split, batch_size=batch_size, execution=execution)
-    for rows, columns, logits, y in blocks:
+    blocks = example_logits(adapted, adapters, split, batch_size=batch_size, execution=execution)
+    for clients, numbers, logits, y in blocks:
         losses = F.cross_entropy(checked_logits(logits, y).flatten(0, -2), y.flatten(), reduction="none")
-        result[rows, columns] = -losses.view(y.shape).double().sum(-1).cpu()
+        result[clients, numbers] = -losses.view(len(y), -1).double().sum(-1).cpu()
     return result
 
 
@@ -100,25 +100,30 @@ def greedy_tokens(
     client ``(n, steps)``. After the token ``end`` all are ``end``.
 
     ``prompts``: of each client the ``input_ids`` and ``attention_mask`` ``(n, T)``, padded on the right. There is no
-    cache: every step runs the whole text.
+    cache: every step runs the whole text, beside others of about its length.
     """
     check_count("adapters", adapters, len(prompts))
     split = Split([(dict(x), torch.zeros(len(x[MASK]), dtype=torch.int64)) for x in prompts])
-    lengths = split.x[MASK].sum(-1, keepdim=True)  # (C, N, 1)
-    x = map_inputs(lambda tensor: F.pad(tensor, (0, steps)), split.x)
-    tokens = torch.full((*lengths.shape[:2], steps), PADDING)
+    parts = split.by_length()
+    texts = parts.split.map(lambda x: map_inputs(lambda tensor: F.pad(tensor, (0, steps)), x))
+    of_parts = check_clients(adapted, select_clients(adapters, parts.clients), texts)
+    lengths = pad_stack([x[MASK].sum(1) for x, _ in parts.split.examples], 1).cpu()  # (P, n)
+    written = torch.full((*lengths.shape, steps), PADDING)
     for step in range(steps):
-        texts = Split([(take(x, (row, slice(len(y)))), y) for row, (_, y) in enumerate(split.examples)])
-        blocks = batched_logits(adapted, adapters, texts, batch_size=batch_size, execution=execution)
+        blocks = batched_logits(adapted, of_parts, texts, batch_size=batch_size, execution=execution)
         for rows, columns, logits, _ in blocks:
             last = (lengths[rows, columns] + step - 1).to(logits.device)
-            likeliest = logits.take_along_dim(last.unsqueeze(-1), dim=2).argmax(-1)[..., 0]
-            tokens[rows, columns, step] = likeliest.to(tokens.device)
+            likeliest = logits.take_along_dim(last[..., None, None], dim=2).argmax(-1)[..., 0]
+            written[rows, columns, step] = likeliest.to(written.device)
         if end is not None and step:
-            has_ended = tokens[..., step - 1] == end
-            tokens[..., step] = torch.where(has_ended, end, tokens[..., step])
-        x["input_ids"].scatter_(2, lengths + step, tokens[..., step : step + 1].to(lengths.device))
-        x[MASK].scatter_(2, lengths + step, 1)
+            has_ended = written[..., step - 1] == end
+            written[..., step] = torch.where(has_ended, end, written[..., step])
+        for (x, y), length, token in zip(texts.examples, lengths + step, written[..., step]):
+            place = torch.arange(len(y)), length[: len(y)]
+            x["input_ids"][place], x[MASK][place] = token[: len(y)].to(x["input_ids"]), 1
+    tokens = torch.full((*split.y.shape, steps), PADDING)
+    is_there, clients, numbers = parts.places(torch.arange(len(parts.split)), slice(None))
+    tokens[clients, numbers] = written[is_there]
     return [tokens[client, : int(n)] for client, n in enumerate(split.sizes)]
 
 

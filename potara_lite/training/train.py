@@ -7,6 +7,7 @@ the other clients' adapters, so each row of the gradient of the sum is the gradi
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,12 +18,12 @@ from torch import Tensor
 from torch.func import vmap
 from tqdm.auto import tqdm
 
-from ..adapters.lora import AdaptedBackbone
+from ..adapters.lora import AdaptedBackbone, delta_added
 from ..adapters.state import Adapter, Stack, check_count, check_models, flatten, select_clients, unflatten
-from ..checks import AnyList, Count, Flag, List, NonNegative, Positive, Seed, Size, checked
+from ..checks import AnyList, Count, Flag, List, NonNegative, Positive, Seed, Size, checked, lacks_memory
 from ..federation.batches import batch_indices
 from ..federation.display import displayed
-from ..federation.inputs import MASK, Inputs, any_tensor, map_inputs, take
+from ..federation.inputs import MASK, Inputs, any_tensor, cut_texts, map_inputs, take, text_lengths
 from ..federation.split import Split
 from ..models.loss import mean_loss
 from .batching import Execution, ExecutionPlan, Forward, map_clients, plan_execution, with_autocast
@@ -186,13 +187,34 @@ def check_inputs(adapted: AdaptedBackbone, split: Split) -> None:
     """Raise ``ValueError`` naming the first client with inputs that the backbone does not take."""
     for client, (x, _) in zip(split.ids, split.examples):
         adapted.check_inputs(x, client)
+    _check_runs(adapted, split)
     check_independence(adapted, split)
+
+
+@torch.no_grad()
+def _check_runs(adapted: AdaptedBackbone, split: Split) -> None:
+    """Raise ``ValueError`` for inputs of a shape or dtype on which the network fails; tried once for each kind."""
+    x, _ = split.examples[0]
+
+    def run() -> bool:
+        try:
+            adapted(adapted.initial, map_inputs(lambda tensor: tensor[:1].clone().to(adapted.device), x))
+        except (RuntimeError, IndexError) as error:
+            if lacks_memory(error):
+                raise
+            reason = textwrap.shorten(str(error), 200, placeholder=" …")
+            raise ValueError(f"split: the backbone does not take {split._inputs()}: {reason}") from error
+        return True
+
+    if not adapted.model.training:
+        measured_once(adapted, ("runs", split._inputs()), run)
 
 
 @torch.no_grad()
 def check_independence(adapted: AdaptedBackbone, split: Split) -> None:
     """Raise ``ValueError`` for a backbone in which an example's logits depend on the others of its batch, or those of a
-    text on the padding behind its end: a client's numbers would depend on who else is there.
+    text on the padding behind its end: a client's numbers would depend on who else is there. So they would where it
+    draws random numbers or changes its inputs. And for one that reads an adapted layer's weight without a call of it.
 
     It is measured once, on one example and, where there is one, on one text with padding; not in training mode, where
     batch norm is meant to see the batch.
@@ -203,29 +225,52 @@ def check_independence(adapted: AdaptedBackbone, split: Split) -> None:
     for x, _ in split.examples:
         is_padded = isinstance(x, dict) and MASK in x and not bool(x[MASK].all())
         row = int(x[MASK].flatten(1).sum(1).argmin()) if is_padded else 0
-        kind = "padding" if is_padded else "batch"
-        if len(any_tensor(x)) > 1 and not measured_once(
-            adapted, ("alone and in company", kind), lambda x=x, row=row: _is_independent(adapted, x, row)
+        others = "the padding behind it or the other texts of its batch" if is_padded else "the others of its batch"
+        if len(any_tensor(x)) > 1 and (
+            fault := measured_once(adapted, ("fault", others), lambda x=x, row=row: _fault(adapted, x, row))
         ):
-            others = "the padding behind it or the other texts of its batch" if is_padded else "the others of its batch"
-            raise ValueError(f"in this backbone an example's logits depend on {others}")
+            raise ValueError(fault.format(others=others))
 
 
-def _is_independent(adapted: AdaptedBackbone, x: Inputs, row: int) -> bool:
-    """Whether the example in a row, without its padding, has the same logits alone and beside another one."""
+def _fault(adapted: AdaptedBackbone, x: Inputs, row: int) -> str:
+    """Why the example in a row has other logits alone, without its padding, than beside another one; empty if it has
+    the same, or none that are numbers."""
     generator = torch.Generator().manual_seed(0)  # an untrained head gives zeros, whatever goes in
     noise = {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in adapted.initial.items()}
     adapter = {name: tensor + noise[name].to(tensor) for name, tensor in adapted.initial.items()}
-    both = map_inputs(lambda tensor: tensor[[row, row - 1]].to(adapted.device), x)
+    given = map_inputs(lambda tensor: tensor[[row, row - 1]].to(adapted.device), x)
+    both = map_inputs(torch.clone, given)
+    together = adapted(adapter, both)
+    if not together.isfinite().all():
+        return ""
+    if not all(map(torch.equal, *(one.values() if isinstance(one, dict) else [one] for one in (given, both)))):
+        return "the backbone changes its inputs in place: write x = x + 1, say, for x += 1"
+    if not torch.equal(adapted(adapter, both), together):
+        return "the backbone draws random numbers in eval mode, by which the clients would depend on each other"
+    called: set[str] = set()
+    layers = {name: adapted.model.get_submodule(name) for name in adapted.scaling}
+    hooks = [layer.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
+    try:
+        adapted(adapter, both)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in adapted.scaling.keys() - called:
+        with delta_added(adapted, {f"{name}.weight": torch.ones_like(layers[name].get_base_layer().weight)}):
+            if not torch.equal(adapted(adapter, both), together):
+                layer = name.removeprefix("base_model.model.")
+                return f"{layer} is adapted, but the backbone reads its weight without a call of it: LoRA does nothing"
     alone = map_inputs(lambda tensor: tensor[:1], both)
     if isinstance(x, dict) and MASK in x:
         length, longest = int(alone[MASK].sum()), alone[MASK].shape[1]
         alone = {name: t[:, :length] if t.shape[1:2] == (longest,) else t for name, t in alone.items()}
-    expected = adapted(adapter, alone)[0].double()
-    found = adapted(adapter, both)[0][: len(expected)].double()  # token by token, without the padding
-    is_random = not torch.equal(adapted(adapter, both)[0][: len(expected)].double(), found)  # vmap says so itself
-    rounding = torch.finfo(adapted.dtype).eps ** 0.5
-    return is_random or not (found - expected).abs().max() > rounding * expected.abs().max()
+    single = adapted(adapter, alone)
+    if single.dim() != together.dim():
+        return f"the backbone returns logits of shape {tuple(single.shape)} for one example: keep the batch's dimension"
+    expected = single[0].double()
+    difference = (together[0][: len(expected)].double() - expected).abs().max()  # token by token, without the padding
+    is_same = difference <= torch.finfo(adapted.dtype).eps ** 0.5 * expected.abs().max()
+    return "" if is_same else "in this backbone an example's logits depend on {others}"
 
 
 @torch.no_grad()
@@ -458,9 +503,20 @@ def _batches(
     x, y, starts = split.joined()
     clients = zip(split.sizes.tolist(), start, split.ids)
     streams = [batch_indices(n, done, steps, batch_size, [*seeds, i]) for n, done, i in clients]
-    examples = (torch.stack(streams) + starts.view(-1, 1, 1)).to(y.device)  # (K, steps, B)
+    examples = torch.stack(streams) + starts.view(-1, 1, 1)  # (K, steps, B)
+    lengths = text_lengths(x)
+    longest = [] if lengths is None else torch.tensor(lengths)[examples].amax((0, 2)).tolist()
+    examples = examples.to(y.device)
     for step in range(steps):
-        yield take(x, examples[:, step]), y[examples[:, step]]
+        batch = take(x, examples[:, step]), y[examples[:, step]]
+        yield cut_texts(*batch, _halved(x[MASK].shape[1], longest[step])) if longest else batch
+
+
+def _halved(width: int, length: int) -> int:
+    """A width, halved as often as it still holds ``length``: so batches have few different widths."""
+    while 2 * length <= width:
+        width = (width + 1) // 2
+    return width
 
 
 def _clipped(grad: Tensor, clip: float | None) -> Tensor:
@@ -496,11 +552,12 @@ def evaluate(
     Both are means over examples; that of a text with a target per token is the mean over its tokens (see ``loss.py``).
     Raises ``ValueError`` for adapters that do not fit and for a client whose loss is not finite.
     """
-    total = torch.zeros(2, len(split), device=adapted.device, dtype=torch.float64)
-    for rows, _, logits, y in batched_logits(adapted, adapters, split, batch_size=batch_size, execution=execution):
-        total[0, rows] += adapted.task.losses(logits, y, leading=2).sum(1)
-        total[1, rows] += adapted.task.metrics(logits, y, leading=2).sum(1)
-    loss, accuracy = total / split.sizes.to(total)
+    values = torch.zeros(2, len(split), int(split.sizes.max()), device=adapted.device, dtype=torch.float64)
+    blocks = example_logits(adapted, adapters, split, batch_size=batch_size, execution=execution)
+    for clients, numbers, logits, y in blocks:
+        both = adapted.task.losses(logits, y), adapted.task.metrics(logits, y)
+        values[:, clients, numbers] = torch.stack([each.double() for each in both])
+    loss, accuracy = values.sum(2) / split.sizes.to(values)
     check_losses(loss, split)
     return loss, accuracy
 
@@ -514,17 +571,30 @@ def check_losses(losses: Tensor, split: Split) -> None:
         raise ValueError(f"the loss of client {client} is not finite: its examples or its logits are not numbers")
 
 
+def example_logits(
+    adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, batch_size: int, execution: Execution
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """All examples in blocks of M: the rows ``(M,)`` of their clients, their numbers there ``(M,)``, their logits ``(M,
+    ..., classes)`` and their ``y``. Texts are run beside others of about their length, and cut to the longest."""
+    adapters = check_clients(adapted, adapters, split)
+    check_labels(adapted, adapters, split)
+    parts = split.by_length()
+    of_parts = select_clients(adapters, parts.clients)
+    blocks = batched_logits(adapted, of_parts, parts.split, batch_size=batch_size, execution=execution)
+    for rows, columns, logits, y in blocks:
+        is_there, clients, numbers = parts.places(rows, columns)
+        yield clients, numbers, logits[is_there], y[is_there]
+
+
 def batched_logits(
     adapted: AdaptedBackbone, adapters: Adapter, split: Split, *, batch_size: int, execution: Execution
 ) -> Iterator[tuple[Tensor, slice, Tensor, Tensor]]:
-    """The split in blocks of clients and examples: the rows ``(K,)`` of the clients, the slice of their examples, the
-    logits ``(K, B, ..., classes)`` and their ``y``, which is -100 where a client has no more examples.
+    """The split, which has been checked, in blocks of clients and examples: the rows ``(K,)`` of the clients, the slice
+    of their examples, the logits ``(K, B, ..., classes)`` and their ``y``, -100 where a client has no more examples.
 
     ``B`` is ``batch_size``, or what fits: a language model's logits are as many as its vocabulary for every token.
     Clients are in a block with others that have about as many examples, of about the same length.
     """
-    adapters = check_clients(adapted, adapters, split)
-    check_labels(adapted, adapters, split)
     options: dict[str, Any] = dict(batch_size=batch_size, backward=False, execution=execution)
     for group, plan in planned_groups(adapted, adapters, split, split.alike(), **options):
         size = min(batch_size, plan.examples)
@@ -534,6 +604,6 @@ def batched_logits(
             stack = {name: tensor.to(adapted.device) for name, tensor in select_clients(adapters, rows).items()}
             all_x, all_y = part.x, part.y
             for start in range(0, all_y.shape[1], size):
-                columns = slice(start, start + size)
+                columns = slice(start, min(start + size, all_y.shape[1]))
                 x = take(all_x, (slice(None), columns))
                 yield rows, columns, map_clients(plan.forward, stack, x, vectorize=plan.vectorize), all_y[:, columns]

@@ -301,7 +301,9 @@ def test_a_result_file_is_computed_again_when_what_made_it_changes(tmp_path, pre
     assert [once(method(2)), once(method(2))] == [1, 0]
 
 
-@pytest.mark.parametrize("part", ["labels", "inputs", "test labels", "a weight", "the initial adapter", "the ids"])
+@pytest.mark.parametrize(
+    "part", ["labels", "inputs", "test labels", "a weight", "the initial adapter", "the ids", "alpha", "the task"]
+)
 def test_results_of_other_data_or_weights_are_computed_again(tmp_path, adapted, federation, part):
     """What ``prepare`` reads may have changed while its code is the same: a table that was cleaned once more, say."""
     calls = []
@@ -317,6 +319,12 @@ def test_results_of_other_data_or_weights_are_computed_again(tmp_path, adapted, 
         if part == "a weight":
             model = copy.deepcopy(adapted)
             next(iter(model.model.parameters())).data.flatten()[0] += 1e-3
+        elif part == "alpha":
+            model = replace(adapted, scaling={layer: 2 * value for layer, value in adapted.scaling.items()})
+        elif part == "the task":
+            model = replace(
+                adapted, task=replace(adapted.task, loss=lambda z, y: 2 * F.cross_entropy(z, y, reduction="none"))
+            )
         elif part == "the initial adapter":
             model = replace(adapted, initial={n: t + 1e-3 * (".lora_A" in n) for n, t in adapted.initial.items()})
         else:

@@ -200,6 +200,16 @@ READ = [
 ]  # fmt: skip
 
 
+READ += [
+    (
+        BOOLQ | {"answer": "False", "question": "is it so?"},
+        Question("It is so.\nis it so?", "no", ("yes", "no"), "file"),
+    ),
+    ({"instruction": "a", "input": None, "output": "b"}, Question("a", "b", (), "file")),
+    ({"instruction": "a", "context": None, "response": "b"}, Question("a", "b", (), "file")),
+]
+
+
 @pytest.mark.parametrize(("record", "example"), READ)
 @pytest.mark.parametrize("lines", [True, False])
 def test_every_format_is_read_from_both_kinds_of_file(record, example, lines, tmp_path):
@@ -241,7 +251,17 @@ def test_a_task_is_shuffled_by_its_seed(tmp_path):
         (json.dumps(ARC | {"answerKey": "C"}), "its answerKey 'C' must be one of its choices, which are ['A', 'B']"),
         ('{"instruction": 5, "output": "b"}', "line 1: its instruction must be text, not 5"),
         ('{"instruction": "a", "output": "b", "task": 3}', "line 1: its task must be text, not 3"),
-        (json.dumps(BOOLQ | {"answer": "false"}), "line 1: its answer must be true or false, not 'false'"),
+        (json.dumps(BOOLQ | {"answer": "no"}), "line 1: its answer must be true or false, not 'no'"),
+        ('{"instruction": "a", "output": "b", "output": "c"}', "line 1: a field is there twice: ['instruction',"),
+        ('{"text": "a", "title": "t", "label": 1}', "line 1: its field 'title' has content that is used nowhere"),
+        ('{"ctx": "a", "endings": "bc", "label": 1}', "line 1: its endings must be a list, not 'bc'"),
+        ('{"question": "a", "answerKey": "A"}', "line 1: its choices must be a list of objects with label and"),
+        (
+            json.dumps(ARC | {"question": "a", "choices": {"text": ["a"], "label": []}}),
+            "line 1: its choices must be a list of",
+        ),
+        ('{"messages": ["a", "b"]}', "line 1: its messages must be a list of objects with content and role"),
+        ('{"messages": [{"role": "user", "content": "a", "name": "b"}]}', "of a message, its field 'name' has content"),
         (json.dumps(BOOLQ | {"passage": None}), "line 1: its passage must be text, not None"),
         ('{"instruction": "a", "output": "b"}\n' + "[" * 100_000, "line 2: RecursionError"),
         ("", "has no examples"),
@@ -331,12 +351,18 @@ def test_a_csv_file_has_the_same_formats(tmp_path):
         ("text,label\na,1\n ,2\n", "line 3: its prompt or its answer is empty"),
         ("words,label\na,1\n", r"line 2: its fields are \['label', 'words'\]"),
         ('text,label\n"a,1\n', "unexpected end of data"),
+        ("text,text,label\na,b,1\n", "its fields must have different names, unlike .'text', 'text', 'label'"),
     ],
 )
 def test_a_csv_file_that_is_none_is_refused_by_its_line(text, message, tmp_path):
     (tmp_path / "some.csv").write_text(text)
     with pytest.raises(FileError, match=message):
         read_task(tmp_path / "some.csv")
+
+
+def test_a_tsv_file_is_one_of_tabs(tmp_path):
+    (tmp_path / "some.TSV").write_text("\ufefftext\tlabel\r\na, b\t1\r\n", "utf-8")
+    assert read_task(tmp_path / "some.TSV") == [Question("a, b", "1", (), "some")]
 
 
 def test_a_label_that_is_no_class_is_refused(tmp_path):

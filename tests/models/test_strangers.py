@@ -200,6 +200,91 @@ def test_an_ambiguous_head_is_refused():
         attach(network, targets=["fc1"], rank=2)
 
 
+def named_twice(name):
+    network = Dense()
+    network.alias = getattr(network, name)
+    return network
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: named_twice("fc1"), "fc1 is also alias: of one module under two names, PEFT adapts only the first"),
+        (lambda: named_twice("head"), "head is also alias: of one module"),
+        (lambda: fast_path(), "layers.0.linear1: nn.TransformerEncoderLayer reads this weight without calling"),
+    ],
+)
+def test_a_module_that_lora_would_reach_only_at_times_is_refused(make, reason):
+    network = make()
+    targets = ["fc1"] if isinstance(network, Dense) else ["linear1"]
+    with pytest.raises(ValueError, match=reason):
+        attach(network, targets=targets, head="head" if isinstance(network, Dense) else None, rank=2)
+
+
+def fast_path(**options):
+    layer = nn.TransformerEncoderLayer(8, 2, 8, **dict(batch_first=True) | options)
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+
+def test_a_layer_of_torch_without_a_fast_path_is_taken():
+    attach(fast_path(activation=nn.functional.silu), targets=["linear1"], head=None, rank=2)
+    attach(fast_path(batch_first=False), targets=["linear1"], head=None, rank=2)
+
+
+@pytest.mark.filterwarnings("ignore:the clients run one after another")
+@pytest.mark.parametrize(
+    "forward, reason",
+    [
+        (lambda net, x: Dense.forward(net, x.add_(1)), "changes its inputs in place"),
+        (lambda net, x: net.head(nn.functional.dropout(net.fc1(x))), "draws random numbers in eval mode"),
+        (lambda net, x: net.head(nn.functional.linear(x, net.fc1.weight)), "fc1 is adapted, but .* LoRA does nothing"),
+        (lambda net, x: Dense.forward(net, x).squeeze(), r"logits of shape \(3,\) for one example"),
+        (lambda net, x: Dense.forward(net, x - x.mean(0)), "logits depend on the others of its batch"),
+    ],
+)
+@pytest.mark.parametrize("vectorize", [None, False])
+def test_a_network_whose_numbers_would_be_wrong_is_refused_at_the_first_use(forward, reason, vectorize):
+    network = Dense().eval()
+    network.__class__ = type("Odd", (Dense,), {"forward": forward})
+    adapted = attach(network, targets=["fc1"], rank=2)
+    split = Split([(images(8), torch.arange(3))])
+    before = split.x.clone()
+    with pytest.raises(ValueError, match=reason):
+        evaluate(adapted, repeat_adapter(adapted.initial, 1), split, execution=Execution(vectorize=vectorize))
+    assert torch.equal(split.x, before)
+
+
+@pytest.mark.parametrize(
+    "x, reason",
+    [
+        (torch.ones(3, 8, dtype=torch.int64), r"split: .* take inputs int64 \(8,\): mat1 and mat2 must have the same"),
+        (torch.ones(3, 5), r"split: the backbone does not take inputs float32 \(5,\): mat1 and mat2 shapes"),
+    ],
+)
+def test_inputs_on_which_the_network_fails_are_refused_in_one_line(x, reason):
+    adapted = attach(Dense().eval(), targets=["fc1"], rank=2)
+    with pytest.raises(ValueError, match=reason):
+        evaluate(adapted, repeat_adapter(adapted.initial, 1), Split([(x, torch.arange(3))]))
+
+
+def test_positions_without_an_embedding_are_refused_also_where_the_first_ones_are_reserved():
+    network = text_network("opt")
+    longest = network.config.max_position_embeddings
+    adapted = attach(network, targets=["q_proj"], head=None, rank=2)
+    adapted.check_inputs(pad_tokens([[5] * longest]))
+    with pytest.raises(ValueError, match=f"texts of {longest + 1} tokens, the backbone has positions for {longest}"):
+        adapted.check_inputs(pad_tokens([[5] * (longest + 1)]))
+
+
+def test_targets_that_a_configuration_excludes_are_no_mistake():
+    network = text_network("llama")
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], exclude_modules=["v_proj"])
+    assert {layer.rpartition(".")[2] for layer in attach(network, config=config).scaling} == {"q_proj"}
+    config = LoraConfig(r=2, target_modules=["q_proj", "vproj"], exclude_modules=["v_proj"])
+    with pytest.raises(ValueError, match=r"targets \['vproj'\] match no layer"):
+        attach(network, config=config)
+
+
 class Wrapped(Dense):
     def __init__(self, wrap):
         super().__init__()
@@ -370,6 +455,7 @@ def classifier_adapted_by_peft(folder, **options):
         dict(target_modules=r".*\.1\..*\.(query|dense)", rank_pattern={"query": 2}, alpha_pattern={"dense": 3}),
         dict(target_modules="all-linear", init_lora_weights=False),
         dict(layers_to_transform=[1], init_lora_weights="gaussian"),
+        dict(init_lora_weights="eva"),
     ],
 )
 def test_a_slot_for_what_stock_peft_wrote(options, as_config, tmp_path):
@@ -405,12 +491,19 @@ def test_a_folders_slot_trains_without_dropout(tmp_path):
         (dict(modules_to_save=["score"], task_type=None, lora_dropout=0.0), "head 'score' is no module"),
         (dict(inference_mode=True, init_lora_weights="pissa"), "belongs to other base weights"),
         (dict(inference_mode=True, use_dora=True), "use_dora=True: with this option"),
+        (dict(init_lora_weights="eva"), "init_lora_weights='eva': an untrained adapter must leave"),
+        (dict(megatron_config={"a": 1}), "megatron_config=.*with this option"),
+        (
+            dict(target_modules=["layer.1"]),
+            "^targets .*'layer.1'.* cannot be adapted: Target module BertLayer.*LoRA goes",
+        ),
     ],
 )
 def test_what_a_configuration_may_still_not_say(options, reason):
     config = LoraConfig(**dict(task_type="SEQ_CLS", r=2, target_modules=["query"]) | options)
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError, match=reason) as caught:
         attach(text_network("bert"), config=config)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_the_callers_configuration_stays_as_it_was(tmp_path):

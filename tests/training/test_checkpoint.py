@@ -133,6 +133,9 @@ def test_a_run_on_other_data_weights_or_from_another_start_is_refused(adapted, f
         "clients": lambda: fedit(adapted, split.rows([1, 0, 2]), **RUN, checkpoint=tmp_path),
         "backbone": lambda: fedit(attach(moved, rank=2, alpha=3), split, **RUN, checkpoint=tmp_path),
         "scaling": lambda: fedit(attach(tiny_vit(), rank=2, alpha=4), split, **RUN, checkpoint=tmp_path),
+        "task": lambda: fedit(
+            replace(adapted, task=replace(adapted.task, loss=squared)), split, **RUN, checkpoint=tmp_path
+        ),
         "adapter": lambda: fedit(adapted, split, **RUN, adapter=random_adapter(adapted, 1), checkpoint=tmp_path),
         "state": lambda: fedit(adapted, split, **RUN, state=replace(state, steps=state.steps + 1), checkpoint=tmp_path),
     }.items():

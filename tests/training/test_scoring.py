@@ -117,6 +117,8 @@ def test_what_cannot_be_scored_is_refused(adapted, stack):
     ):
         with pytest.raises(ValueError, match=message):
             encode_answers(Tokenizer(), prompts, answers, max_length=3)
+    with pytest.raises(ValueError, match="text 0: its first token is of the answer, too, and nothing before predicts"):
+        encode_answers(lambda text, **_: {"input_ids": [len(text)]}, ["what"], ["ever"])
     with pytest.raises(ValueError, match="text 1 is empty"):
         encode_texts(Tokenizer(), ["red", "  "])
     with pytest.raises(ValueError, match="'what' needs two options or more, not .'red'."):
@@ -144,7 +146,7 @@ def llama(random_stack):
     )  # fmt: skip
     model = LlamaForCausalLM(config).double().eval()
     adapted = attach(model, rank=2, targets=["q_proj", "v_proj", "down_proj"], head=None)
-    return adapted, random_stack(adapted, 2, 3, scale=1.0)
+    return adapted, random_stack(adapted, 3, 3, scale=1.0)
 
 
 def in_transformers(llama, client):
@@ -159,6 +161,7 @@ def in_transformers(llama, client):
 def test_likelihoods_are_those_of_transformers_own_loss(llama):
     """Each text alone, with labels that transformers shifts by itself; its loss is the mean over them."""
     asked = [[("what ? red", "light light ?"), ("light", "red")], [("what", "extraordinarily ? red light")]]
+    asked.append([("red", "what ?"), ("what what what what what what red", "?")])
     encoded = [encode_answers(Tokenizer(), [p for p, _ in own], [f" {a}" for _, a in own]) for own in asked]
     found = log_likelihoods(*llama, Split(encoded))
     for client, own in enumerate(asked):
@@ -171,10 +174,17 @@ def test_likelihoods_are_those_of_transformers_own_loss(llama):
             assert math.isclose(value, expected, rel_tol=1e-6)  # transformers computes it in float32
 
 
-def test_greedy_decoding_is_that_of_transformers(llama):
-    prompts = [["what", "red ? light", "light light light light red"], ["? red", "what ?"]]
+def test_greedy_decoding_is_that_of_transformers_and_reads_no_more_padding_than_text(llama):
+    long = "what ? red light light extraordinarily"
+    prompts = [["what", "red ? light", "light light light light red", f"{long} {long} {long} {long} {long}"]]
+    prompts += [["? red", "what ?"], ["red"]]
     inputs = [pad_tokens([Tokenizer()(prompt)["input_ids"] for prompt in own]) for own in prompts]
-    found = greedy_tokens(*llama, inputs, 12, end=0, batch_size=2)
+    greedy_tokens(*llama, inputs, 12, end=0, batch_size=2)  # measures what a client needs
+    seen = []
+    embedding = llama[0].model.get_input_embeddings()
+    with embedding.register_forward_hook(lambda module, args, output: seen.append(args[0].numel())):
+        found = greedy_tokens(*llama, inputs, 12, end=0, batch_size=2)
+    assert sum(seen) < 2 * 12 * sum(len(prompt.split()) + 12 for own in prompts for prompt in own)
     for client, own in enumerate(prompts):
         model = in_transformers(llama, client)
         for tokens, prompt in zip(found[client].tolist(), own):
@@ -183,4 +193,4 @@ def test_greedy_decoding_is_that_of_transformers(llama):
             written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
             written = written[0, ids.shape[1] :].tolist()
             assert tokens == written + [0] * (12 - len(written))
-    assert len({tuple(row) for own in found for row in own.tolist()}) == 5  # no two texts go on alike
+    assert len({tuple(row) for own in found for row in own.tolist()}) > 5  # most texts go on differently

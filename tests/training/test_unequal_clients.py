@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from potara_lite import Split, attach, estimate_calibrated, estimate_paper, evaluate, per_sample_gradients, train
 from potara_lite.adapters.state import flatten, select_clients
@@ -52,14 +53,26 @@ def texts():
     return Split(examples)
 
 
+def texts_of_a_client():
+    """Texts of very unequal length, in every client, behind which there is much padding."""
+    generator = torch.Generator().manual_seed(3)
+    examples = []
+    for extra in range(4):
+        rows = [torch.randint(1, 20, (k + extra,), generator=generator) for k in (3, 90, 5, 7, 4, 40, 9)]
+        mask = torch.stack([torch.arange(120) < len(row) for row in rows]).long()
+        ids = torch.zeros_like(mask).masked_scatter(mask.bool(), torch.cat(rows))
+        examples.append(({"input_ids": ids, "attention_mask": mask}, labels(7, generator)))
+    return Split(examples)
+
+
 def labels(n, generator):
     return torch.randint(3, (n,), generator=generator)
 
 
-@pytest.fixture(params=["images", "texts"])
+@pytest.fixture(params=[images, texts, texts_of_a_client], ids=lambda split: split.__name__)
 def unequal(request, random_stack):
-    split = images() if request.param == "images" else texts()
-    adapted = attach(Counted(request.param == "texts").double(), rank=2, targets=["fc1"], head="fc2")
+    split = request.param()
+    adapted = attach(Counted(request.param != images).double(), rank=2, targets=["fc1"], head="fc2")
     stacks = [random_stack(adapted, len(split), seed=seed, scale=0.5) for seed in (1, 2)]
     return adapted, split, stacks
 
@@ -114,8 +127,32 @@ def test_the_network_sees_less_than_twice_the_data(unequal, function, passes):
     function(adapted, split, *stacks)  # measures what a client needs, on two examples
     network.seen = 0
     function(adapted, split, *stacks)
-    data = sum(SIZES) if network.embedding is None else 5 * sum(LENGTHS)
+    data = sum(SIZES) if network.embedding is None else tokens(split)
     assert data * passes <= network.seen < 2 * data * passes
+
+
+def tokens(split):
+    return sum(int(x["attention_mask"].sum()) for x, _ in split.examples)
+
+
+def test_training_does_not_take_the_padding_behind_a_batchs_longest_text(random_stack):
+    split = texts_of_a_client().map(lambda x: {name: F.pad(tensor, (0, 400)) for name, tensor in x.items()})
+    adapted = attach(Counted(of_texts=True).double(), rank=2, targets=["fc1"], head="fc2")
+    stack = random_stack(adapted, len(split), seed=1)
+    options = dict(steps=10, batch_size=1)
+    losses = train(adapted, stack, split, **options).losses
+    network = adapted.model.get_base_model()
+    network.seen = 0
+    train(adapted, stack, split, **options)
+    assert network.seen < 2 * 10 * 4 * 93  # of 520 tokens each
+    torch.testing.assert_close(losses, train(adapted, stack, texts_of_a_client(), **options).losses)
+
+
+def test_texts_beside_other_inputs_are_not_cut():
+    x, y = texts_of_a_client().client(0)
+    parts = Split([(x | {"image": torch.rand(7, 3, 4)}, y)]).by_length()
+    assert len(parts.split) == 1 and parts.split.client(0)[0]["input_ids"].shape == (7, 120)
+    assert parts.numbers.tolist() == [list(range(7))] and parts.clients.tolist() == [0]
 
 
 def test_training_does_not_fill_short_texts_up_to_the_longest(random_stack):
