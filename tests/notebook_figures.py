@@ -31,9 +31,10 @@ def panel_lines(panel):
     titles = [panel.title, panel._left_title, panel._right_title, panel.xaxis.label, panel.yaxis.label]
     names = [label for axis in (panel.xaxis, panel.yaxis) for label in tick_names(axis)]
     legends = [panel.legend_] if panel.legend_ else []
-    artists = [*panel.lines, *panel.collections, *panel.images]
+    is_scale = panel.get_label() == "<colorbar>"  # its colours are style
+    artists = [] if is_scale else [*panel.lines, *panel.collections, *panel.images]
     found = [(type(artist).__name__, numbers(artist)) for artist in artists]
-    found += [("Patches", {"x y": corners(panel.patches)})] if panel.patches else []
+    found += [("Patches", {"x y": corners(panel.patches)})] if panel.patches and not is_scale else []
     shows = {"x": panel.get_xscale() == "log", "y": panel.get_yscale() == "log", "values": False}
     columns = [(kind, columns_of(arrays)) for kind, arrays in found]
     digits = {name: decimals([each[name] for _, each in columns if name in each]) for name in shows}
