@@ -1,5 +1,6 @@
 """How pytest compares what a notebook prints with what is committed (``tests/notebook_outputs.py``)."""
 
+import copy
 import re
 import sys
 
@@ -152,7 +153,9 @@ def test_a_planted_change_in_a_copy_of_a_notebook_is_caught(tmp_path):
     for drawing, (right, wrong) in PLANTED.items():
         cell = next(cell for cell in cells if drawing in cell.source)
         assert cell.outputs[0].data["text/plain"].startswith("Figure, panels 1") and cell.source.count(right) == 1
-        notebook.cells += [cell, cell | {"source": cell.source.replace(right, wrong)}]
+        planted = copy.deepcopy(cell)
+        planted.update(id=f"{cell.id}-planted", source=cell.source.replace(right, wrong))
+        notebook.cells += [cell, planted]
     said = said_of(notebook, tmp_path)
     for number, passes in enumerate((True, True, True, False, True, False)):
         assert f"{'PASSED' if passes else 'FAILED'} one.ipynb::Cell {number}" in said, said
