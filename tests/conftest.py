@@ -22,7 +22,7 @@ from potara_lite.federation.sources import from_tensors
 from potara_lite.federation.split import _split as unchecked_split
 from potara_lite.models.vit import LabViT
 
-collect_ignore = ["typed_api.py"]  # mypy reads it, nothing runs it
+collect_ignore = ["typed_api.py", "notebook_startup.py"]  # mypy reads the one, kernels run the other
 
 
 def pytest_configure():

@@ -4,10 +4,12 @@
 the same, whatever the spaces; whole numbers, too; and every number with a decimal point within two units of its last
 committed digit or 2 %, whichever is more, because training rounds differently on other machines. The output of a cell
 with ``# NBVAL_CHECK_OUTPUT`` must be the same to the letter. Seconds are not compared: their cells have the tag
-``nbval-ignore-output``.
+``nbval-ignore-output``. The text of a figure, which no reader sees, is what it draws (``notebook_figures.py``).
 """
 
+import os
 import re
+from pathlib import Path
 
 NUMBER = re.compile(r"(?<![\w.])[-−+]?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.]*\w)")
 
@@ -52,8 +54,10 @@ def readable(text):
 
 
 def compare_with_tolerance():
-    """Make nbval compare so, in this run of pytest."""
+    """Make nbval compare so, in this run of pytest, and its kernels say what their figures draw."""
     from nbval.plugin import IPyNbCell
+
+    os.environ["PYTHONSTARTUP"] = str(Path(__file__).with_name("notebook_startup.py"))
 
     def compared(cell, text):
         exact = not isinstance(text, str) or "# NBVAL_CHECK_OUTPUT" in cell.cell.source

@@ -1,5 +1,6 @@
 """Notebook 06: its checkers know solutions and mistakes."""
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -7,7 +8,7 @@ from torch import nn
 from potara_lite.adapters.state import repeat_adapter
 from potara_lite.baselines.algorithms import FEDPER
 from potara_lite.baselines.rounds import fedavg
-from potara_lite.course.exercises.your_own import check_gain, check_sends, check_trimmed_mean, check_wrap
+from potara_lite.course.exercises.your_own import METHODS, check_gain, check_sends, check_trimmed_mean, check_wrap
 
 
 class Wrapped(nn.Module):
@@ -42,8 +43,6 @@ RIGHT = [
     (check_sends, FEDPER.is_uploaded),
     (check_sends, lambda name: "lora_A" in name or "lora_B" in name),
     (check_trimmed_mean, to_all(trimmed)),
-    (check_gain, lambda strength: 0.01 + 0.01 * strength),
-    (check_gain, lambda strength: torch.tensor(0.01 - 0.01 * strength)),
 ]
 WRONG = [
     (check_wrap, wrapping(lambda encoder, head, x: encoder(x)), "returns a Output"),
@@ -77,11 +76,6 @@ WRONG = [
     (check_trimmed_mean, to_all(lambda t: t[1:-1].mean(0)), "sort over the clients first"),
     (check_trimmed_mean, to_all(lambda t: t.median(0).values), "the median"),
     (check_trimmed_mean, to_all(lambda t: 2 * trimmed(t)), "entry 'layer.lora_A.weight': off by"),
-    (check_gain, lambda strength: 0.02, "does the strength reach the data"),
-    (check_gain, lambda strength: 12 + strength, "take means and not sums"),
-    (check_gain, lambda strength: float("nan"), "take means and not sums"),
-    (check_gain, lambda strength: [strength, 1], "yours is a list"),
-    (check_gain, lambda strength: 1 / 0, "stopped with ZeroDivisionError"),
 ]
 
 
@@ -102,3 +96,66 @@ def test_the_first_token_is_correct_with_a_remark():
     state = torch.random.get_rng_state()
     check_wrap(Wrapped)
     assert torch.equal(state, torch.random.get_rng_state())  # a checker leaves the reader's random numbers alone
+
+
+def gain(rows):
+    loss = rows.groupby("method").loss.mean()
+    return loss["uniform"] - loss["by loss"]
+
+
+def rows_of(strength, seeds=(0, 1), methods=METHODS):
+    """Of federations where L gains on F with the strength."""
+    losses = {"federated": 0.6 + 0.1 * strength, "local": 0.8, "uniform": 0.7, "by loss": 0.69}
+    rows = [(method, seed, client, losses[method]) for method in methods for seed in seeds for client in range(3)]
+    return pd.DataFrame(rows, columns=["method", "seed", "client", "loss"])
+
+
+def mean_of(method, column="loss"):
+    return lambda rows: rows.loc[rows.method == method, column].mean()
+
+
+def test_the_open_task_knows_a_solution():
+    assert check_gain(gain, rows_of) == "correct"
+    assert check_gain(lambda rows: mean_of("uniform")(rows) - mean_of("by loss")(rows), rows_of) == "correct"
+
+
+@pytest.mark.parametrize(
+    "wrong, hint",
+    [
+        (lambda rows: 0.01, "the answer is"),
+        (lambda rows: len(rows) * 0.01, "the answer is"),
+        (lambda rows: -gain(rows), "a lower loss is a gain"),
+        (lambda rows: gain(rows.assign(loss=-rows.accuracy)), "a gain in accuracy"),
+        (lambda rows: gain(rows) * 15, "not sums"),
+        (lambda rows: gain(rows[rows.seed == 0]), "that is one seed"),
+        (lambda rows: mean_of("federated")(rows) - mean_of("by loss")(rows), "what F loses"),
+        (lambda rows: mean_of("local")(rows) - mean_of("by loss")(rows), "what L loses"),
+        (lambda rows: rows.groupby("client").loss.mean(), "the answer is one number"),
+        (lambda rows: 1 / 0, "stopped with ZeroDivisionError"),
+    ],
+)
+def test_the_open_task_refuses_another_quantity(wrong, hint):
+    line = check_gain(wrong, rows_of)
+    assert line.startswith("hint: ") and hint in line
+
+
+@pytest.mark.parametrize(
+    "wrong, hint",
+    [
+        (lambda strength: rows_of(1.0), "does the strength reach the data"),
+        (lambda strength: rows_of(-strength), "lose its lead"),
+        (lambda strength: rows_of(strength, seeds=(0,)), "take two or more"),
+        (lambda strength: rows_of(strength, methods=METHODS[1:]), "'federated' are missing"),
+        (lambda strength: gain(rows_of(strength)), "returns what compare returns"),
+        (lambda strength: rows_of(strength)[["loss"]], "returns what compare returns"),
+        (lambda strength: ..., "returns what compare returns"),
+        (lambda strength: 1 / 0, "rows_of stopped with ZeroDivisionError"),
+    ],
+)
+def test_the_open_task_refuses_other_rows(wrong, hint):
+    line = check_gain(gain, wrong)
+    assert line.startswith("hint: ") and hint in line
+
+
+def test_the_open_task_knows_its_stub():
+    assert check_gain(lambda rows: ..., lambda strength: ...) == "not attempted"

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from ...adapters.state import Adapter, repeat_adapter
-from .checking import as_number, check, is_untouched, run
+from .checking import check, is_untouched, run
 
 
 class Output(NamedTuple):
@@ -159,22 +161,65 @@ def check_trimmed_mean(function: Callable[[Adapter, Tensor], Adapter]) -> str:
     return check(function, each(trimmed), inputs, mistakes)
 
 
-def check_gain(function: Callable[[float], float]) -> str:
-    """The open task: how much lower, in nats, the mean test loss of your λ is than that of ½, for a strength of what
-    is each client's own. Only properties are checked: two numbers that differ and are differences of losses.
+def check_gain(gain: Callable[[pd.DataFrame], float], rows_of: Callable[[float], pd.DataFrame]) -> str:
+    """The open task: from the rows of a comparison, how much lower, in nats, the mean test loss of *by loss* is than
+    that of ½; and those rows, for a strength of what is each client's own.
 
-    >>> check_gain(lambda strength: 0.01)
-    'hint: strength 0 and strength 3 give the same number: does the strength reach the data?'
+    ``gain`` is held to its definition on tables of the checker. ``rows_of`` trains your federations at strength 0 and
+    3: both tables need two seeds and the four methods, and F must lose its lead over L as the strength grows.
+
+    >>> check_gain(lambda rows: ..., lambda strength: ...)
+    'not attempted'
     """
-    answers = [run(function, (strength,)) for strength in (0.0, 3.0)]
-    if all(map(is_untouched, answers)):
-        return "not attempted"
-    try:
-        gains = [as_number(answer) for answer in answers]
-    except ValueError as error:
+
+    def mean(rows: pd.DataFrame, method: str, column: str = "loss") -> float:
+        return rows.loc[rows.method == method, column].mean()
+
+    def right(rows: pd.DataFrame) -> float:
+        return mean(rows, "uniform") - mean(rows, "by loss")
+
+    mistakes = {
+        "that is by loss minus ½; a lower loss is a gain": lambda rows: -right(rows),
+        "that is a gain in accuracy; compare the losses": lambda rows: (
+            mean(rows, "by loss", "accuracy") - mean(rows, "uniform", "accuracy")
+        ),
+        "take means over seeds and clients, not sums": lambda rows: right(rows) * (rows.method == "uniform").sum(),
+        "that is one seed; take the mean over all": lambda rows: right(rows[rows.seed == 0]),
+        "that is what F loses to by loss; compare with ½": lambda rows: mean(rows, "federated") - mean(rows, "by loss"),
+        "that is what L loses to by loss; compare with ½": lambda rows: mean(rows, "local") - mean(rows, "by loss"),
+    }
+    line = check(gain, right, [(_random_rows(seed),) for seed in (0, 1)], mistakes)
+    if line != "correct":
+        return line
+    tables = [run(rows_of, (strength,)) for strength in (0.0, 3.0)]
+    if error := next(filter(None, map(_rows_error, tables)), ""):
         return f"hint: {error}"
-    if odd := [gain for gain in gains if not abs(gain) < 1]:
-        return f"hint: {odd[0]:.3g} nats are too many for a difference of mean losses: take means and not sums"
-    if gains[0] == gains[1]:
-        return "hint: strength 0 and strength 3 give the same number: does the strength reach the data?"
+    leads = [mean(rows, "local") - mean(rows, "federated") for rows in tables]
+    if leads[0] == leads[1]:
+        return "hint: strength 0 and strength 3 give the same losses: does the strength reach the data?"
+    if leads[0] < leads[1]:
+        return "hint: F must lose its lead over L as the strength grows: at 0, all hospitals follow one rule"
     return "correct"
+
+
+METHODS = ("federated", "local", "uniform", "by loss")
+
+
+def _random_rows(seed: int) -> pd.DataFrame:
+    """Rows like those of a comparison of four methods: three seeds of five clients."""
+    places = pd.MultiIndex.from_product([METHODS, range(3), range(5)], names=["method", "seed", "client"])
+    scores = np.random.default_rng(seed).uniform(size=(len(places), 2))
+    return pd.DataFrame(scores, places, ["loss", "accuracy"]).reset_index()
+
+
+def _rows_error(rows: object) -> str:
+    """What is wrong with the rows of a comparison, in words; an empty string if nothing is."""
+    if isinstance(rows, Exception):
+        return f"rows_of stopped with {type(rows).__name__}: {rows}"
+    if not isinstance(rows, pd.DataFrame) or not {"method", "seed", "loss"} <= set(rows):
+        return f"rows_of returns what compare returns, a table of rows; yours is a {type(rows).__name__}"
+    if missing := [method for method in METHODS if method not in set(rows.method)]:
+        return f"the rows of {missing[0]!r} are missing"
+    if rows.seed.nunique() < 2:
+        return "one seed says little: take two or more"
+    return ""
