@@ -379,6 +379,13 @@ def bound(name: str, parameters: Signature, args: Sequence[Any], kwargs: Mapping
         raise ArgumentError(f"{name.removesuffix('.__init__').rpartition('.')[2]} {error}{way_out}") from None
 
 
+def check_free(function: str, options: Mapping[str, Any], own: str) -> None:
+    """Raise ``ArgumentError`` for an option of ``train`` that the function says itself: one of the names ``own``."""
+    for name in own.split():
+        if name in options:
+            raise ArgumentError(f"{function} sets {name} of train itself: leave it out")
+
+
 def _with_bounds(function: Callable) -> str:
     """The docstring, and what the annotations say of the arguments in words."""
     words = {name: dict.fromkeys(re.findall(r"\w+", str(hint))) for name, hint in function.__annotations__.items()}

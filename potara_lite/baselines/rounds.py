@@ -38,7 +38,7 @@ from ..adapters.state import (
     repeat_adapter,
     select_clients,
 )
-from ..checks import AnyList, Count, Flag, Fraction, List, Seed, Share, Size, checked
+from ..checks import AnyList, Count, Flag, Fraction, List, Seed, Share, Size, check_free, checked
 from ..experiment import Result, Run, training_options
 from ..federation.display import displayed
 from ..federation.split import Split
@@ -257,6 +257,7 @@ def run_algorithm(
     >>> result.ledger.up.tolist(), result.by_round.up[:, 0].tolist()
     ([81920, 81920], [40960, 40960, 0])
     """
+    check_free("run_algorithm", training, "adapters steps start state objective fixed")
     check_models(adapted, split)
     if "loss" not in training:
         check_labels(adapted, repeat_adapter(adapted.initial, 1), split)

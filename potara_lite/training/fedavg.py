@@ -27,7 +27,7 @@ from ..adapters.state import (
     flatten,
     repeat_adapter,
 )
-from ..checks import AnyList, Count, Flag, List, Numbers, PathLike, Seed, Share, Size, checked
+from ..checks import AnyList, Count, Flag, List, Numbers, PathLike, Seed, Share, Size, check_free, checked
 from ..federation.display import displayed, megabytes, span
 from ..federation.split import Split
 from ..files import FileError
@@ -205,6 +205,7 @@ def fedit(
     to the same result bit by bit, as does one with more ``rounds``; one with other arguments is refused by a
     ``FileError`` that says which. The history has no evaluations of the rounds from before.
     """
+    check_free("fedit", training, "adapters steps")
     check_models(adapted, split)
     adapter = check_adapter(adapted, adapted.initial if adapter is None else adapter)
     clients = len(split)

@@ -109,3 +109,12 @@ def test_full_participation_is_what_it_was(adapted64, federation64):
     two = run_algorithm(ditto(0.3), adapted64, federation64.train, rounds=2, participation=1.0, **OPTIONS)
     assert torch.equal(flatten(one.personal), flatten(two.personal))
     assert select_prefix(one.tensors, "global_reference").keys() == adapted64.initial.keys()
+
+
+@pytest.mark.parametrize("name", ["adapters", "steps", "start", "state", "objective", "fixed"])
+def test_an_option_of_train_that_the_rounds_set_themselves_is_refused(adapted64, federation64, name):
+    with pytest.raises(ValueError, match=f"run_algorithm sets {name} of train itself: leave it out"):
+        run_algorithm(FEDIT, adapted64, federation64.train, rounds=1, **OPTIONS, **{name: None})
+    if name in ("adapters", "steps"):
+        with pytest.raises(ValueError, match=f"fedit sets {name} of train itself: leave it out"):
+            fedit(adapted64, federation64.train, rounds=1, **OPTIONS, **{name: None})
