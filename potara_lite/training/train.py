@@ -206,7 +206,7 @@ def _check_runs(adapted: AdaptedBackbone, split: Split) -> None:
             raise ValueError(f"split: the backbone does not take {split._inputs()}: {reason}") from error
         return True
 
-    if not adapted.model.training:
+    if not (adapted.model.training or adapted.gated_layers):
         measured_once(adapted, ("runs", split._inputs()), run)
 
 
