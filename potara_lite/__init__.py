@@ -26,7 +26,10 @@ A name is imported from its module when it is first used, so that ``import potar
 """
 
 import ast
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +39,19 @@ __version__ = "0.1.0"
 # A thread that waits soon leaves its core to others (GNU's OpenMP reads this when torch is loaded; what you set stays).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """For imports: the garbage collector would look through all that is imported again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time the same lines say where a name is
     from .adapters.files import (
@@ -150,7 +166,8 @@ else:
     def __getattr__(name: str):
         if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_MODULE_OF[name], __name__), name)
+        with _without_collector():
+            return getattr(import_module(_MODULE_OF[name], __name__), name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@ Everything heavy is imported where it is used, so that ``--help`` and bad option
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from dataclasses import asdict, fields
 from io import TextIOWrapper
 from pathlib import Path
 
-from . import __version__
+from . import __version__, _without_collector
 from .checks import LARGEST, MORE_MEMORY, lacks_memory
 from .setting import DATA, Setting
 
@@ -103,9 +104,10 @@ def merge(args: argparse.Namespace) -> None:
         raise ValueError(f"two adapter folders, or more without --weight, not {len(args.adapters)}")
     if not re.fullmatch(DEVICES, args.device):
         raise ValueError(f"device {args.device!r} cannot be used: it is none of cpu, cuda, cuda:1, mps, xpu")
-    check_device(args.device)
+    with _without_collector():
+        check_device(args.device)
 
-    from .estimators.folders import combine_folders, load_base, merge_folders, read_examples
+        from .estimators.folders import combine_folders, load_base, merge_folders, read_examples
 
     base = load_base(args.base, args.adapters).to(args.device)
     examples = read_examples(args.examples, base, args.base, args.max_length)
@@ -173,13 +175,14 @@ def draw_figure(out: Path, run, rows) -> None:
 def run_missing(args: argparse.Namespace):
     """Run the methods that the folder lacks. Each one's rows are written last, after its models. Returns all rows."""
     setting = setting_of(args)
-    check_device(args.device)
+    with _without_collector():
+        check_device(args.device)
 
-    import pandas as pd
+        import pandas as pd
 
-    from .experiment import ORACLE, run_methods, save_models
-    from .files import run_folder
-    from .results import result_rows
+        from .experiment import ORACLE, run_methods, save_models
+        from .files import run_folder
+        from .results import result_rows
 
     with run_folder(args.out, configuration(setting, args.seeds), args.overwrite) as folder:
         if finished := folder.finished:
@@ -271,4 +274,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    gc.freeze()  # at the end of a process the collector would look through all that was imported
+    sys.exit(status)

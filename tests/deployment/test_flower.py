@@ -372,7 +372,7 @@ GARBAGE = [
     ("query.join", garbage(metrics=WHO | {"client": 0.5}, config={}), "client must be a whole number, not 0.5"),
     ("query.join", garbage(metrics=WHO, config={"fingerprint": 3}), "another backbone"),
     ("query.join", garbage(metrics=WHO, config={}, more={"x": 1}), "another backbone"),
-    ("query.join", garbage(metrics=WHO | {"x": 1}, config={}), "no proper handshake: TypeError"),
+    ("query.join", garbage(metrics=WHO | {"x": 1}, config={}), "no proper handshake: Handshake got an unexpected"),
     ("train", garbage(), "train: no proper answer: KeyError"),
     ("train", garbage(tensors={"x": 1.0}), "train: no proper answer: AttributeError"),
     ("query.curve", garbage(), "query.curve: no proper answer: KeyError"),
