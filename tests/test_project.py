@@ -132,6 +132,13 @@ def test_the_public_names_are_there_and_imported_when_used():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_garbage_collector_is_after_an_import_as_it_was(is_on):
+    use = "potara_lite.train; getattr(potara_lite, 'nothing', None)"
+    code = f"import gc, potara_lite; gc.{'enable' if is_on else 'disable'}(); {use}; print(gc.isenabled())"
+    assert finished([sys.executable, "-c", code]).stdout == f"{is_on}\n"
+
+
 LAYERS = (  # a module or folder of the package imports only from those before it; potara.py stands apart
     "compat checks setting files federation models adapters training merging estimators experiment results plots "
     "baselines deployment course __main__"
