@@ -16,6 +16,7 @@ from conftest import finished
 
 from potara_lite import evaluate, train
 from potara_lite.adapters.state import repeat_adapter
+from potara_lite.checks import lacks_memory
 from potara_lite.training.batching import Execution
 
 RUN = ["--clients", "2", "--train-size", "16", "--rounds", "1", "--local-steps", "2", "--test-size", "20", "--quiet"]
@@ -68,6 +69,22 @@ def test_with_few_addresses_it_works_or_says_first_what_to_do(gigabytes, tmp_pat
     done = command(*RUN, "--out", tmp_path, check=False, preexec_fn=limit)
     advice = "potara_lite: out of memory: close other programs, take smaller sizes, raise a limit"
     assert done.returncode == 0 or done.stderr.startswith(advice), done.stderr  # torch's exit may then say more
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 20 MiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        ImportError("libtorch_cuda.so: failed to map segment from shared object"),
+        RuntimeError("std::bad_alloc"),
+        SystemError("error return without exception set"),
+    ],
+    ids=str,
+)
+def test_all_these_errors_say_that_there_is_no_more_memory(error):
+    assert lacks_memory(error) and not lacks_memory(RuntimeError("no such file"))
 
 
 def test_threads_that_wait_leave_their_core_to_others_unless_you_say_otherwise():
