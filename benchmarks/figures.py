@@ -433,6 +433,7 @@ def benchmarks_page() -> dict[str, str]:
         "start-import": start["import potara_lite"],
         "start-python": start["python alone"],
         "start-train": start["from potara_lite import train"],
+        "start-collector": start["with the collector"],
         "start-torch": start["import torch"],
         "start-peft": start["import torch, peft"],
         "parts": markdown(pd.DataFrame({"seconds": measured("startup")["parts"]}).rename_axis("part"), 1),

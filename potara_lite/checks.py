@@ -61,8 +61,8 @@ MORE_MEMORY = (
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error, of whatever library and type, says that there is no more memory. Python's import may say then
-    that an error was returned without one."""
+    """Whether an error, of whatever library and type, says that there is no more memory; an import without memory may
+    end in ``SystemError: error return without exception set``."""
     said = r"MemoryError|out of memory|allocate memory|failed to map segment|bad_alloc|without exception set"
     return re.search(said, f"{type(error).__name__}: {error}", re.I) is not None
 

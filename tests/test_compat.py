@@ -101,6 +101,14 @@ def test_explicit_attention_has_derivatives_of_both_modes_and_of_second_order(st
     curvature = jvp(grad(loss), (weight,), (direction,))[1]
     finite = (grad(loss)(weight + step * direction) - grad(loss)(weight - step * direction)) / (2 * step)
     torch.testing.assert_close(curvature, finite, rtol=1e-5, atol=1e-5 * curvature.abs().max().item())
+    leaf = weight.clone().requires_grad_()
+    [slopes] = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    if start == "sdpa":
+        with pytest.raises(RuntimeError, match="not implemented"):  # as in transformers itself
+            torch.autograd.grad((slopes * direction).sum(), leaf)
+    else:
+        [found] = torch.autograd.grad((slopes * direction).sum(), leaf)
+        torch.testing.assert_close(found, curvature, rtol=1e-9, atol=1e-12)
 
 
 class FusedAttention(nn.Module):

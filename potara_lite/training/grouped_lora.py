@@ -155,12 +155,11 @@ class GroupedLoRA:
         return self._agree(self.grouped_logits, vmap(self.adapted), stack, take(x, (slice(2), slice(2))))
 
     def can_pack(self, stack: Adapter, x: Inputs) -> bool:
-        """Whether a tenth of the tokens or more is padding, and ``packed_logits`` are right, which is asked once per
-        model and kind of input. They are not where tokens meet in a block other than in attention."""
+        """Whether every client has padding, and ``packed_logits`` are right, which is asked once per model and kind of
+        input. They are not where tokens meet in a block other than in attention."""
         if not isinstance(x, dict) or not self.adapted.blocks or x.get(MASK) is None or is_traced(x[MASK]):
             return False
-        real = x[MASK].flatten(1).count_nonzero(1).max()
-        if real > 0.9 * x[MASK][0].numel():
+        if x[MASK].flatten(1).count_nonzero(1).max() == x[MASK][0].numel():  # a client has no padding
             return False
         some = take(x, (slice(2), slice(2)))
         mask = some[MASK].clone()

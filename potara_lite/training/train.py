@@ -227,14 +227,19 @@ def check_independence(adapted: AdaptedBackbone, split: Split) -> None:
         row = int(x[MASK].flatten(1).sum(1).argmin()) if is_padded else 0
         others = "the padding behind it or the other texts of its batch" if is_padded else "the others of its batch"
         if len(any_tensor(x)) > 1 and (
-            fault := measured_once(adapted, ("fault", others), lambda x=x, row=row: _fault(adapted, x, row))
+            fault := measured_once(adapted, ("fault", others), partial(_fault, adapted, x, row, others))
         ):
-            raise ValueError(fault.format(others=others))
+            raise ValueError(fault)
 
 
-def _fault(adapted: AdaptedBackbone, x: Inputs, row: int) -> str:
-    """Why the example in a row has other logits alone, without its padding, than beside another one; empty if it has
-    the same, or none that are numbers."""
+def _fault(adapted: AdaptedBackbone, x: Inputs, row: int, others: str) -> str:
+    """Why the example in a row has other logits alone, without its padding, than beside ``others``; empty if it has the
+    same, or none that are numbers."""
+
+    def differs(one: Tensor, other: Tensor) -> bool:  # by more than rounding
+        bound = torch.finfo(adapted.dtype).eps ** 0.5 * one.double().abs().max()
+        return bool((one.double() - other.double()).abs().max() > bound)
+
     generator = torch.Generator().manual_seed(0)  # an untrained head gives zeros, whatever goes in
     noise = {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in adapted.initial.items()}
     adapter = {name: tensor + noise[name].to(tensor) for name, tensor in adapted.initial.items()}
@@ -245,7 +250,7 @@ def _fault(adapted: AdaptedBackbone, x: Inputs, row: int) -> str:
         return ""
     if not all(map(torch.equal, *(one.values() if isinstance(one, dict) else [one] for one in (given, both)))):
         return "the backbone changes its inputs in place: write x = x + 1, say, for x += 1"
-    if not torch.equal(adapted(adapter, both), together):
+    if differs(together, adapted(adapter, both)):
         return "the backbone draws random numbers in eval mode, by which the clients would depend on each other"
     called: set[str] = set()
     layers = {name: adapted.model.get_submodule(name) for name in adapted.scaling}
@@ -257,7 +262,7 @@ def _fault(adapted: AdaptedBackbone, x: Inputs, row: int) -> str:
             hook.remove()
     for name in adapted.scaling.keys() - called:
         with delta_added(adapted, {f"{name}.weight": torch.ones_like(layers[name].get_base_layer().weight)}):
-            if not torch.equal(adapted(adapter, both), together):
+            if differs(together, adapted(adapter, both)):
                 layer = name.removeprefix("base_model.model.")
                 return f"{layer} is adapted, but the backbone reads its weight without a call of it: LoRA does nothing"
     alone = map_inputs(lambda tensor: tensor[:1], both)
@@ -267,10 +272,8 @@ def _fault(adapted: AdaptedBackbone, x: Inputs, row: int) -> str:
     single = adapted(adapter, alone)
     if single.dim() != together.dim():
         return f"the backbone returns logits of shape {tuple(single.shape)} for one example: keep the batch's dimension"
-    expected = single[0].double()
-    difference = (together[0][: len(expected)].double() - expected).abs().max()  # token by token, without the padding
-    is_same = difference <= torch.finfo(adapted.dtype).eps ** 0.5 * expected.abs().max()
-    return "" if is_same else "in this backbone an example's logits depend on {others}"
+    beside = together[0][: single.shape[1]]  # token by token, without the padding
+    return f"in this backbone an example's logits depend on {others}" if differs(single[0], beside) else ""
 
 
 @torch.no_grad()

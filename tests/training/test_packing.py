@@ -37,9 +37,10 @@ def texts(of_tokens=False):
 def backbone(kind, attention="eager"):
     torch.manual_seed(0)
     if kind == "llama":
-        network = LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation=attention).eval()
+        network = LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation=attention).eval().double()
         return attach(network, rank=2, targets=linear_layers(network), head=None)
-    network = text_classifier(BertModel._from_config(BertConfig(**SIZES), attn_implementation=attention), 3).eval()
+    network = BertModel._from_config(BertConfig(**SIZES), attn_implementation=attention)
+    network = text_classifier(network, 3).eval().double()
     return attach(network, rank=2, targets=linear_layers(network))
 
 
@@ -81,7 +82,9 @@ def test_packed_texts_have_the_same_logits_and_gradients_from_fewer_tokens(kind,
         found.append((logits.detach() * is_read, torch.cat([w.grad.flatten() for w in weights.values()])))
     handle.remove()
     for one, other in zip(*found):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(
+            one, other, rtol=0, atol=1e-6 if kind == "llama" else 1e-12
+        )  # Llama norms in float32
     padded = split.y.shape[0] * split.y.shape[1] * split.x["attention_mask"].shape[2]
     assert tokens[0] == padded and tokens[-1] == 3 * int(split.x["attention_mask"].flatten(1).sum(1).max()) < padded
 
@@ -101,7 +104,7 @@ def test_training_packs_and_gives_what_padded_training_gives(monkeypatch):
     assert len(calls) >= 6
     monkeypatch.setattr(GroupedLoRA, "can_pack", lambda *_: False)
     expected = train(adapted, start, split, **options)
-    torch.testing.assert_close(flatten(found.adapters), flatten(expected.adapters), rtol=0, atol=1e-5)
+    torch.testing.assert_close(flatten(found.adapters), flatten(expected.adapters), rtol=0, atol=1e-12)
     assert (flatten(found.adapters) - flatten(start)).abs().max() > 1e-3
 
 
@@ -125,11 +128,11 @@ def test_a_network_whose_tokens_meet_outside_attention_is_not_packed(random_stac
     assert runner.matches_vmap(stack, split.x) and not runner.can_pack(stack, split.x)
 
 
-def test_texts_of_about_one_length_and_inputs_without_a_mask_are_not_packed(random_stack):
+def test_where_a_client_has_no_padding_nothing_is_packed(random_stack):
     adapted = backbone("bert")
-    runner, stack = GroupedLoRA(adapted), random_stack(adapted, 1, seed=1)
-    x = {"input_ids": torch.ones(1, 4, 10, dtype=torch.int64), "attention_mask": torch.ones(1, 4, 10).long()}
+    runner, stack = GroupedLoRA(adapted), random_stack(adapted, 2, seed=1)
+    x = {"input_ids": torch.ones(2, 4, 10, dtype=torch.int64), "attention_mask": torch.ones(2, 4, 10).long()}
     x["attention_mask"][0, 0, 7:] = 0
     assert not runner.can_pack(stack, x) and not runner.can_pack(stack, {"input_ids": x["input_ids"]})
-    x["attention_mask"][0, 1, 5:] = 0
+    x["attention_mask"][1, 1, 9:] = 0
     assert runner.can_pack(stack, x)
